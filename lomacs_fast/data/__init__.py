@@ -1,0 +1,1 @@
+"""Channel data: layouts in and out, the built-in generator, statistics, augmentation, loaders."""

@@ -1,0 +1,37 @@
+"""The specification in plain PyTorch: correctness, not speed; float32 and float64. One file a stem."""
+
+from .aeplus import AEPlusLoss, AEPlusTerms, aeplus_loss, aeplus_terms
+from .dual_view import coarse_map, dual_view_project
+from .freq_gate import AxialLowRankFreqGate, freq_gate, spectral_gate
+from .gated_conv import GatedConv1D, gated_conv1d
+from .low_rank import low_rank_loss
+from .network import LoMACSSVDNet
+from .ortho import NeuralOrthoRefiner, bjorck, column_normalize, ortho_refine
+from .projected_attention import GroupedProjectedAttention, projected_attention
+from .spectral import spectral_calibrate
+
+LowMACS_SVDNet = LoMACSSVDNet
+
+__all__ = [
+    "AEPlusLoss",
+    "AEPlusTerms",
+    "AxialLowRankFreqGate",
+    "GatedConv1D",
+    "GroupedProjectedAttention",
+    "LoMACSSVDNet",
+    "LowMACS_SVDNet",
+    "NeuralOrthoRefiner",
+    "aeplus_loss",
+    "aeplus_terms",
+    "bjorck",
+    "coarse_map",
+    "column_normalize",
+    "dual_view_project",
+    "freq_gate",
+    "gated_conv1d",
+    "low_rank_loss",
+    "ortho_refine",
+    "projected_attention",
+    "spectral_calibrate",
+    "spectral_gate",
+]

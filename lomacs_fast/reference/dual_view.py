@@ -1,0 +1,42 @@
+"""The dual view: tokens from a channel beside its coarse map, projected to the feature width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def real_view(z: Tensor) -> Tensor:
+    """Real and imaginary parts in a last dimension of 2; conjugated and negated views are resolved first."""
+    return torch.view_as_real(z.resolve_conj().resolve_neg())
+
+
+def coarse_map(Hd: Tensor) -> Tensor:
+    """2x2 average pooling of the real and imaginary parts, then bilinear upsampling back to `M x N`.
+
+    Hd complex `(B, M, N)`, M, N >= 2; the result is real `(B, 2, M, N)`. Odd sizes follow torch: the last
+    row or column takes no part in the pooling, and upsampling (`align_corners=False`) stretches over it.
+    """
+    planes = real_view(Hd).permute(0, 3, 1, 2)
+    pooled = nn.functional.avg_pool2d(planes, 2)
+    return nn.functional.interpolate(pooled, size=Hd.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def dual_view_project(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
+    """Tokens `X_m = W [raw_m, coarse_m] + b + pos_m`.
+
+    `raw_m` holds the real and imaginary parts of row m of Hd interleaved (2N numbers), `coarse_m` the same
+    of its coarse map.
+
+    Args:
+        Hd: complex `(B, M, N)`.
+        weight: real `(d, 4N)`.
+        bias: real `(d,)`.
+        pos: real `(1, M, d)`.
+
+    Returns:
+        Real `(B, M, d)`.
+    """
+    raw = real_view(Hd).flatten(-2)
+    coarse = coarse_map(Hd).permute(0, 2, 3, 1).flatten(-2)
+    return nn.functional.linear(torch.cat([raw, coarse], -1), weight, bias) + pos

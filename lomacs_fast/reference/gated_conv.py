@@ -1,0 +1,63 @@
+"""Gated convolution over tokens: depthwise taps, a sigmoid gate, a pointwise product."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+def gated_conv1d(x: Tensor, dw_weight: Tensor, dw_bias: Tensor, pw_weight: Tensor, pw_bias: Tensor) -> Tensor:
+    """`pointwise(a * sigmoid(b))` with `[a, b]` the halves of a depthwise convolution over tokens.
+
+    The depthwise convolution has two outputs an input channel: output j reads input `j // 2`, so value c
+    reads input `c // 2` and its gate reads `(d + c) // 2`. Zero padding of `k // 2` on both sides.
+
+    Args:
+        x: `(B, T, d)`.
+        dw_weight, dw_bias: `(2d, 1, k)` with k odd, `(2d,)`.
+        pw_weight, pw_bias: `(d, d, 1)`, `(d,)`.
+
+    Returns:
+        `(B, T, d)`.
+    """
+    d = x.shape[-1]
+    y = nn.functional.conv1d(x.mT, dw_weight, dw_bias, padding=dw_weight.shape[-1] // 2, groups=d)
+    value, gate = y.chunk(2, dim=1)
+    return nn.functional.conv1d(value * torch.sigmoid(gate), pw_weight, pw_bias).mT
+
+
+class GatedConv1D(nn.Module):
+    """Parameters of the gated convolution; `forward(x)` maps `(B, T, d)` to `(B, T, d)`.
+
+    Args:
+        dim: d.
+        k: taps of the depthwise convolution, odd.
+
+    Parameters: `dw.weight (2d, 1, k)`, `dw.bias (2d,)`, `pw.weight (d, d, 1)`, `pw.bias (d,)`.
+    """
+
+    functions: ClassVar[Any] = SimpleNamespace(gated_conv1d=gated_conv1d)
+
+    def __init__(self, dim: int, k: int = 5) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        if k < 1 or k % 2 == 0:
+            raise ValueError(f"k must be odd and positive, got {k}")
+        self.dw = nn.Conv1d(dim, 2 * dim, k, groups=dim, padding=k // 2)
+        self.pw = nn.Conv1d(dim, dim, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming-uniform weights (a = sqrt 5), zero biases."""
+        for conv in (self.dw, self.pw):
+            nn.init.kaiming_uniform_(conv.weight, a=math.sqrt(5))
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.functions.gated_conv1d(x, self.dw.weight, self.dw.bias, self.pw.weight, self.pw.bias)

@@ -1,0 +1,198 @@
+"""LoMACS-SVDNet: from a channel matrix to its factors U, S, V without a decomposition."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from .dual_view import dual_view_project, real_view
+from .freq_gate import AxialLowRankFreqGate
+from .gated_conv import GatedConv1D
+from .ortho import NeuralOrthoRefiner, column_normalize
+from .projected_attention import GroupedProjectedAttention
+from .spectral import spectral_calibrate
+
+
+class LoMACSSVDNet(nn.Module):
+    """`forward(H, sid) -> U, S, V, Hd`: factors of a channel, `H ~ U diag(S) V^H`.
+
+    Gate in the frequency domain, tokens of both views, `depth` pre-norm residual blocks (attention for even
+    i, gated convolution for odd i), mean over tokens plus a scene embedding, linear heads, columns sorted by
+    predicted singular value, one refinement step on each factor, calibration of S on the gated channel.
+
+    Args:
+        M, N: channel size, both at least 2.
+        r: number of singular triplets, at most min(M, N).
+        n_scene: number of scenes.
+        dim: feature width d, a multiple of `groups`.
+        depth: number of blocks.
+        groups: groups of the attention.
+        kernel_size: taps of the gated convolution, odd.
+        temperature: divisor of the gate's logits.
+        k_len: rows of the reduced keys and values; an integer, or one an attention block in order.
+        tau_s: share of the measured spectrum in S, in [0, 1]; see `set_tau_s`.
+        gate_hidden: width of the gate's perceptrons.
+
+    Input: H complex `(B, M, N)` or real `(B, M, N, 2)`; sid integer `(B,)`, or one integer for all.
+    Output: U complex `(B, M, r)`, S real `(B, r)`, V complex `(B, N, r)`, Hd complex `(B, M, N)`. Columns
+    follow the predicted spectrum, so S, after calibration, need not be sorted. A sample of zeros has S = 0.
+
+    Raises:
+        ValueError, TypeError: for a size, dtype or scene that does not fit, naming it.
+    """
+
+    functions: ClassVar[Any] = SimpleNamespace(
+        dual_view_project=dual_view_project,
+        column_normalize=column_normalize,
+        spectral_calibrate=spectral_calibrate,
+    )
+    modules_: ClassVar[Any] = SimpleNamespace(
+        AxialLowRankFreqGate=AxialLowRankFreqGate,
+        GroupedProjectedAttention=GroupedProjectedAttention,
+        GatedConv1D=GatedConv1D,
+        NeuralOrthoRefiner=NeuralOrthoRefiner,
+    )
+    tau_s: Tensor
+
+    def __init__(
+        self,
+        M: int,
+        N: int,
+        r: int,
+        n_scene: int,
+        dim: int = 64,
+        depth: int = 2,
+        groups: int = 4,
+        kernel_size: int = 3,
+        temperature: float = 0.2,
+        k_len: int | list[int] | tuple[int, ...] = 32,
+        tau_s: float = 0.9,
+        gate_hidden: int = 32,
+    ) -> None:
+        super().__init__()
+        for name, value in (("M", M), ("N", N)):
+            if value < 2:
+                raise ValueError(f"{name} must be at least 2 (the coarse map pools 2x2), got {value}")
+        if not 1 <= r <= min(M, N):
+            raise ValueError(f"r must lie between 1 and min(M, N) = {min(M, N)}, got {r}")
+        for name, value, least in (("n_scene", n_scene, 1), ("depth", depth, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        attentions = (depth + 1) // 2
+        k_lens = [k_len] * attentions if isinstance(k_len, int) else list(k_len)
+        if len(k_lens) != attentions:
+            raise ValueError(f"k_len must be an integer or {attentions} of them, got {k_len}")
+        self.M, self.N, self.r, self.n_scene, self.dim, self.depth = M, N, r, n_scene, dim, depth
+        self.groups, self.kernel_size, self.temperature = groups, kernel_size, temperature
+        self.gate_hidden = gate_hidden
+        m = self.modules_
+        self.freq_gate = m.AxialLowRankFreqGate(M, N, gate_hidden, temperature)
+        self.input_proj = nn.Linear(4 * N, dim)
+        self.pos = nn.Parameter(torch.empty(1, M, dim))
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            if i % 2 == 0:
+                mixer = m.GroupedProjectedAttention(dim, min(r, 32), groups, M, k_lens[i // 2])
+            else:
+                mixer = m.GatedConv1D(dim, kernel_size)
+            self.blocks.append(nn.Sequential(nn.LayerNorm(dim), mixer))
+        self.norm = nn.LayerNorm(dim)
+        self.scene_emb = nn.Embedding(n_scene, dim)
+        self.u_head = nn.Linear(dim, 2 * M * r)
+        self.v_head = nn.Linear(dim, 2 * N * r)
+        self.s_head = nn.Sequential(nn.Linear(dim, r), nn.Softplus())
+        self.ortho_refine = m.NeuralOrthoRefiner()
+        # float64 and 0-d: exact in every precision, promotes nothing, and changing it recompiles nothing
+        self.register_buffer("tau_s", torch.empty((), dtype=torch.float64), persistent=False)
+        self.set_tau_s(tau_s)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Linear weights Xavier-uniform with zero bias (`s_head` bias -5), `pos` zero, `scene_emb` normal."""
+        s_linear = cast(nn.Linear, self.s_head[0])
+        for linear in (self.input_proj, self.u_head, self.v_head, s_linear):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        nn.init.constant_(s_linear.bias, -5.0)
+        nn.init.zeros_(self.pos)
+        nn.init.normal_(self.scene_emb.weight)
+
+    def set_tau_s(self, tau: float) -> None:
+        """Set the share of the measured spectrum in S, in [0, 1]."""
+        if not 0 <= tau <= 1:
+            raise ValueError(f"tau_s must lie in [0, 1], got {tau}")
+        self.tau_s.fill_(tau)
+
+    @property
+    def k_len(self) -> int | list[int]:
+        """Rows of the reduced keys and values: one number, or one an attention block where they differ."""
+        k_lens = [cast(int, cast(nn.Sequential, block)[1].k_len) for block in list(self.blocks)[::2]]
+        return k_lens[0] if len(set(k_lens)) == 1 else k_lens
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments: `type(net)(**net.config)` has the same architecture."""
+        names = ("M", "N", "r", "n_scene", "dim", "depth", "groups", "kernel_size", "temperature")
+        values = {name: getattr(self, name) for name in names}
+        return values | {"k_len": self.k_len, "tau_s": float(self.tau_s), "gate_hidden": self.gate_hidden}
+
+    def forward(self, H: Tensor, sid: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        H = self._complex_input(H)
+        scene = self._scene_input(sid, H)
+        Hd = self.freq_gate.filter(H)
+        x = self.functions.dual_view_project(Hd, self.input_proj.weight, self.input_proj.bias, self.pos)
+        for block in self.blocks:
+            x = x + block(x)
+        feat = self.norm(x.mean(1)) + self.scene_emb(scene)
+        U, V, S_pred = self._heads(feat)
+        U, V = self.ortho_refine(U, V)
+        S = self.functions.spectral_calibrate(U, Hd, V, S_pred, self.tau_s)
+        alive = real_view(H).ne(0).flatten(1).any(-1, keepdim=True)
+        return U, torch.where(alive, S, 0), V, Hd
+
+    def _heads(self, feat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised columns and predicted spectrum, largest first."""
+        # autocast gives half precision here; columns, spectrum and their order are full precision
+        u, v, s = (head(feat).to(self.pos.dtype) for head in (self.u_head, self.v_head, self.s_head))
+        normalize = self.functions.column_normalize
+        U = normalize(torch.view_as_complex(u.view(-1, self.M, self.r, 2)))
+        V = normalize(torch.view_as_complex(v.view(-1, self.N, self.r, 2)))
+        S, order = torch.sort(s + 1e-6, dim=-1, descending=True, stable=True)
+        columns = order.unsqueeze(-2)
+        return U.gather(-1, columns.expand_as(U)), V.gather(-1, columns.expand_as(V)), S
+
+    def _complex_input(self, H: Tensor) -> Tensor:
+        if not H.is_complex():
+            if H.ndim != 4 or H.shape[-1] != 2 or not H.is_floating_point():
+                raise ValueError(
+                    f"H must be complex (B, {self.M}, {self.N}) or real (B, {self.M}, {self.N}, 2), "
+                    f"got {H.dtype} {tuple(H.shape)}"
+                )
+            H = torch.view_as_complex(H.contiguous())
+        if H.ndim != 3 or H.shape[-2:] != (self.M, self.N):
+            raise ValueError(f"H must have shape (B, {self.M}, {self.N}), got {tuple(H.shape)}")
+        wanted = torch.promote_types(self.pos.dtype, torch.complex32)
+        if H.dtype != wanted:
+            raise TypeError(f"H must be {wanted} to go with {self.pos.dtype} parameters, got {H.dtype}")
+        return H
+
+    def _scene_input(self, sid: Tensor | int, H: Tensor) -> Tensor:
+        if isinstance(sid, int):
+            if not 0 <= sid < self.n_scene:
+                raise ValueError(f"sid must lie between 0 and n_scene - 1 = {self.n_scene - 1}, got {sid}")
+            return torch.full((H.shape[0],), sid, device=H.device)
+        if sid.is_floating_point() or sid.is_complex() or sid.dtype == torch.bool:
+            raise TypeError(f"sid must be an integer tensor, got {sid.dtype}")
+        if sid.shape != H.shape[:1]:
+            raise ValueError(f"sid must have shape ({H.shape[0]},) as H has, got {tuple(sid.shape)}")
+        if sid.device.type == "cpu" and not torch.compiler.is_compiling() and sid.numel():
+            low, high = sid.aminmax()
+            if low < 0 or high >= self.n_scene:
+                raise ValueError(
+                    f"sid must lie between 0 and n_scene - 1 = {self.n_scene - 1}, "
+                    f"got values from {int(low)} to {int(high)}"
+                )
+        return sid

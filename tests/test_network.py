@@ -1,0 +1,269 @@
+"""The network: agreement with the published implementation, precision, initial values, clear refusals."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import lomacs_fast
+from lomacs_fast import reference
+
+PARITY = Path(__file__).parent / "data" / "parity_small.npz"
+CONFIG = ["M", "N", "r", "n_scene", "dim", "depth", "groups", "kernel_size", "temperature", "k_len"]
+NAMESPACES = [reference, lomacs_fast]
+
+
+def small(namespace=lomacs_fast, **kwargs):
+    torch.manual_seed(0)
+    config = {"M": 12, "N": 10, "r": 5, "n_scene": 3, "dim": 16, "k_len": 4, "gate_hidden": 6} | kwargs
+    return namespace.LoMACSSVDNet(**config)
+
+
+def channels(n, M=12, N=10, dtype=torch.complex64):
+    return torch.randn(n, M, N, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def relative(x, y):
+    return (torch.linalg.vector_norm(x - y) / torch.linalg.vector_norm(y)).item()
+
+
+@pytest.fixture(scope="module")
+def published():
+    archive = np.load(PARITY)
+    arrays = {
+        key: torch.from_numpy(archive[key]) for key in archive.files if archive[key].dtype.kind in "fci"
+    }
+    return json.loads(str(archive["config"])), arrays
+
+
+@pytest.fixture(params=NAMESPACES, ids=["reference", "lomacs_fast"])
+def namespace(request):
+    return request.param
+
+
+class TestPublished:
+    """Weights, inputs, outputs and gradients of the published implementation."""
+
+    def run(self, namespace, published, dtype):
+        config, data = published
+        net = namespace.LoMACSSVDNet(
+            **{k: config[k] for k in CONFIG}, tau_s=config["tau_s"], gate_hidden=config["gate_hidden"]
+        ).to(dtype)
+        state = {k.removeprefix("param/"): v.to(dtype) for k, v in data.items() if k.startswith("param/")}
+        net.load_state_dict(state, strict=True)
+        complex_dtype = torch.promote_types(dtype, torch.complex32)
+        H = data["in/H"].to(complex_dtype, copy=True).requires_grad_()
+        out = net(H, data["in/sid"])
+        weights = config["loss"]
+        loss = namespace.AEPlusLoss(match="mean")(
+            *out[:3],
+            data["in/label"].to(complex_dtype),
+            weights["wE"],
+            weights["wD"],
+            weights["wS"],
+            weights["lam"],
+        )
+        loss.backward()
+        return net, H, out, loss
+
+    @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+    def test_agrees(self, namespace, published, dtype, bound):
+        net, H, out, loss = self.run(namespace, published, dtype)
+        data = published[1]
+        for name, value in zip(("U", "S", "V", "Hd"), out, strict=True):
+            assert relative(value, data[f"out/{name}"]) < bound, name
+        assert loss.item() == pytest.approx(data["out/loss"].item(), rel=bound)
+        gradients = {f"grad/{name}": p.grad for name, p in net.named_parameters()} | {"grad/H": H.grad}
+        assert gradients.keys() == {k for k in data if k.startswith("grad/")}
+        for name, grad in gradients.items():
+            assert relative(grad, data[name]) < bound, name
+
+    def test_ae(self, namespace, published):
+        _, _, (U, S, V, _), _ = self.run(namespace, published, torch.float64)
+        label = published[1]["in/label"]
+        eye = torch.eye(U.shape[-1])
+        norm = torch.linalg.matrix_norm
+        ae = (
+            norm(label - U * S[:, None] @ V.mH) / (norm(label) + 1e-8)
+            + norm(U.mH @ U - eye)
+            + norm(V.mH @ V - eye)
+        )
+        assert ae.mean().item() == pytest.approx(published[1]["out/ae"].item(), rel=1e-10)
+
+
+def test_top_level_classes_are_the_reference_with_other_primitives():
+    for name in (
+        "LoMACSSVDNet",
+        "AxialLowRankFreqGate",
+        "GatedConv1D",
+        "GroupedProjectedAttention",
+        "NeuralOrthoRefiner",
+        "AEPlusLoss",
+    ):
+        fast, slow = getattr(lomacs_fast, name), getattr(reference, name)
+        assert issubclass(fast, slow)
+        assert "__init__" not in vars(fast)
+        assert fast.functions is lomacs_fast.functional
+    assert lomacs_fast.LowMACS_SVDNet is lomacs_fast.LoMACSSVDNet
+    net = small()
+    assert all(type(m).__module__.startswith(("lomacs_fast.nn", "torch")) for m in net.modules())
+    net = small(reference)
+    assert all(type(m).__module__.startswith(("lomacs_fast.reference", "torch")) for m in net.modules())
+
+
+def test_output_shapes_and_order():
+    net, H = small(), channels(7)
+    U, S, V, Hd = net(H, torch.tensor([0, 1, 2, 0, 1, 2, 0]))
+    assert U.shape == (7, 12, 5)
+    assert S.shape == (7, 5)
+    assert V.shape == (7, 10, 5)
+    assert Hd.shape == H.shape
+    net.set_tau_s(0.0)
+    S = net(H, 1)[1]
+    assert (S.diff(dim=-1) <= 0).all()
+
+
+def test_real_input_equals_complex_input():
+    net, H = small(), channels(3)
+    for x, y in zip(net(H, 1), net(torch.view_as_real(H), torch.ones(3, dtype=torch.long)), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_conjugated_and_strided_inputs_equal_their_copies():
+    net = small()
+    for view in (channels(3).conj(), channels(3, 10, 12).mH, channels(3, 10, 12).mT, channels(6)[::2]):
+        copied = torch.empty_like(view, memory_format=torch.contiguous_format).copy_(view)
+        for x, y in zip(net(view, 0), net(copied, 0), strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_empty_batch():
+    U, S, _, _ = small()(channels(0), torch.zeros(0, dtype=torch.long))
+    assert U.shape == (0, 12, 5)
+    assert S.shape == (0, 5)
+
+
+@pytest.mark.parametrize("size", [(2, 2, 1), (3, 2, 2), (7, 9, 3), (63, 41, 11)])
+def test_small_and_odd_sizes(size):
+    M, N, r = size
+    U, S, V, _ = small(M=M, N=N, r=r)(channels(4, M, N), 0)
+    assert all(torch.view_as_real(x).isfinite().all() for x in (U, V))
+    assert S.isfinite().all()
+
+
+def test_zero_channel_has_zero_spectrum_and_finite_gradients():
+    net, H = small(), channels(4)
+    H[1] = 0
+    H.requires_grad_()
+    U, S, V, Hd = net(H, 0)
+    assert (S[1] == 0).all()
+    assert (S[0] > 0).all()
+    (S.sum() + U.abs().sum() + V.abs().sum() + Hd.abs().sum()).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    assert torch.view_as_real(H.grad).isfinite().all()
+
+
+def test_initial_values():
+    net = small(M=64, N=48, r=16, dim=64, k_len=32, groups=4, depth=2)
+    assert all(
+        (b == 0).all() for name, b in net.named_parameters() if name.endswith("bias") and "s_head" not in name
+    )
+    assert (net.s_head[0].bias == -5).all()
+    assert (net.pos == 0).all()
+    assert net.u_head.weight.abs().max() <= (6 / (64 + 2 * 64 * 16)) ** 0.5
+    attention, conv = net.blocks[0][1], net.blocks[1][1]
+    assert attention.Pk[0].std().item() == pytest.approx(64**-0.5, rel=0.1)
+    assert conv.dw.weight.abs().max() <= 3**-0.5  # fan_in = 3 taps
+    assert conv.pw.weight.abs().max() <= 64**-0.5
+    a, b = net.ortho_refine.steps
+    assert a.item() == pytest.approx(0.1)
+    assert b.item() == pytest.approx(0.1)
+    assert net.scene_emb.weight.std().item() == pytest.approx(1, rel=0.3)
+
+
+def test_config_rebuilds_the_architecture():
+    net = small(depth=3, k_len=[4, 7], tau_s=0.7)
+    twin = type(net)(**net.config)
+    twin.load_state_dict(net.state_dict(), strict=True)
+    assert twin.config == net.config
+    H = channels(2)
+    assert torch.equal(twin(H, 0)[1], net(H, 0)[1])
+    assert "tau_s" not in net.state_dict()
+
+
+def test_tau_is_exact_in_double_precision():
+    net = small(tau_s=0.8).double()
+    assert net.tau_s.item() == 0.8
+
+
+def test_deepcopy_and_repr():
+    net = small()
+    assert torch.equal(copy.deepcopy(net)(channels(2), 0)[0], net(channels(2), 0)[0])
+    assert "k_len=4" in repr(net)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"M": 1}, "M must be at least 2"),
+        ({"N": 1}, "N must be at least 2"),
+        ({"r": 11}, "r must lie between 1 and min(M, N) = 10, got 11"),
+        ({"r": 0}, "r must lie"),
+        ({"n_scene": 0}, "n_scene"),
+        ({"dim": 18}, "dim must be a positive multiple of groups=4, got 18"),
+        ({"kernel_size": 4}, "odd"),
+        ({"k_len": 0}, "k_len must be at least 1"),
+        ({"k_len": [1, 2]}, "k_len"),
+        ({"gate_hidden": 0}, "hidden"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"tau_s": 1.5}, "tau_s must lie in [0, 1], got 1.5"),
+    ],
+)
+def test_refused_constructor_arguments(namespace, kwargs, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        small(namespace, **kwargs)
+
+
+def test_refused_inputs():
+    net = small()
+    for H, sid, error, words in [
+        (channels(2, 10, 12), 0, ValueError, "H must have shape (B, 12, 10), got (2, 10, 12)"),
+        (channels(2).real, 0, ValueError, "H must be complex"),
+        (channels(2).to(torch.complex128), 0, TypeError, "H must be torch.complex64"),
+        (channels(2), 3, ValueError, "sid must lie between 0 and n_scene - 1 = 2, got 3"),
+        (channels(2), torch.tensor([0, 9]), ValueError, "got values from 0 to 9"),
+        (channels(2), torch.tensor([0]), ValueError, "sid must have shape (2,)"),
+        (channels(2), torch.tensor([0.0, 1.0]), TypeError, "sid must be an integer tensor"),
+    ]:
+        with pytest.raises(error, match=re.escape(words)):
+            net(H, sid)
+
+
+def test_autocast_keeps_the_complex_part_in_single_precision():
+    net, H = small(M=32, N=32, r=8, dim=32, k_len=16), channels(8, 32, 32)
+    exact = net(H, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = net(H, 0)
+        assert torch.nn.functional.linear(torch.ones(1, 2), torch.ones(1, 2)).dtype == torch.bfloat16
+    assert [x.dtype for x in cast] == [torch.complex64, torch.float32, torch.complex64, torch.complex64]
+    assert torch.equal(cast[3], exact[3])
+    assert 0 < relative(cast[0].abs(), exact[0].abs()) < 0.3
+
+
+def test_shapes_on_the_meta_device():
+    with torch.device("meta"):
+        net = small()
+        out = net(torch.empty(3, 12, 10, dtype=torch.complex64), torch.zeros(3, dtype=torch.long))
+    assert [tuple(x.shape) for x in out] == [(3, 12, 5), (3, 5), (3, 10, 5), (3, 12, 10)]
+
+
+def test_compiled_forward_in_one_graph():
+    net, H = small(), channels(2)
+    sid = torch.tensor([0, 2])
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for x, y in zip(compiled(H, sid), net(H, sid), strict=True):
+        torch.testing.assert_close(x, y)
