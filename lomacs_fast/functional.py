@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ __all__ = [
 REAL = (torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
 HALF = (torch.bfloat16, torch.float16)
+REAL_OF = dict(zip(COMPLEX, REAL, strict=True))
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
@@ -40,7 +42,10 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 def _tensor(
     name: str, value: Any, dtypes: Sequence[torch.dtype], shape: Sequence[int | str | None]
 ) -> Tensor:
-    """Check dtype and shape; `None` is any size, a leading `"..."` any number of batch dimensions."""
+    """Check dtype and shape.
+
+    `None` is any size but 0, `"B"` any size, a leading `"..."` any number of batch dimensions of any size.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -49,10 +54,33 @@ def _tensor(
     given = value.shape[value.ndim - len(sizes) :] if len(sizes) <= value.ndim else ()
     exact = len(sizes) == len(shape)
     fits = len(given) == len(sizes) and (not exact or value.ndim == len(sizes))
-    if not fits or any(want is not None and want != got for want, got in zip(sizes, given, strict=True)):
-        wanted = ", ".join("*" if want is None else str(want) for want in shape)
+    if fits:
+        pairs = list(zip(sizes, given, strict=True))
+        fits = all(want in (None, "B") or want == got for want, got in pairs)
+    if not fits:
+        wanted = ", ".join("*" if want is None else str(want) for want in shape) + "," * (len(shape) == 1)
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(value.shape)}")
+    if any(want is None and got == 0 for want, got in pairs):
+        raise ValueError(f"{name} must have no empty dimension but the batch, got {tuple(value.shape)}")
     return value
+
+
+def _number(name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+
+
+def _scalar(name: str, value: Any) -> bool:
+    """Check for a number or a real 0-d tensor; True for a number, whose value can be looked at for free."""
+    if not isinstance(value, Tensor):
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a real number or a 0-d tensor, got {type(value).__name__}")
+        return True
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be real, got {_names([value.dtype])}")
+    if value.ndim:
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+    return False
 
 
 def _specified_by(specification: Callable[..., Any]) -> Callable[[Fn], Fn]:
@@ -75,13 +103,31 @@ def _like(name: str, value: Tensor, other_name: str, dtype: torch.dtype) -> None
         )
 
 
+def _weight(
+    name: str, value: Any, other: tuple[str, Tensor], shape: Sequence[int | str | None], mixed: bool = False
+) -> Tensor:
+    """Check a real weight that must have the precision of `other`, unless `mixed` precisions are in order."""
+    _tensor(name, value, REAL + HALF, shape)
+    if not mixed:
+        _like(name, value, other[0], REAL_OF.get(other[1].dtype, other[1].dtype))
+    return value
+
+
+def _autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _gate_weights(
-    M: int, N: int, row_w1: Tensor, row_w2: Tensor, col_w1: Tensor, col_w2: Tensor, temperature: float
+    name: str, X: Tensor, row_w1: Tensor, row_w2: Tensor, col_w1: Tensor, col_w2: Tensor, temperature: float
 ) -> None:
-    _tensor("row_w1", row_w1, REAL, (None, M))
-    _tensor("row_w2", row_w2, REAL, (M, row_w1.shape[0]))
-    _tensor("col_w1", col_w1, REAL, (None, N))
-    _tensor("col_w2", col_w2, REAL, (N, col_w1.shape[0]))
+    _tensor(name, X, COMPLEX, ("...", None, None))
+    M, N = X.shape[-2:]
+    _weight("row_w1", row_w1, (name, X), (None, M))
+    _weight("row_w2", row_w2, (name, X), (M, row_w1.shape[0]))
+    _weight("col_w1", col_w1, (name, X), (None, N))
+    _weight("col_w2", col_w2, (name, X), (N, col_w1.shape[0]))
+    _number("temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
@@ -90,8 +136,7 @@ def _gate_weights(
 def spectral_gate(
     Hf: Tensor, row_w1: Tensor, row_w2: Tensor, col_w1: Tensor, col_w2: Tensor, temperature: float
 ) -> Tensor:
-    _tensor("Hf", Hf, COMPLEX, ("...", None, None))
-    _gate_weights(Hf.shape[-2], Hf.shape[-1], row_w1, row_w2, col_w1, col_w2, temperature)
+    _gate_weights("Hf", Hf, row_w1, row_w2, col_w1, col_w2, temperature)
     return reference.spectral_gate(Hf, row_w1, row_w2, col_w1, col_w2, temperature)
 
 
@@ -99,21 +144,38 @@ def spectral_gate(
 def freq_gate(
     H: Tensor, row_w1: Tensor, row_w2: Tensor, col_w1: Tensor, col_w2: Tensor, temperature: float
 ) -> Tensor:
-    _tensor("H", H, COMPLEX, ("...", None, None))
-    _gate_weights(H.shape[-2], H.shape[-1], row_w1, row_w2, col_w1, col_w2, temperature)
+    _gate_weights("H", H, row_w1, row_w2, col_w1, col_w2, temperature)
     return reference.freq_gate(H, row_w1, row_w2, col_w1, col_w2, temperature)
 
 
 @_specified_by(reference.dual_view_project)
 def dual_view_project(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
-    _tensor("Hd", Hd, COMPLEX, (None, None, None))
+    _tensor("Hd", Hd, COMPLEX, ("B", None, None))
     M, N = Hd.shape[-2:]
     if min(M, N) < 2:
         raise ValueError(f"Hd must be at least 2 x 2 (the coarse map pools 2x2), got {M} x {N}")
-    _tensor("weight", weight, REAL, (None, 4 * N))
-    _tensor("bias", bias, REAL, (weight.shape[0],))
-    _tensor("pos", pos, REAL, (1, M, weight.shape[0]))
+    _weight("weight", weight, ("Hd", Hd), (None, 4 * N))
+    _weight("bias", bias, ("Hd", Hd), (weight.shape[0],))
+    _weight("pos", pos, ("Hd", Hd), (1, M, weight.shape[0]))
     return reference.dual_view_project(Hd, weight, bias, pos)
+
+
+def _grouped(
+    name: str, value: Any, x: Tensor, G: int | None, shape: tuple[int | None, int | None]
+) -> tuple[int, ...]:
+    """Check one weight a group, stacked or in a list; the shape that they have stacked."""
+    mixed = _autocast(x)
+    if isinstance(value, Tensor):
+        return tuple(_weight(name, value, ("x", x), (G, *shape), mixed).shape)
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(value).__name__}")
+    if not value or (G is not None and len(value) != G):
+        wanted = "at least one group" if G is None else f"{G} groups as wq does"
+        raise ValueError(f"{name} must hold {wanted}, got {len(value)}")
+    sizes: Sequence[int | None] = shape
+    for i, weight in enumerate(value):
+        sizes = _weight(f"{name}[{i}]", weight, ("x", x), sizes, mixed).shape
+    return (len(value), *value[0].shape)
 
 
 @_specified_by(reference.projected_attention)
@@ -126,40 +188,31 @@ def projected_attention(
     pk: Tensor | Sequence[Tensor],
     pv: Tensor | Sequence[Tensor],
 ) -> Tensor:
-    dtypes = REAL + HALF
-    _tensor("x", x, dtypes, (None, None, None))
+    _tensor("x", x, REAL + HALF, ("B", None, None))
     T, d = x.shape[-2:]
-    G = len(wq)
-    if G < 1 or d % G:
+    G, att_dim, _ = _grouped("wq", wq, x, None, (None, None))
+    if d % G:
         raise ValueError(f"wq must hold a number of groups that divides d = {d}, got {G}")
     g = d // G
-    att_dim, k_len = wq[0].shape[0], pk[0].shape[-1]
-    shapes = {"wq": (att_dim, g), "wk": (att_dim, g), "wv": (g, g), "wo": (g, g)}
-    shapes |= {"pk": (T, k_len), "pv": (T, k_len)}
-    weights = {"wq": wq, "wk": wk, "wv": wv, "wo": wo, "pk": pk, "pv": pv}
-    for name, shape in shapes.items():
-        group = weights[name]
-        if len(group) != G:
-            raise ValueError(f"{name} must hold {G} groups as wq does, got {len(group)}")
-        if isinstance(group, Tensor):
-            _tensor(name, group, dtypes, (G, *shape))
-        else:
-            for i, weight in enumerate(group):
-                _tensor(f"{name}[{i}]", weight, dtypes, shape)
+    _grouped("wq", wq, x, G, (att_dim, g))
+    _grouped("wk", wk, x, G, (att_dim, g))
+    _grouped("wv", wv, x, G, (g, g))
+    _grouped("wo", wo, x, G, (g, g))
+    k_len = _grouped("pk", pk, x, G, (T, None))[-1]
+    _grouped("pv", pv, x, G, (T, k_len))
     return reference.projected_attention(x, wq, wk, wv, wo, pk, pv)
 
 
 @_specified_by(reference.gated_conv1d)
 def gated_conv1d(x: Tensor, dw_weight: Tensor, dw_bias: Tensor, pw_weight: Tensor, pw_bias: Tensor) -> Tensor:
-    dtypes = REAL + HALF
-    _tensor("x", x, dtypes, (None, None, None))
-    d = x.shape[-1]
-    _tensor("dw_weight", dw_weight, dtypes, (2 * d, 1, None))
+    _tensor("x", x, REAL + HALF, ("B", None, None))
+    d, mixed = x.shape[-1], _autocast(x)
+    _weight("dw_weight", dw_weight, ("x", x), (2 * d, 1, None), mixed)
     if dw_weight.shape[-1] % 2 == 0:
         raise ValueError(f"dw_weight must have an odd number of taps, got {dw_weight.shape[-1]}")
-    _tensor("dw_bias", dw_bias, dtypes, (2 * d,))
-    _tensor("pw_weight", pw_weight, dtypes, (d, d, 1))
-    _tensor("pw_bias", pw_bias, dtypes, (d,))
+    _weight("dw_bias", dw_bias, ("x", x), (2 * d,), mixed)
+    _weight("pw_weight", pw_weight, ("x", x), (d, d, 1), mixed)
+    _weight("pw_bias", pw_bias, ("x", x), (d,), mixed)
     return reference.gated_conv1d(x, dw_weight, dw_bias, pw_weight, pw_bias)
 
 
@@ -172,6 +225,8 @@ def column_normalize(U: Tensor) -> Tensor:
 @_specified_by(reference.ortho_refine)
 def ortho_refine(U: Tensor, step: Tensor | float) -> Tensor:
     _tensor("U", U, REAL + COMPLEX, ("...", None, None))
+    if _scalar("step", step) and not 0 < step <= 0.5:
+        raise ValueError(f"step must lie in (0, 0.5], got {step}")
     return reference.ortho_refine(U, step)
 
 
@@ -182,6 +237,8 @@ def bjorck(U: Tensor, steps: int, order: int = 1) -> Tensor:
         raise ValueError(
             f"U must have at least as many rows as columns to be orthonormalised, got {tuple(U.shape)}"
         )
+    if not isinstance(steps, int):
+        raise TypeError(f"steps must be an integer, got {type(steps).__name__}")
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
     if order not in (1, 2):
@@ -189,19 +246,31 @@ def bjorck(U: Tensor, steps: int, order: int = 1) -> Tensor:
     return reference.bjorck(U, steps, order)
 
 
-def _factors(U: Tensor, V: Tensor, H: Tensor) -> int:
-    """Check `U (..., M, r)`, `V (..., N, r)` against `H (..., M, N)`; the number of columns."""
+def _matrix(name: str, value: Any, H: Tensor, rows: int, cols: int | None) -> Tensor:
+    """Check a factor of H: its size, the dtype and the batch of H."""
+    _tensor(name, value, REAL + COMPLEX, ("...", rows, cols))
+    _like(name, value, "H", H.dtype)
+    if value.shape[:-2] != H.shape[:-2]:
+        raise ValueError(
+            f"{name} must have the batch of H, {tuple(H.shape[:-2])}, got shape {tuple(value.shape)}"
+        )
+    return value
+
+
+def _factors(U: Tensor, V: Tensor, H: Tensor, name: str, S: Tensor) -> None:
+    """Check `U (..., M, r)`, `V (..., N, r)` and the spectrum `S (..., r)` against `H (..., M, N)`."""
     _tensor("H", H, REAL + COMPLEX, ("...", None, None))
     M, N = H.shape[-2:]
-    for name, X, size in (("U", U, M), ("V", V, N)):
-        _tensor(name, X, REAL + COMPLEX, ("...", size, U.shape[-1]))
-        _like(name, X, "H", H.dtype)
-    return U.shape[-1]
+    r = _matrix("U", U, H, M, None).shape[-1]
+    _matrix("V", V, H, N, r)
+    _weight(name, S, ("H", H), (*H.shape[:-2], r))
 
 
 @_specified_by(reference.spectral_calibrate)
 def spectral_calibrate(U: Tensor, H: Tensor, V: Tensor, S_pred: Tensor, tau: Tensor | float) -> Tensor:
-    _tensor("S_pred", S_pred, REAL, ("...", _factors(U, V, H)))
+    _factors(U, V, H, "S_pred", S_pred)
+    if _scalar("tau", tau) and not 0 <= tau <= 1:
+        raise ValueError(f"tau must lie in [0, 1], got {tau}")
     return reference.spectral_calibrate(U, H, V, S_pred, tau)
 
 
@@ -218,7 +287,9 @@ def aeplus_loss(
     w_match: Tensor | float,
     match: str = "norm",
 ) -> tuple[Tensor, AEPlusTerms]:
-    _tensor("S", S, REAL, ("...", _factors(U, V, H)))
+    _factors(U, V, H, "S", S)
+    for name, weight in (("lam", lam), ("w_energy", w_energy), ("w_diag", w_diag), ("w_match", w_match)):
+        _scalar(name, weight)
     return reference.aeplus_loss(
         U, S, V, H, lam=lam, w_energy=w_energy, w_diag=w_diag, w_match=w_match, match=match
     )
@@ -230,8 +301,11 @@ def low_rank_loss(
 ) -> Tensor:
     _tensor("H", H, REAL + COMPLEX, ("...", None, None))
     M, N = H.shape[-2:]
-    _tensor("G", G, REAL + COMPLEX, ("...", M, None))
-    _tensor("F", F, REAL + COMPLEX, ("...", N, G.shape[-1]))
-    if shape is not None and (shape[0] < M or shape[1] < N):
-        raise ValueError(f"shape must be at least that of the block, {(M, N)}, got {tuple(shape)}")
+    L = _matrix("G", G, H, M, None).shape[-1]
+    _matrix("F", F, H, N, L)
+    if shape is not None:
+        if not isinstance(shape, Sequence) or len(shape) != 2 or not all(isinstance(n, int) for n in shape):
+            raise TypeError(f"shape must be a pair of integers, got {shape!r}")
+        if shape[0] < M or shape[1] < N:
+            raise ValueError(f"shape must be at least that of the block, {(M, N)}, got {tuple(shape)}")
     return reference.low_rank_loss(F, G, H, nesting, shape=shape)

@@ -86,7 +86,8 @@ def aeplus_loss(
     loss = (
         terms.rec + lam * terms.ortho + w_energy * terms.energy + w_diag * terms.diag + w_match * terms.match
     )
-    return loss, AEPlusTerms(*(term.detach() for term in terms))
+    # a 0-d float64 weight would promote the 0-d terms
+    return loss.to(terms.rec.dtype), AEPlusTerms(*(term.detach() for term in terms))
 
 
 class AEPlusLoss(nn.Module):

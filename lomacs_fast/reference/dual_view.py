@@ -17,7 +17,8 @@ def coarse_map(Hd: Tensor) -> Tensor:
     Hd complex `(B, M, N)`, M, N >= 2; the result is real `(B, 2, M, N)`. Odd sizes follow torch: the last
     row or column takes no part in the pooling, and upsampling (`align_corners=False`) stretches over it.
     """
-    planes = real_view(Hd).permute(0, 3, 1, 2)
+    # parts stacked, not permuted: the gradient of a permuted view_as_real fails on an empty batch
+    planes = torch.stack([Hd.real, Hd.imag], 1)
     pooled = nn.functional.avg_pool2d(planes, 2)
     return nn.functional.interpolate(pooled, size=Hd.shape[-2:], mode="bilinear", align_corners=False)
 

@@ -52,8 +52,8 @@ def freq_gate(
 
     Shapes as in `spectral_gate`; H and Hd complex `(..., M, N)`.
     """
-    if H.numel() == 0:  # MKL refuses an empty batch
-        return H.clone()
+    if H.numel() == 0:  # MKL refuses an empty batch; its transform is itself
+        return H * spectral_gate(H, row_w1, row_w2, col_w1, col_w2, temperature)
     Hf = torch.fft.fft2(H, norm="ortho")
     gate = spectral_gate(Hf, row_w1, row_w2, col_w1, col_w2, temperature)
     return torch.fft.ifft2(Hf * gate, norm="ortho")
