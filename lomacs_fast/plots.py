@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "plot_channels",
+    "plot_column_dictionary",
     "plot_cumulative_energy",
     "plot_gate",
     "plot_gram",
@@ -890,6 +891,45 @@ def plot_gate(gates: Sequence[Mapping[str, Any]]) -> Figure:
     for b in range(blocks):
         _colour_bar(figure, spectrum_image, list(axes[2 * b]), "dB re max")
         _colour_bar(figure, gate_image, list(axes[2 * b + 1]), "gate")
+    return figure
+
+
+def plot_column_dictionary(shares: Mapping[str, Any]) -> Figure:
+    """How the energy of the attention's column dictionary spreads over its columns, one panel a block.
+
+    A curve a group: cumulative share of `|P_k[:, c]|^2 + alpha |P_v[:, c]|^2` over the columns, largest
+    first, as pruning would keep them; the dotted line is an even spread.
+
+    Args:
+        shares: block -> real `(groups, k_len)`, each group summing to 1, as `dictionary_energy` gives them.
+
+    Raises:
+        TypeError, ValueError: no blocks, or shares of another shape.
+    """
+    arrays = {
+        name: _array(value, f"shares[{name!r}]", {2: "(groups, k_len)"}, real=True)
+        for name, value in _named(shares, "shares").items()
+    }
+    columns = min(3, len(arrays))
+    rows = math.ceil(len(arrays) / columns)
+    figure = _new_figure(2.7 * rows + 0.2, 3.0 * columns + 1.2)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(arrays) :]:
+        ax.set_visible(False)
+    for ax, (name, share) in zip(axes, arrays.items(), strict=False):
+        k_len = share.shape[1]
+        kept = np.arange(1, k_len + 1)
+        ax.plot(kept, kept / k_len, ":", color=GREY, linewidth=1.0, label="even")
+        for g, group in enumerate(share):
+            cumulative = np.cumsum(np.sort(group)[::-1])
+            ax.plot(kept, cumulative, _style(g), color=_colour(g), linewidth=1.4, label=f"group {g}")
+        _plain(ax)
+        _integer_axis(ax.xaxis)
+        ax.set_ylim(0, 1.02)
+        ax.set_title(f"{name}, k_len {k_len}", fontsize=TITLE)
+        ax.set_xlabel("columns kept", fontsize=TEXT)
+        ax.set_ylabel("share of the energy", fontsize=TEXT)
+    axes[0].legend(fontsize=SMALL, frameon=False, loc="lower right")
     return figure
 
 

@@ -593,3 +593,17 @@ for call in calls:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["figures need matplotlib: pip install 'lomacs_fast[plots]'"] * 9
+
+
+def test_column_dictionary():
+    shares = {"blocks.0": [[0.1, 0.6, 0.3], [0.2, 0.2, 0.6]], "blocks.2": [[1.0]]}
+    figure = plots.plot_column_dictionary(shares)
+    first, second = figure.axes[:2]
+    curves = [line.get_ydata() for line in first.get_lines()]
+    np.testing.assert_allclose(curves, [[1 / 3, 2 / 3, 1], [0.6, 0.9, 1], [0.6, 0.8, 1]])
+    assert first.get_title() == "blocks.0, k_len 3"
+    assert len(second.get_lines()) == 2
+    with pytest.raises(ValueError, match="shares is empty"):
+        plots.plot_column_dictionary({})
+    with pytest.raises(ValueError, match="shares"):
+        plots.plot_column_dictionary({"blocks.0": [0.5, 0.5]})

@@ -1,0 +1,607 @@
+"""The command `lomacs-fast`: generate, analyze, train, prune, evaluate, predict, info."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
+
+import torch
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .data.layouts import ChannelSource
+
+TEST_EPOCH = (1 << 32) - 1  # generated test samples never meet those of a training epoch
+
+EXAMPLES = {
+    "generate": "lomacs-fast generate --scenario 1 2 3 4 --size 64x64x32 --train 1500 --test 200 --out DIR",
+    "analyze": "lomacs-fast analyze --data DIR --out REPORT",
+    "train": "lomacs-fast train --data DIR --out RUN --max-epochs 10 --seed 0",
+    "prune": "lomacs-fast prune --checkpoint RUN/best.ckpt --k-len 16 --gate-hidden 16 --out PRUNED",
+    "evaluate": "lomacs-fast evaluate --checkpoint RUN/best.ckpt --data DIR --json out.json",
+    "predict": "lomacs-fast predict --checkpoint RUN/best.ckpt --input H.npy --scenario 1 --out out.npz",
+    "info": "lomacs-fast info",
+}
+
+DESCRIPTIONS = {
+    "generate": "Make noisy channels and clean labels with the built-in generator.",
+    "analyze": "Measure what a set of channels is like: table, JSON and figures.",
+    "train": "Train a network on a contest folder, or on the built-in generator.",
+    "prune": "Rebuild a smaller network from a trained one, and finetune it.",
+    "evaluate": "Measure the approximation error of a checkpoint, its cost and its Score.",
+    "predict": "Write U, S and V of channels in any layout, S in the scale of the input.",
+    "info": "Show versions, devices and what is installed.",
+}
+
+
+def _write_json(values: Any, path: str | os.PathLike[str], overwrite: bool) -> None:
+    from .data.files import atomic_path
+
+    with atomic_path(path, overwrite=overwrite) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+    """A Markdown table; floats get four significant digits."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return ""
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    text = [list(header), *[[cell(v) for v in row] for row in rows]]
+    widths = [max(len(row[k]) for row in text) for k in range(len(header))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in text]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def _progress(items: Iterable[Any], total: int, what: str, enabled: bool = True) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, desc=what, disable=not enabled, leave=False)
+
+
+def _output_folder(path: str, overwrite: bool) -> Path:
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: expected a folder, got a file")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not empty; add --overwrite to write into it")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _add_generate(parser: Any) -> None:
+    parser.add_argument("--scenario", type=int, nargs="+", default=[1, 2, 3, 4], help="scenarios, 1 to 4")
+    parser.add_argument("--size", type=str, default="64x64x32", help="MxNxr")
+    parser.add_argument("--train", type=int, default=1500, help="training samples a scenario")
+    parser.add_argument("--test", type=int, default=200, help="test samples a scenario")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generator")
+    parser.add_argument(
+        "--kind",
+        type=str,
+        default="auto",
+        choices=["auto", "covariance", "channel"],
+        help="spatial covariances or plain channels; auto: covariances where M = N",
+    )
+    parser.add_argument(
+        "--layout",
+        type=str,
+        default="contest",
+        choices=["contest", "complex", "real"],
+        help="the contest's folder, or .npy files (complex64, or float32 with a last axis of 2)",
+    )
+    parser.add_argument("--round", type=int, default=1, help="round of the contest's file names")
+    parser.add_argument("--out", type=str, required=True, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def _generate(args: Any) -> None:
+    from .data.contest import ContestWriter, contest_path
+    from .data.files import NpyWriter, refuse_existing, replace_group, temporary_beside
+    from .data.generator import ChannelGenerator
+    from .training.config import parse_size
+
+    M, N, r = parse_size(args.size)
+    kind = ("covariance" if M == N else "channel") if args.kind == "auto" else args.kind
+    scenarios = sorted(set(args.scenario))
+    for name in ("train", "test"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} must be at least 0, got {getattr(args, name)}")
+    if args.train + args.test == 0:
+        raise ValueError("--train and --test are both 0, expected samples to make")
+    generators = [ChannelGenerator(M, N, scenario=s, seed=args.seed, kind=kind) for s in scenarios]
+    out = Path(args.out)
+
+    def target(scenario: int, part: str, what: str) -> Path:
+        if args.layout == "contest":
+            return contest_path(out, args.round, f"{part.capitalize()}{what}", scenario)
+        return out / f"scenario{scenario}_{part}_{'input' if what == 'Data' else 'label'}.npy"
+
+    parts = [(part, getattr(args, part)) for part in ("train", "test") if getattr(args, part)]
+    for s in scenarios:  # all or none: no scenario is written where a later one would be refused
+        for part, _ in parts:
+            for what in ("Data", "Label"):
+                refuse_existing(target(s, part, what), args.overwrite)
+
+    def chunks(generator: ChannelGenerator, part: str, count: int) -> Iterable[Any]:
+        starts = range(0, count, 100)
+        for start in _progress(starts, len(starts), f"scenario {generator.scenario}, {part}"):
+            indices = range(start, min(start + 100, count))
+            batch = generator.batch(list(indices), epoch=0 if part == "train" else TEST_EPOCH)
+            yield start, batch.input, batch.label
+
+    for s, generator in zip(scenarios, generators, strict=True):
+        if args.layout == "contest":
+            with ContestWriter(
+                out,
+                s,
+                round=args.round,
+                M=M,
+                N=N,
+                r=r,
+                n_train=args.train,
+                n_test=args.test,
+                overwrite=args.overwrite,
+            ) as writer:
+                for part, count in parts:
+                    for _, input, label in chunks(generator, part, count):
+                        getattr(writer, part)(input, label)
+            continue
+        out.mkdir(parents=True, exist_ok=True)
+        pairs = []
+        try:
+            for part, count in parts:
+                files = [target(s, part, what) for what in ("Data", "Label")]
+                shape = (count, M, N) if args.layout == "complex" else (count, M, N, 2)
+                dtype = "<c8" if args.layout == "complex" else "<f4"
+                pairs += [(temporary_beside(file), file) for file in files]
+                with NpyWriter(pairs[-2][0], shape, dtype) as a, NpyWriter(pairs[-1][0], shape, dtype) as b:
+                    for start, *both in chunks(generator, part, count):
+                        for sink, H in zip((a, b), both, strict=True):
+                            rows = H if args.layout == "complex" else torch.view_as_real(H)
+                            sink.write(start, rows.numpy())
+            replace_group(pairs)
+        finally:
+            for temporary, _ in pairs:
+                temporary.unlink(missing_ok=True)
+    print(f"{out}: scenarios {', '.join(map(str, scenarios))}, {args.train} training and {args.test} test "
+          f"samples each of {M}x{N} ({kind}), r = {r}")  # fmt: skip
+
+
+def _add_data_options(parser: Any, what: str) -> None:
+    parser.add_argument("--data", type=str, required=True, help=what)
+    parser.add_argument("--scenarios", type=int, nargs="+", default=None, help="scenarios; all of the folder")
+    parser.add_argument("--round", type=int, default=None, help="round, where the folder holds several")
+
+
+def _add_analyze(parser: Any) -> None:
+    _add_data_options(parser, "contest folder, or a file in any layout")
+    parser.add_argument("--label", type=str, default=None, help="file with the clean label of a --data file")
+    parser.add_argument("--layout", type=str, default="auto", help="layout of the files")
+    parser.add_argument("--key", type=str, default=None, help="name of the array inside a file")
+    parser.add_argument("--part", type=str, default="train", choices=["train", "test"], help="contest part")
+    parser.add_argument("--samples", type=int, default=1000, help="samples a scenario; 0 takes all")
+    parser.add_argument(
+        "--checkpoint", type=str, default=None, help="also the energy of its column dictionary"
+    )
+    parser.add_argument("--out", type=str, default=None, help="folder for statistics.json and the figures")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that exists")
+
+
+def _analyze(args: Any) -> None:
+    from .data.contest import open_contest
+    from .data.layouts import open_channels
+    from .data.statistics import channel_statistics, dictionary_energy, summarize
+
+    sources: dict[str, tuple[ChannelSource, ChannelSource | None]] = {}
+    if Path(args.data).is_dir():
+        for s in open_contest(args.data, scenarios=args.scenarios, round=args.round):
+            pair = (s.train_input, s.train_label) if args.part == "train" else (s.test_input, s.test_label)
+            if pair[0] is None:
+                raise ValueError(f"{args.data}: scenario {s.scenario} has no {args.part} data")
+            # what a network must learn is the label; the input stands beside it
+            sources[f"scenario {s.scenario}"] = (pair[0], pair[1])
+    else:
+        label = None if args.label is None else open_channels(args.label, args.layout, key=args.key)
+        source = open_channels(args.data, args.layout, key=args.key)
+        if label is not None and (len(label), label.M, label.N) != (len(source), source.M, source.N):
+            raise ValueError(
+                f"{args.label}: expected {len(source)} labels of {source.M}x{source.N}, "
+                f"got {len(label)} of {label.M}x{label.N}"
+            )
+        sources[Path(args.data).name] = (source, label)
+    out = None if args.out is None else _output_folder(args.out, args.overwrite)
+
+    values: dict[str, dict[str, torch.Tensor]] = {}
+    for name, (source, label) in sources.items():
+        count = len(source) if args.samples == 0 else min(args.samples, len(source))
+        parts: list[dict[str, torch.Tensor]] = []
+        starts = range(0, count, 64)
+        for start in _progress(starts, len(starts), name):
+            chunk = slice(start, min(start + 64, count))
+            H = source.read(chunk)
+            if label is None:
+                parts.append(channel_statistics(H))
+            else:
+                parts.append(channel_statistics(label.read(chunk), input=H))
+        values[name] = {key: torch.cat([p[key] for p in parts]) for key in parts[0]}
+    summary: dict[str, Any] = {name: summarize(stats) for name, stats in values.items()}
+    rows = []
+    for key in next(iter(summary.values())):
+        entries = [summary[name].get(key) for name in summary]
+        if all(isinstance(e, dict) and not isinstance(e.get("mean"), list) for e in entries):
+            rows.append([key, *[e["mean"] for e in entries]])
+    print(table(rows, ["mean of", *summary]))
+    if args.checkpoint is not None:
+        from .nn import GroupedProjectedAttention
+        from .training import load_network
+
+        net, _ = load_network(args.checkpoint)
+        shares = {}
+        for i, block in enumerate(net.blocks):
+            mixer = cast(torch.nn.Sequential, block)[1]
+            if isinstance(mixer, GroupedProjectedAttention):
+                pk, pv = (torch.stack(list(p)) for p in (mixer.Pk, mixer.Pv))
+                shares[f"blocks.{i}"] = dictionary_energy(pk.detach(), pv.detach()).tolist()
+        summary["column_dictionary"] = shares
+        print("\ncolumn dictionary: largest share of a column's energy, by block and group")
+        for name, groups in shares.items():
+            print(f"  {name}: " + ", ".join(f"{max(g):.3f}" for g in groups))
+    if out is not None:
+        from .plots import plot_column_dictionary, plot_statistics, save_figure
+
+        files = ["statistics.json", "statistics.png"]
+        save_figure(plot_statistics(values), out / "statistics.png")
+        if summary.get("column_dictionary"):
+            save_figure(plot_column_dictionary(summary["column_dictionary"]), out / "column_dictionary.png")
+            files.append("column_dictionary.png")
+        _write_json(summary, out / "statistics.json", overwrite=True)
+        print(f"\n{out}: {', '.join(files)}")
+
+
+def _add_train(parser: Any) -> None:
+    from .training.config import TrainConfig
+
+    parser.add_argument("--config", action="config", help="YAML file with these options, _ for -")
+    parser.add_argument("--out", type=str, required=True, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its options")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    hints = get_type_hints(TrainConfig)
+    for f in fields(TrainConfig):
+        option: dict[str, Any] = {"type": hints[f.name], "default": f.default, "help": f.metadata["help"]}
+        if f.name == "scenarios":
+            option |= {"type": int, "nargs": "+"}
+        parser.add_argument("--" + f.name.replace("_", "-"), **option)
+
+
+def _train(args: Any) -> None:
+    from .training import TrainConfig, train
+
+    config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    best = train(config, args.out, resume=args.resume, overwrite=args.overwrite)
+    print(f"{best}: best checkpoint; {best.with_name('last.ckpt').name} is the last one")
+
+
+def _with_saved_config(argv: list[str]) -> list[str]:
+    """A resumed run starts from its own options; those given again replace them."""
+    if argv[:1] != ["train"] or "--resume" not in argv:
+        return argv
+    for k, word in enumerate(argv):
+        out = argv[k + 1] if word == "--out" and k + 1 < len(argv) else None
+        out = word.removeprefix("--out=") if word.startswith("--out=") else out
+        if out is not None and (Path(out) / "config.yaml").is_file():
+            return ["train", "--config", str(Path(out) / "config.yaml"), *argv[1:]]
+    return argv
+
+
+def _add_prune(parser: Any) -> None:
+    parser.add_argument("--checkpoint", type=str, required=True, help="trained network")
+    parser.add_argument("--out", type=str, required=True, help="folder for pruned.ckpt and prune.json")
+    parser.add_argument("--k-len", type=int, default=None, help="columns to keep")
+    parser.add_argument("--gate-hidden", type=int, default=None, help="hidden channels to keep")
+    parser.add_argument("--energy", type=float, default=None, help="share of the scores to keep, in (0, 1]")
+    parser.add_argument("--macs", type=float, default=None, help="budget in millions, the contest's count")
+    parser.add_argument("--alpha", type=float, default=1.0, help="weight of P_v in a column's score")
+    parser.add_argument("--data", type=str, default=None, help="contest folder, for finetuning and the sweep")
+    parser.add_argument("--finetune-epochs", type=int, default=0, help="epochs of finetuning (published: 60)")
+    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate of the finetuning")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples a step of the finetuning")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the finetuning")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch")
+    parser.add_argument("--sweep-k-len", type=int, nargs="+", default=None, help="sizes to measure")
+    parser.add_argument("--sweep-gate-hidden", type=int, nargs="+", default=None, help="sizes to measure")
+    parser.add_argument("--progress", type=bool, default=True, help="show a progress bar")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that exists")
+
+
+def _prune(args: Any) -> None:
+    from .data.contest import open_contest
+    from .evaluation import batches, check_size
+    from .inference import decompose
+    from .metrics import evaluate
+    from .pruning import prune, sweep
+    from .training import TrainConfig, load_network, save_network
+
+    net, info = load_network(args.checkpoint)
+    targets = (args.k_len, args.gate_hidden, args.energy, args.macs)
+    sweeping = args.sweep_k_len or args.sweep_gate_hidden
+    if all(t is None for t in targets) and not sweeping:
+        raise ValueError("expected a target: --k-len, --gate-hidden, --energy, --macs or a sweep")
+    if (args.finetune_epochs or sweeping) and args.data is None:
+        raise ValueError("--finetune-epochs and the sweep need --data")
+    scenarios = [] if args.data is None else open_contest(args.data, scenarios=info.scenarios)
+    check_size(net, scenarios)
+    out = _output_folder(args.out, args.overwrite)
+    report: dict[str, Any] = {}
+    keys = ("k_len", "gate_hidden", "macs_m", "parameters")
+    if any(t is not None for t in targets):
+        smaller, pruned = prune(
+            net,
+            k_len=args.k_len,
+            gate_hidden=args.gate_hidden,
+            energy=args.energy,
+            macs=args.macs,
+            alpha=args.alpha,
+        )
+        save_network(smaller, out / "pruned.ckpt", scenarios=info.scenarios, pruned_from=str(args.checkpoint))
+        report |= {"before": pruned.before, "after": pruned.after}
+        header = ["", "k_len", "gate_hidden", "MACs (M)", "parameters"]
+        rows = [[name, *[report[name][key] for key in keys]] for name in ("before", "after")]
+        print(table(rows, header))
+        if args.finetune_epochs:
+            from .training import train
+
+            config = TrainConfig(
+                data=args.data,
+                scenarios=list(info.scenarios),
+                max_epochs=args.finetune_epochs,
+                lr=args.lr,
+                batch_size=args.batch_size,
+                seed=args.seed,
+                threads=args.threads,
+                finetune=True,
+                progress=args.progress,
+            )
+            best = train(
+                config,
+                out / "finetune",
+                overwrite=args.overwrite,
+                init=smaller,
+                init_scenarios=info.scenarios,
+            )
+            print(f"{best}: finetuned")
+    if sweeping:
+        from .plots import plot_pareto, save_figure
+
+        def error(candidate: Any) -> float:
+            data = batches(scenarios, info)
+            return evaluate(lambda H, sid: decompose(candidate, H, sid), data)["ae"]
+
+        k_lens = args.sweep_k_len or [net.k_len]
+        points = sweep(net, error, k_lens, args.sweep_gate_hidden or [net.gate_hidden], alpha=args.alpha)
+        report["sweep"] = points
+        save_figure(plot_pareto(points), out / "pareto.png")
+        columns = (*keys, "ae")
+        print(table([[p[key] for key in columns] for p in points], columns))
+    _write_json(report, out / "prune.json", overwrite=True)
+
+
+def _add_evaluate(parser: Any) -> None:
+    parser.add_argument("--checkpoint", type=str, required=True, help="network to evaluate")
+    _add_data_options(parser, "contest folder with labels")
+    parser.add_argument("--part", type=str, default=None, choices=["train", "test"], help="default: test")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples at once")
+    parser.add_argument("--svd", action="store_true", help="also torch.linalg.svd of the noisy input")
+    parser.add_argument("--json", type=str, default=None, help="file for the numbers")
+    parser.add_argument("--figures", type=str, default=None, help="folder for figures")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def _evaluate(args: Any) -> None:
+    from .data.contest import open_contest
+    from .data.files import refuse_existing
+    from .evaluation import evaluate_network, evaluate_svd, sample_of_each
+    from .training import load_network
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    net, info = load_network(args.checkpoint)
+    scenarios = open_contest(args.data, scenarios=args.scenarios, round=args.round)
+    if args.json is not None:
+        refuse_existing(args.json, args.overwrite)
+    folder = None if args.figures is None else _output_folder(args.figures, args.overwrite)
+    part = args.part or "test"
+    result = evaluate_network(net, info, scenarios, part=part, batch_size=args.batch_size)
+    keys = ("samples", "ae", "rec", "ortho_u", "ortho_v", "profiler_macs_m", "true_macs_m", "score")
+    rows = [[name, *[entry[k] for k in keys]] for name, entry in result["scenarios"].items()]
+    rows.append(["all", *[result[k] for k in keys]])
+    if args.svd:
+        svd = evaluate_svd(scenarios, net.r, part=part, batch_size=args.batch_size)
+        result["svd"] = svd
+        entries = [*((f"SVD {name}", e) for name, e in svd["scenarios"].items()), ("SVD all", svd)]
+        rows += [[name, *[e.get(k) for k in keys]] for name, e in entries]
+    print(table(rows, ["scenario", *keys]))
+    if args.json is not None:
+        _write_json(result, args.json, args.overwrite)
+    if folder is not None:
+        from .plots import plot_channels, plot_gram, plot_spectrum, save_figure
+
+        samples = sample_of_each(net, info, scenarios, part=part)
+        save_figure(plot_channels(samples), folder / "channels.png")
+        save_figure(plot_gram(samples[0]["U"], samples[0]["V"]), folder / "gram.png")
+        predicted, true = ([s[key] for s in samples] for key in ("S", "S_true"))
+        names = [f"scenario {s['scenario']}" for s in samples]
+        save_figure(plot_spectrum(predicted, true, names), folder / "spectrum.png")
+        print(f"{folder}: channels.png, gram.png, spectrum.png")
+
+
+def _add_predict(parser: Any) -> None:
+    parser.add_argument("--checkpoint", type=str, required=True, help="network to use")
+    parser.add_argument("--input", type=str, required=True, help="file in any layout, or a contest folder")
+    parser.add_argument("--layout", type=str, default="auto", help="layout of the file")
+    parser.add_argument("--key", type=str, default=None, help="name of the array inside the file")
+    parser.add_argument("--scenario", type=int, default=None, help="scenario; needed where there are several")
+    parser.add_argument("--round", type=int, default=None, help="round, where a folder holds several")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples at once")
+    parser.add_argument("--out", type=str, required=True, help="file ending in .npz (contest), .npy or .pt")
+    parser.add_argument("--progress", type=bool, default=True, help="show a progress bar")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+
+
+def _predict(args: Any) -> None:
+    from .data.contest import open_contest
+    from .data.layouts import open_channels
+    from .data.output import PredictionWriter
+    from .inference import decompose
+    from .metrics import contest_macs
+    from .training import load_network
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    net, info = load_network(args.checkpoint)
+    sid = info.sid(args.scenario)
+    source: ChannelSource | None
+    if Path(args.input).is_dir():
+        scenario = info.scenarios[sid]
+        source = open_contest(args.input, scenarios=[scenario], round=args.round)[0].test_input
+        if source is None:
+            raise ValueError(f"{args.input}: scenario {scenario} has no test data")
+    else:
+        source = open_channels(args.input, args.layout, key=args.key)
+    if (source.M, source.N) != (net.M, net.N):
+        raise ValueError(
+            f"{args.input}: holds {source.M}x{source.N} channels, the checkpoint takes {net.M}x{net.N}"
+        )
+    macs = contest_macs(net) / 1e6
+    n = len(source)
+    with PredictionWriter(args.out, n, net.M, net.N, net.r, macs=macs, overwrite=args.overwrite) as writer:
+        starts = range(0, n, args.batch_size)
+        for start in _progress(starts, len(starts), "predict", args.progress):
+            H = source.read(slice(start, min(start + args.batch_size, n))).to(torch.complex64)
+            writer.write(start, *decompose(net, H, sid))
+    print(f"{args.out}: {n} samples, U {net.M}x{net.r}, S {net.r}, V {net.N}x{net.r}")
+
+
+def _add_info(parser: Any) -> None:
+    parser.add_argument("--json", type=str, default=None, help="file for the same as JSON")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+
+
+def processor_name() -> str:
+    """The name of the CPU, as exactly as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _info(args: Any) -> None:
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    extras = {
+        "data": ["scipy", "h5py"],
+        "plots": ["matplotlib"],
+        "train": ["lightning", "tensorboard"],
+        "cli": ["jsonargparse", "pyyaml", "tqdm"],
+        "sionna": ["sionna-no-rt"],
+    }
+    cpu = {"device": "cpu", "name": processor_name(), "threads": torch.get_num_threads()}
+    devices: list[dict[str, Any]] = [cpu]
+    for k in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(k)
+        devices.append(
+            {"device": f"cuda:{k}", "name": p.name, "memory_gib": round(p.total_memory / 2**30, 1)}
+        )
+    facts: dict[str, Any] = {
+        "lomacs_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+        "cuda": torch.version.cuda,
+        "backends": {"eager": "built: every function is served by the reference in plain PyTorch"},
+        "devices": devices,
+        "extras": {extra: {p: version(p) for p in packages} for extra, packages in extras.items()},
+    }
+    for name in ("lomacs_fast", "python", "torch", "numpy", "cuda"):
+        print(f"{name:12} {facts[name] or 'none'}")
+    print("\n" + table([[k, v] for k, v in facts["backends"].items()], ["backend", "state"]))
+    print("\n" + table([[d["device"], d["name"]] for d in devices], ["device", "name"]))
+    rows = [
+        [e, ", ".join(f"{p} {v or 'absent'}" for p, v in ps.items())] for e, ps in facts["extras"].items()
+    ]
+    print("\n" + table(rows, ["extra", "packages"]))
+    if args.json is not None:
+        _write_json(facts, args.json, args.overwrite)
+
+
+COMMANDS: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {
+    "generate": (_add_generate, _generate),
+    "analyze": (_add_analyze, _analyze),
+    "train": (_add_train, _train),
+    "prune": (_add_prune, _prune),
+    "evaluate": (_add_evaluate, _evaluate),
+    "predict": (_add_predict, _predict),
+    "info": (_add_info, _info),
+}
+
+
+def build_parser() -> Any:
+    """The parser of all commands; `ImportError` says what to install where it is absent."""
+    try:
+        from jsonargparse import ArgumentParser
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the command line needs {error.name}: pip install 'lomacs_fast[cli]'") from error
+
+    parser = ArgumentParser(prog="lomacs-fast", description="Networks that learn the SVD of MIMO channels.")
+    commands = parser.add_subcommands(dest="command", required=True)
+    for name, (add, _) in COMMANDS.items():
+        command = ArgumentParser(description=DESCRIPTIONS[name], epilog=f"Example: {EXAMPLES[name]}")
+        add(command)
+        commands.add_subcommand(name, command, help=DESCRIPTIONS[name])
+    return parser
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 with one sentence on standard error for what cannot be served.
+
+    `LOMACS_FAST_TRACEBACK=1` shows where an error came from.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words in (["--version"], ["-V"]):
+        print(f"lomacs_fast {__version__}")
+        return 0
+    try:
+        args = build_parser().parse_args(_with_saved_config(words))
+        COMMANDS[args.command][1](args[args.command])
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        if os.environ.get("LOMACS_FAST_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"lomacs-fast: error: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lomacs-fast: interrupted", file=sys.stderr)
+        return 130
+    return 0

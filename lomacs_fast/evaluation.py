@@ -1,0 +1,121 @@
+"""A network on the scenarios of a contest folder: errors, costs, samples to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data.contest import ContestScenario
+from .data.layouts import ChannelSource
+from .inference import decompose
+from .metrics import contest_macs, evaluate, score, true_macs, truncated_svd
+from .nn import LoMACSSVDNet
+from .training.checkpoints import NetworkInfo
+
+EvaluationBatch = tuple[int, int, Tensor, Tensor]
+
+
+def labelled_part(scenario: ContestScenario, part: str) -> tuple[ChannelSource, ChannelSource]:
+    """Input and label of `"train"` or `"test"`; `ValueError` where the folder has none."""
+    pair = {
+        "train": (scenario.train_input, scenario.train_label),
+        "test": (scenario.test_input, scenario.test_label),
+    }
+    if part not in pair:
+        raise ValueError(f'part must be "train" or "test", got {part!r}')
+    input, label = pair[part]
+    if input is None or label is None:
+        raise ValueError(f"{scenario.folder}: scenario {scenario.scenario} has no labelled {part} data")
+    return input, label
+
+
+def batches(
+    scenarios: Sequence[ContestScenario], info: NetworkInfo, *, part: str = "test", batch_size: int = 256
+) -> Iterator[EvaluationBatch]:
+    """`(scenario, sid, input, label)` of every labelled sample, read chunk by chunk."""
+    for s in scenarios:
+        input, label = labelled_part(s, part)
+        sid = info.sid(s.scenario)
+        for start in range(0, len(input), batch_size):
+            chunk = slice(start, start + batch_size)
+            yield s.scenario, sid, input.read(chunk), label.read(chunk)
+
+
+def costs(net: LoMACSSVDNet) -> dict[str, float]:
+    """`profiler_macs_m` (the contest's count), `true_macs_m`, both in millions a sample, and `parameters`."""
+    H = torch.zeros(1, net.M, net.N, dtype=torch.complex64)
+    with torch.no_grad():
+        true = true_macs(net, H, torch.zeros(1, dtype=torch.long))
+    return {
+        "profiler_macs_m": contest_macs(net) / 1e6,
+        "true_macs_m": true / 1e6,
+        "parameters": sum(p.numel() for p in net.parameters()),
+    }
+
+
+def check_size(net: LoMACSSVDNet, scenarios: Sequence[ContestScenario]) -> None:
+    """`ValueError` where M, N or r of the folder are not those of the network."""
+    for s in scenarios:
+        for name in ("M", "N", "r"):
+            if getattr(s.config, name) != getattr(net, name):
+                raise ValueError(
+                    f"{s.folder}: scenario {s.scenario} has {name} = {getattr(s.config, name)}, "
+                    f"the checkpoint {getattr(net, name)}"
+                )
+
+
+def evaluate_network(
+    net: LoMACSSVDNet,
+    info: NetworkInfo,
+    scenarios: Sequence[ContestScenario],
+    *,
+    part: str = "test",
+    batch_size: int = 256,
+) -> dict[str, Any]:
+    """`ae`, `rec`, `ortho_u`, `ortho_v`, `samples`, the costs and `score`, overall and under `scenarios`."""
+    check_size(net, scenarios)
+    result = evaluate(
+        lambda H, sid: decompose(net, H, sid), batches(scenarios, info, part=part, batch_size=batch_size)
+    )
+    cost = costs(net)
+    for entry in (result, *result["scenarios"].values()):
+        entry |= cost | {"score": score(entry["ae"], cost["profiler_macs_m"])}
+    return result
+
+
+def evaluate_svd(
+    scenarios: Sequence[ContestScenario], r: int, *, part: str = "test", batch_size: int = 256
+) -> dict[str, Any]:
+    """The same errors for `torch.linalg.svd` of the noisy input, cut at rank r."""
+
+    def source() -> Iterator[EvaluationBatch]:
+        info = NetworkInfo(tuple(s.scenario for s in scenarios))
+        yield from batches(scenarios, info, part=part, batch_size=batch_size)
+
+    return evaluate(lambda H, _: truncated_svd(H, r), source())
+
+
+def sample_of_each(
+    net: LoMACSSVDNet, info: NetworkInfo, scenarios: Sequence[ContestScenario], *, part: str = "test"
+) -> list[dict[str, Any]]:
+    """First sample of every scenario: `scenario`, `input`, `label`, `estimate`, `U`, `S`, `V`, `S_true`."""
+    samples = []
+    for s in scenarios:
+        input, label = (source.read([0]) for source in labelled_part(s, part))
+        U, S, V = (x[0] for x in decompose(net, input, info.sid(s.scenario)))
+        samples.append(
+            {
+                "scenario": s.scenario,
+                "input": input[0],
+                "label": label[0],
+                "estimate": U * S @ V.mH,
+                "U": U,
+                "S": S,
+                "V": V,
+                "S_true": torch.linalg.svdvals(label[0])[: len(S)],
+            }
+        )
+    return samples
