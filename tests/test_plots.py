@@ -112,6 +112,7 @@ def stats(names=("scenario 1", "scenario 2"), n=40):
 CALLS = {
     "channels": lambda: plot_channels([sample()]),
     "cumulative_energy": lambda: plot_cumulative_energy({"a": torch.rand(5, 8) + 0.1}),
+    "column_dictionary": lambda: plots.plot_column_dictionary({"blocks.0": torch.full((2, 4), 0.25)}),
     "gate": lambda: plot_gate([{"scenario": 1, "input": channel(8, 6)[0], "gate": torch.rand(8, 6)}]),
     "gram": lambda: plot_gram(torch.eye(6, 3), torch.eye(5, 3)),
     "learning_curve": lambda: plot_learning_curve(history()),

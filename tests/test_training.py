@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,6 +257,18 @@ def test_an_existing_run_is_not_overwritten_unasked(tmp_path, undisturbed):
     assert (other / "thesis.txt").read_text() == "years of work"
     with pytest.raises(FileNotFoundError, match=r"last.ckpt: no such checkpoint"):
         train(config(), tmp_path / "nothing", resume=True)
+
+
+def test_a_copied_run_keeps_its_best_and_leaves_the_original_alone(tmp_path, undisturbed):
+    """After the copy every epoch is worse: the best one stays, in both folders."""
+    before = {p.name: p.read_bytes() for p in undisturbed.glob("*.ckpt")}
+    out = tmp_path / "copy"
+    shutil.copytree(undisturbed, out)
+    train(config(max_epochs=4, lr=0.3), out, resume=True)
+    assert read_history(out)["val/ae"][-1] > min(read_history(out)["val/ae"][:-1])
+    assert read_checkpoint(out / "last.ckpt")["global_step"] == 32
+    assert (out / "best.ckpt").read_bytes() == before["best.ckpt"]
+    assert {p.name: p.read_bytes() for p in undisturbed.glob("*.ckpt")} == before
 
 
 def test_resume_refuses_other_data(undisturbed):

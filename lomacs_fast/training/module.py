@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -192,6 +193,21 @@ class ChannelData(L.LightningDataModule):
         size = self.config.batch_size
         keys = [[(0, i) for i in mine[k : k + size]] for k in range(0, len(mine), size)]
         return self._loader(TrainingPairs(self.pairs, seed=self.config.seed), keys)
+
+
+class MovableCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint whose run may be moved or copied: it still knows its best, in the folder it is in."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        folder = self.dirpath
+
+        def here(path: str) -> str:
+            return os.path.join(folder or "", os.path.basename(path)) if path else path
+
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        state = state_dict | {name: here(state_dict[name]) for name in paths}
+        best = {here(path): value for path, value in state_dict["best_k_models"].items()}
+        super().load_state_dict(state | {"dirpath": folder, "best_k_models": best})
 
 
 class AtomicCheckpointIO(CheckpointIO):

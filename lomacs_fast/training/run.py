@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lomacs_fast.data.contest import open_contest
@@ -24,7 +24,7 @@ from lomacs_fast.nn import LoMACSSVDNet
 
 from .checkpoints import read_checkpoint
 from .config import TrainConfig, parse_size
-from .module import AtomicCheckpointIO, ChannelData, SVDNetModule
+from .module import AtomicCheckpointIO, ChannelData, MovableCheckpoint, SVDNetModule
 
 BEST, LAST, CONFIG = "best.ckpt", "last.ckpt", "config.yaml"
 
@@ -101,9 +101,9 @@ def _callbacks(out: Path, config: TrainConfig) -> list[L.Callback]:
         "auto_insert_metric_name": False,
     }
     callbacks: list[L.Callback] = [
-        ModelCheckpoint(filename="last", every_n_train_steps=config.checkpoint_every, **common),
-        ModelCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **common),
-        ModelCheckpoint(
+        MovableCheckpoint(filename="last", every_n_train_steps=config.checkpoint_every, **common),
+        MovableCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **common),
+        MovableCheckpoint(
             filename="best", monitor="val/ae", mode="min", save_on_train_epoch_end=False, **common
         ),
     ]
