@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import json
@@ -12,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, cast, get_args, get_type_hints
 
 import torch
 
@@ -20,6 +21,7 @@ from . import __version__
 
 if TYPE_CHECKING:
     from .data.layouts import ChannelSource
+    from .nn import LoMACSSVDNet
 
 TEST_EPOCH = (1 << 32) - 1  # generated test samples never meet those of a training epoch
 
@@ -42,6 +44,19 @@ DESCRIPTIONS = {
     "predict": "Write U, S and V of channels in any layout, S in the scale of the input.",
     "info": "Show versions, devices and what is installed.",
 }
+
+
+def _path(text: str) -> str:
+    """A path as an option; an empty one is a mistake, not the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got nothing")
+    return text
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
 
 
 def _write_json(values: Any, path: str | os.PathLike[str], overwrite: bool) -> None:
@@ -103,13 +118,13 @@ def _add_generate(parser: Any) -> None:
         help="the contest's folder, or .npy files (complex64, or float32 with a last axis of 2)",
     )
     parser.add_argument("--round", type=int, default=1, help="round of the contest's file names")
-    parser.add_argument("--out", type=str, required=True, help="folder to write")
+    parser.add_argument("--out", type=_path, required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
 def _generate(args: Any) -> None:
     from .data.contest import ContestWriter, contest_path
-    from .data.files import NpyWriter, refuse_existing, replace_group, temporary_beside
+    from .data.files import NpyWriter, refuse_existing, remove_stale, replace_group, temporary_beside
     from .data.generator import ChannelGenerator
     from .training.config import parse_size
 
@@ -167,7 +182,12 @@ def _generate(args: Any) -> None:
                 shape = (count, M, N) if args.layout == "complex" else (count, M, N, 2)
                 dtype = "<c8" if args.layout == "complex" else "<f4"
                 pairs += [(temporary_beside(file), file) for file in files]
-                with NpyWriter(pairs[-2][0], shape, dtype) as a, NpyWriter(pairs[-1][0], shape, dtype) as b:
+                for file in files:
+                    remove_stale(file)
+                first, second = (
+                    NpyWriter(temporary, shape, dtype, target=file) for temporary, file in pairs[-2:]
+                )
+                with first as a, second as b:
                     for start, *both in chunks(generator, part, count):
                         for sink, H in zip((a, b), both, strict=True):
                             rows = H if args.layout == "complex" else torch.view_as_real(H)
@@ -181,22 +201,24 @@ def _generate(args: Any) -> None:
 
 
 def _add_data_options(parser: Any, what: str) -> None:
-    parser.add_argument("--data", type=str, required=True, help=what)
+    parser.add_argument("--data", type=_path, required=True, help=what)
     parser.add_argument("--scenarios", type=int, nargs="+", default=None, help="scenarios; all of the folder")
     parser.add_argument("--round", type=int, default=None, help="round, where the folder holds several")
 
 
 def _add_analyze(parser: Any) -> None:
     _add_data_options(parser, "contest folder, or a file in any layout")
-    parser.add_argument("--label", type=str, default=None, help="file with the clean label of a --data file")
+    parser.add_argument(
+        "--label", type=_path, default=None, help="file with the clean label of a --data file"
+    )
     parser.add_argument("--layout", type=str, default="auto", help="layout of the files")
     parser.add_argument("--key", type=str, default=None, help="name of the array inside a file")
     parser.add_argument("--part", type=str, default="train", choices=["train", "test"], help="contest part")
     parser.add_argument("--samples", type=int, default=1000, help="samples a scenario; 0 takes all")
     parser.add_argument(
-        "--checkpoint", type=str, default=None, help="also the energy of its column dictionary"
+        "--checkpoint", type=_path, default=None, help="also the energy of its column dictionary"
     )
-    parser.add_argument("--out", type=str, default=None, help="folder for statistics.json and the figures")
+    parser.add_argument("--out", type=_path, default=None, help="folder for statistics.json and the figures")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that exists")
 
 
@@ -205,8 +227,12 @@ def _analyze(args: Any) -> None:
     from .data.layouts import open_channels
     from .data.statistics import channel_statistics, dictionary_energy, summarize
 
+    if args.samples < 0:
+        raise ValueError(f"--samples must be at least 0, got {args.samples}")
     sources: dict[str, tuple[ChannelSource, ChannelSource | None]] = {}
     if Path(args.data).is_dir():
+        if args.label is not None:
+            raise ValueError("--label goes with a --data file, a contest folder holds its own labels")
         for s in open_contest(args.data, scenarios=args.scenarios, round=args.round):
             pair = (s.train_input, s.train_label) if args.part == "train" else (s.test_input, s.test_label)
             if pair[0] is None:
@@ -214,6 +240,8 @@ def _analyze(args: Any) -> None:
             # what a network must learn is the label; the input stands beside it
             sources[f"scenario {s.scenario}"] = (pair[0], pair[1])
     else:
+        if args.scenarios is not None or args.round is not None:
+            raise ValueError(f"--scenarios and --round go with a contest folder, {args.data} is a file")
         label = None if args.label is None else open_channels(args.label, args.layout, key=args.key)
         source = open_channels(args.data, args.layout, key=args.key)
         if label is not None and (len(label), label.M, label.N) != (len(source), source.M, source.N):
@@ -240,9 +268,11 @@ def _analyze(args: Any) -> None:
     summary: dict[str, Any] = {name: summarize(stats) for name, stats in values.items()}
     rows = []
     for key in next(iter(summary.values())):
-        entries = [summary[name].get(key) for name in summary]
-        if all(isinstance(e, dict) and not isinstance(e.get("mean"), list) for e in entries):
-            rows.append([key, *[e["mean"] for e in entries]])
+        means = [summary[name][key]["mean"] for name in summary]
+        if isinstance(means[0], list):  # a curve over k: its first points
+            rows += [[f"{key}, k = {k + 1}", *[m[k] for m in means]] for k in range(min(3, len(means[0])))]
+        else:
+            rows.append([key, *means])
     print(table(rows, ["mean of", *summary]))
     if args.checkpoint is not None:
         from .nn import GroupedProjectedAttention
@@ -274,47 +304,64 @@ def _analyze(args: Any) -> None:
 def _add_train(parser: Any) -> None:
     from .training.config import TrainConfig
 
-    parser.add_argument("--config", action="config", help="YAML file with these options, _ for -")
-    parser.add_argument("--out", type=str, required=True, help="folder of the run")
+    parser.add_argument("--config", type=_path, help="YAML file with the options below, _ in place of -")
+    parser.add_argument("--out", type=_path, required=True, help="folder of the run")
+    parser.add_argument("--init", type=_path, help="checkpoint to start from, with its architecture")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its options")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     hints = get_type_hints(TrainConfig)
     for f in fields(TrainConfig):
-        option: dict[str, Any] = {"type": hints[f.name], "default": f.default, "help": f.metadata["help"]}
+        option: dict[str, Any] = {"help": f"{f.metadata['help']} (default: {f.default})"}
         if f.name == "scenarios":
             option |= {"type": int, "nargs": "+"}
+        elif hints[f.name] is bool:
+            option |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+        else:
+            option["type"] = next(
+                (kind for kind in (int, float) if kind in (hints[f.name], *get_args(hints[f.name]))), str
+            )
         parser.add_argument("--" + f.name.replace("_", "-"), **option)
 
 
 def _train(args: Any) -> None:
-    from .training import TrainConfig, train
+    from .training import TrainConfig, load_network, read_config_values, train
 
-    config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
-    best = train(config, args.out, resume=args.resume, overwrite=args.overwrite)
+    values: dict[str, Any] = {}
+    if args.resume:
+        # the run's own options, then those given again
+        values |= read_config_values(Path(args.out) / "config.yaml")
+    if args.config is not None:
+        values |= read_config_values(args.config)
+    given = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
+    config = TrainConfig(**(values | {name: value for name, value in given.items() if value is not None}))
+    init, scenarios = None, None
+    if args.init is not None:
+        if args.resume:
+            raise ValueError("--init starts a new run, --resume goes on with one: expected one of them")
+        init, info = load_network(args.init)
+        scenarios = info.scenarios
+    best = train(
+        config,
+        args.out,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        init=init,
+        init_scenarios=scenarios,
+    )
     print(f"{best}: best checkpoint; {best.with_name('last.ckpt').name} is the last one")
 
 
-def _with_saved_config(argv: list[str]) -> list[str]:
-    """A resumed run starts from its own options; those given again replace them."""
-    if argv[:1] != ["train"] or "--resume" not in argv:
-        return argv
-    for k, word in enumerate(argv):
-        out = argv[k + 1] if word == "--out" and k + 1 < len(argv) else None
-        out = word.removeprefix("--out=") if word.startswith("--out=") else out
-        if out is not None and (Path(out) / "config.yaml").is_file():
-            return ["train", "--config", str(Path(out) / "config.yaml"), *argv[1:]]
-    return argv
-
-
 def _add_prune(parser: Any) -> None:
-    parser.add_argument("--checkpoint", type=str, required=True, help="trained network")
-    parser.add_argument("--out", type=str, required=True, help="folder for pruned.ckpt and prune.json")
+    parser.add_argument("--checkpoint", type=_path, required=True, help="trained network")
+    parser.add_argument("--out", type=_path, required=True, help="folder for pruned.ckpt and prune.json")
     parser.add_argument("--k-len", type=int, default=None, help="columns to keep")
     parser.add_argument("--gate-hidden", type=int, default=None, help="hidden channels to keep")
     parser.add_argument("--energy", type=float, default=None, help="share of the scores to keep, in (0, 1]")
     parser.add_argument("--macs", type=float, default=None, help="budget in millions, the contest's count")
     parser.add_argument("--alpha", type=float, default=1.0, help="weight of P_v in a column's score")
-    parser.add_argument("--data", type=str, default=None, help="contest folder, for finetuning and the sweep")
+    parser.add_argument(
+        "--data", type=_path, default=None, help="contest folder, for finetuning and the sweep"
+    )
     parser.add_argument("--finetune-epochs", type=int, default=0, help="epochs of finetuning (published: 60)")
     parser.add_argument("--lr", type=float, default=2e-4, help="learning rate of the finetuning")
     parser.add_argument("--batch-size", type=int, default=256, help="samples a step of the finetuning")
@@ -322,7 +369,7 @@ def _add_prune(parser: Any) -> None:
     parser.add_argument("--threads", type=int, default=None, help="threads of torch")
     parser.add_argument("--sweep-k-len", type=int, nargs="+", default=None, help="sizes to measure")
     parser.add_argument("--sweep-gate-hidden", type=int, nargs="+", default=None, help="sizes to measure")
-    parser.add_argument("--progress", type=bool, default=True, help="show a progress bar")
+    parser.add_argument("--progress", type=_boolean, default=True, help="show a progress bar")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that exists")
 
 
@@ -332,20 +379,21 @@ def _prune(args: Any) -> None:
     from .inference import decompose
     from .metrics import evaluate
     from .pruning import prune, sweep
-    from .training import TrainConfig, load_network, save_network
+    from .training import TrainConfig, load_network, remove_run, save_network
 
     net, info = load_network(args.checkpoint)
     targets = (args.k_len, args.gate_hidden, args.energy, args.macs)
     sweeping = args.sweep_k_len or args.sweep_gate_hidden
     if all(t is None for t in targets) and not sweeping:
         raise ValueError("expected a target: --k-len, --gate-hidden, --energy, --macs or a sweep")
+    if args.finetune_epochs < 0:
+        raise ValueError(f"--finetune-epochs must be at least 0, got {args.finetune_epochs}")
     if (args.finetune_epochs or sweeping) and args.data is None:
         raise ValueError("--finetune-epochs and the sweep need --data")
     scenarios = [] if args.data is None else open_contest(args.data, scenarios=info.scenarios)
     check_size(net, scenarios)
-    out = _output_folder(args.out, args.overwrite)
+    smaller: LoMACSSVDNet | None = None
     report: dict[str, Any] = {}
-    keys = ("k_len", "gate_hidden", "macs_m", "parameters")
     if any(t is not None for t in targets):
         smaller, pruned = prune(
             net,
@@ -355,32 +403,40 @@ def _prune(args: Any) -> None:
             macs=args.macs,
             alpha=args.alpha,
         )
+        report |= {"before": pruned.before, "after": pruned.after}
+    elif args.finetune_epochs:
+        raise ValueError("--finetune-epochs needs a target: --k-len, --gate-hidden, --energy or --macs")
+    k_lens, hidden = args.sweep_k_len or [net.k_len], args.sweep_gate_hidden or [net.gate_hidden]
+    if sweeping:
+        for k_len, gate_hidden in ((max(k_lens), max(hidden)), (min(k_lens), min(hidden))):
+            prune(net, k_len=k_len, gate_hidden=gate_hidden, alpha=args.alpha)
+    config = None
+    if args.finetune_epochs:
+        config = TrainConfig(
+            data=args.data,
+            scenarios=list(info.scenarios),
+            max_epochs=args.finetune_epochs,
+            lr=args.lr,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            threads=args.threads,
+            finetune=True,
+            progress=args.progress,
+        )
+    out = _output_folder(args.out, args.overwrite)
+    if (out / "finetune").is_dir():  # of the network that is replaced now
+        remove_run(out / "finetune")
+    keys = ("k_len", "gate_hidden", "macs_m", "parameters")
+    if smaller is not None:
         save_network(smaller, out / "pruned.ckpt", scenarios=info.scenarios, pruned_from=str(args.checkpoint))
         report |= {"before": pruned.before, "after": pruned.after}
         header = ["", "k_len", "gate_hidden", "MACs (M)", "parameters"]
         rows = [[name, *[report[name][key] for key in keys]] for name in ("before", "after")]
         print(table(rows, header))
-        if args.finetune_epochs:
+        if config is not None:
             from .training import train
 
-            config = TrainConfig(
-                data=args.data,
-                scenarios=list(info.scenarios),
-                max_epochs=args.finetune_epochs,
-                lr=args.lr,
-                batch_size=args.batch_size,
-                seed=args.seed,
-                threads=args.threads,
-                finetune=True,
-                progress=args.progress,
-            )
-            best = train(
-                config,
-                out / "finetune",
-                overwrite=args.overwrite,
-                init=smaller,
-                init_scenarios=info.scenarios,
-            )
+            best = train(config, out / "finetune", init=smaller, init_scenarios=info.scenarios)
             print(f"{best}: finetuned")
     if sweeping:
         from .plots import plot_pareto, save_figure
@@ -389,8 +445,7 @@ def _prune(args: Any) -> None:
             data = batches(scenarios, info)
             return evaluate(lambda H, sid: decompose(candidate, H, sid), data)["ae"]
 
-        k_lens = args.sweep_k_len or [net.k_len]
-        points = sweep(net, error, k_lens, args.sweep_gate_hidden or [net.gate_hidden], alpha=args.alpha)
+        points = sweep(net, error, k_lens, hidden, alpha=args.alpha)
         report["sweep"] = points
         save_figure(plot_pareto(points), out / "pareto.png")
         columns = (*keys, "ae")
@@ -399,13 +454,15 @@ def _prune(args: Any) -> None:
 
 
 def _add_evaluate(parser: Any) -> None:
-    parser.add_argument("--checkpoint", type=str, required=True, help="network to evaluate")
+    parser.add_argument("--checkpoint", type=_path, required=True, help="network to evaluate")
     _add_data_options(parser, "contest folder with labels")
-    parser.add_argument("--part", type=str, default=None, choices=["train", "test"], help="default: test")
+    parser.add_argument(
+        "--part", type=str, default="test", choices=["train", "test"], help="part of the data"
+    )
     parser.add_argument("--batch-size", type=int, default=256, help="samples at once")
     parser.add_argument("--svd", action="store_true", help="also torch.linalg.svd of the noisy input")
-    parser.add_argument("--json", type=str, default=None, help="file for the numbers")
-    parser.add_argument("--figures", type=str, default=None, help="folder for figures")
+    parser.add_argument("--json", type=_path, default=None, help="file for the numbers")
+    parser.add_argument("--figures", type=_path, default=None, help="folder for figures")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
@@ -421,8 +478,10 @@ def _evaluate(args: Any) -> None:
     scenarios = open_contest(args.data, scenarios=args.scenarios, round=args.round)
     if args.json is not None:
         refuse_existing(args.json, args.overwrite)
+        if not Path(args.json).absolute().parent.is_dir():
+            raise FileNotFoundError(f"{args.json}: the folder {Path(args.json).parent} does not exist")
     folder = None if args.figures is None else _output_folder(args.figures, args.overwrite)
-    part = args.part or "test"
+    part = args.part
     result = evaluate_network(net, info, scenarios, part=part, batch_size=args.batch_size)
     keys = ("samples", "ae", "rec", "ortho_u", "ortho_v", "profiler_macs_m", "true_macs_m", "score")
     rows = [[name, *[entry[k] for k in keys]] for name, entry in result["scenarios"].items()]
@@ -448,15 +507,15 @@ def _evaluate(args: Any) -> None:
 
 
 def _add_predict(parser: Any) -> None:
-    parser.add_argument("--checkpoint", type=str, required=True, help="network to use")
-    parser.add_argument("--input", type=str, required=True, help="file in any layout, or a contest folder")
+    parser.add_argument("--checkpoint", type=_path, required=True, help="network to use")
+    parser.add_argument("--input", type=_path, required=True, help="file in any layout, or a contest folder")
     parser.add_argument("--layout", type=str, default="auto", help="layout of the file")
     parser.add_argument("--key", type=str, default=None, help="name of the array inside the file")
     parser.add_argument("--scenario", type=int, default=None, help="scenario; needed where there are several")
     parser.add_argument("--round", type=int, default=None, help="round, where a folder holds several")
     parser.add_argument("--batch-size", type=int, default=256, help="samples at once")
-    parser.add_argument("--out", type=str, required=True, help="file ending in .npz (contest), .npy or .pt")
-    parser.add_argument("--progress", type=bool, default=True, help="show a progress bar")
+    parser.add_argument("--out", type=_path, required=True, help="file ending in .npz (contest), .npy or .pt")
+    parser.add_argument("--progress", type=_boolean, default=True, help="show a progress bar")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
 
@@ -464,6 +523,7 @@ def _predict(args: Any) -> None:
     from .data.contest import open_contest
     from .data.layouts import open_channels
     from .data.output import PredictionWriter
+    from .evaluation import check_size
     from .inference import decompose
     from .metrics import contest_macs
     from .training import load_network
@@ -474,10 +534,11 @@ def _predict(args: Any) -> None:
     sid = info.sid(args.scenario)
     source: ChannelSource | None
     if Path(args.input).is_dir():
-        scenario = info.scenarios[sid]
-        source = open_contest(args.input, scenarios=[scenario], round=args.round)[0].test_input
+        scenario = open_contest(args.input, scenarios=[info.scenarios[sid]], round=args.round)[0]
+        check_size(net, [scenario])
+        source = scenario.test_input
         if source is None:
-            raise ValueError(f"{args.input}: scenario {scenario} has no test data")
+            raise ValueError(f"{args.input}: scenario {scenario.scenario} has no test data")
     else:
         source = open_channels(args.input, args.layout, key=args.key)
     if (source.M, source.N) != (net.M, net.N):
@@ -489,13 +550,13 @@ def _predict(args: Any) -> None:
     with PredictionWriter(args.out, n, net.M, net.N, net.r, macs=macs, overwrite=args.overwrite) as writer:
         starts = range(0, n, args.batch_size)
         for start in _progress(starts, len(starts), "predict", args.progress):
-            H = source.read(slice(start, min(start + args.batch_size, n))).to(torch.complex64)
-            writer.write(start, *decompose(net, H, sid))
+            H = source.read(slice(start, min(start + args.batch_size, n)))
+            writer.write(start, *decompose(net, H, sid, first=start, name=str(source.path)))
     print(f"{args.out}: {n} samples, U {net.M}x{net.r}, S {net.r}, V {net.N}x{net.r}")
 
 
 def _add_info(parser: Any) -> None:
-    parser.add_argument("--json", type=str, default=None, help="file for the same as JSON")
+    parser.add_argument("--json", type=_path, default=None, help="file for the same as JSON")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
 
@@ -519,7 +580,7 @@ def _info(args: Any) -> None:
         "data": ["scipy", "h5py"],
         "plots": ["matplotlib"],
         "train": ["lightning", "tensorboard"],
-        "cli": ["jsonargparse", "pyyaml", "tqdm"],
+        "cli": ["pyyaml", "tqdm"],
         "sionna": ["sionna-no-rt"],
     }
     cpu = {"device": "cpu", "name": processor_name(), "threads": torch.get_num_threads()}
@@ -562,26 +623,64 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {
 }
 
 
-def build_parser() -> Any:
-    """The parser of all commands; `ImportError` says what to install where it is absent."""
-    try:
-        from jsonargparse import ArgumentParser
-    except ModuleNotFoundError as error:
-        raise ImportError(f"the command line needs {error.name}: pip install 'lomacs_fast[cli]'") from error
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one sentence, as everything here does."""
 
-    parser = ArgumentParser(prog="lomacs-fast", description="Networks that learn the SVD of MIMO channels.")
-    commands = parser.add_subcommands(dest="command", required=True)
+    def error(self, message: str) -> NoReturn:
+        print(f"lomacs-fast: error: {message} ({self.prog} --help shows the options)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps an example on its line, and says what an option is when it is not given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        silent = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        if not silent and "default" not in text:
+            text += " (default: %(default)s)"
+        return text
+
+
+def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of all commands; the options of a command are only made where `words` names it."""
+    parser = _Parser(prog="lomacs-fast", description="Networks that learn the SVD of MIMO channels.")
+    parser.add_argument("--version", action="version", version=f"lomacs_fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (add, _) in COMMANDS.items():
-        command = ArgumentParser(description=DESCRIPTIONS[name], epilog=f"Example: {EXAMPLES[name]}")
-        add(command)
-        commands.add_subcommand(name, command, help=DESCRIPTIONS[name])
+        command = commands.add_parser(
+            name,
+            help=DESCRIPTIONS[name],
+            description=DESCRIPTIONS[name],
+            epilog=f"Example:\n  {EXAMPLES[name]}",
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
+        if name in words:
+            add(command)
     return parser
 
 
 def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{os.fspath(error.filename)}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if "Original Traceback" in text:  # from a process that loads data: its last line is the message
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    if _is_out_of_memory(error):
+        return f"not enough memory for what was asked ({' '.join(text.split())[:200] or 'MemoryError'})"
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(w in str(error) for w in words)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether an error says what the user asked for and cannot have, not that this package is broken."""
+    kinds = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+    return isinstance(error, kinds) or _is_out_of_memory(error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -590,18 +689,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     `LOMACS_FAST_TRACEBACK=1` shows where an error came from.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if words in (["--version"], ["-V"]):
-        print(f"lomacs_fast {__version__}")
-        return 0
+    args = build_parser(words).parse_args(words)
     try:
-        args = build_parser().parse_args(_with_saved_config(words))
-        COMMANDS[args.command][1](args[args.command])
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        COMMANDS[args.command][1](args)
+    except KeyboardInterrupt:
+        print("lomacs-fast: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
         if os.environ.get("LOMACS_FAST_TRACEBACK") == "1":
             traceback.print_exc()
         print(f"lomacs-fast: error: {_sentence(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("lomacs-fast: interrupted", file=sys.stderr)
-        return 130
     return 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,9 +51,14 @@ def broken(data, tmp_path):
 def refused(capsys, *words):
     """The one sentence with which a command is refused."""
     capsys.readouterr()
-    assert main([str(w) for w in words]) == 2
+    try:
+        code = main([str(w) for w in words])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
     err = capsys.readouterr().err.strip()
-    last = err.splitlines()[-1]
+    assert "Traceback" not in err
+    last = re.split(r"[\r\n]", err)[-1]
     assert last.startswith("lomacs-fast: error: ")
     return last.removeprefix("lomacs-fast: error: ")
 
@@ -194,7 +200,7 @@ class TestPredict:
     def test_refusals(self, trained, data, tmp_path, capsys):
         predict = ["predict", "--checkpoint", trained / "best.ckpt", "--out", tmp_path / "o.pt", "--input"]
         np.save(tmp_path / "H.npy", np.ones((2, 16, 16), np.complex64))
-        assert "scenario must be one of those trained on (1, 2), got None" in refused(
+        assert "scenario (--scenario) must be one of those trained on (1, 2), got None" in refused(
             capsys, *predict, tmp_path / "H.npy"
         )
         assert "got 7" in refused(capsys, *predict, tmp_path / "H.npy", "--scenario", 7)
@@ -250,6 +256,23 @@ class TestPrune:
         assert "need --data" in refused(capsys, *words, "--k-len", 3, "--finetune-epochs", 2)
         assert "k_len" in refused(capsys, *words, "--k-len", 99)
         assert "least" in refused(capsys, *words, "--macs", 1e-6)
+        assert "finetune-epochs must be at least 0" in refused(
+            capsys, *words, "--k-len", 3, "--finetune-epochs", -1
+        )
+        assert not (tmp_path / "x").exists()
+
+    def test_nothing_stale_stays_beside_a_new_network(self, trained, data, tmp_path, capsys):
+        out = tmp_path / "p"
+        words = ["prune", "--checkpoint", str(trained / "best.ckpt"), "--data", str(data), "--out", str(out)]
+        finetune = ["--finetune-epochs", "1", "--progress", "false"]
+        assert main([*words, "--k-len", "4", *finetune]) == 0
+        assert "k_len" in refused(
+            capsys, *words, "--k-len", "2", "--sweep-k-len", "99", "--overwrite", *finetune
+        )
+        assert load_network(out / "pruned.ckpt")[0].k_len == 4
+        assert main([*words, "--k-len", "2", "--overwrite"]) == 0
+        assert load_network(out / "pruned.ckpt")[0].k_len == 2
+        assert not (out / "finetune").exists()
 
 
 class TestAnalyze:
@@ -406,18 +429,171 @@ def test_examples_work_as_written(tmp_path, monkeypatch):
 
 
 def test_unknown_words(capsys):
-    for words in (
-        [],
-        ["frobnicate"],
-        ["train", "--max-epochz", "3"],
-        ["train", "--out", "x", "--lr", "fast"],
-    ):
-        with pytest.raises(SystemExit) as stop:
-            main(words)
-        assert stop.value.code == 2
-    capsys.readouterr()
-    assert main(["--version"]) == 0
+    for words, sentence in [
+        ([], "required: command"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["train", "--out", "x", "--max-epochz", "3"], "unrecognized arguments: --max-epochz 3"),
+        (["train", "--out", "x", "--lr", "fast"], "--lr: invalid float value: 'fast'"),
+        (["train", "--out", "x", "--progress", "maybe"], "expected true or false, got 'maybe'"),
+        (["train", "--out", ""], "--out: expected a path, got nothing"),
+        (["train"], "required: --out"),
+    ]:
+        assert sentence in refused(capsys, *words)
+        assert len(capsys.readouterr().err.splitlines()) <= 1
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
     assert capsys.readouterr().out.startswith("lomacs_fast 0")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("max_epochs: many", "max_epochs must be an integer, got 'many'"),
+        ("lr: null", "lr must be a number, got None"),
+        ("lr: .nan", "lr must be positive, got nan"),
+        ("scenarios: 1", "scenarios must be a list of integers, got 1"),
+        ("progress: 1", "progress must be true or false, got 1"),
+        ("lrr: 1", "unknown entries: lrr"),
+        ("resume: true", "unknown entries: resume"),
+        ("- 1", "expected names and values, got list"),
+        ("a: [", "expected YAML"),
+    ],
+)
+def test_yaml_that_is_refused(tmp_path, capsys, text, sentence):
+    (tmp_path / "c.yaml").write_text(text)
+    message = refused(capsys, "train", "--config", tmp_path / "c.yaml", "--out", tmp_path / "x")
+    assert sentence in message
+    assert "c.yaml" in message
+
+
+def test_yaml_that_is_served(tmp_path, data):
+    for k, text in enumerate(("", "lr: 1e-3\nscenarios: [1, 2]\n")):
+        (tmp_path / "c.yaml").write_text(text)
+        words = [
+            "train",
+            "--config",
+            str(tmp_path / "c.yaml"),
+            "--data",
+            str(data),
+            "--max-epochs",
+            "1",
+            *NET[:-2],
+        ]
+        assert main([*words, "--out", str(tmp_path / f"run{k}")]) == 0
+    assert yaml.safe_load((tmp_path / "run1" / "config.yaml").read_text())["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--threads", 0], "threads must be at least 1, got 0"),
+        (["--accelerator", "gpu"], "accelerator"),
+        (["--seed", "99999999999999999999"], "seed must lie between"),
+        (["--finetune", "true"], "needs a trained network to start from (--init)"),
+        (["--k-len", "1000000000000"], "not enough memory"),
+        (["--batch-size", -1], "batch_size must be at least 1, got -1"),
+        (["--lr", "inf"], "lr must be positive, got inf"),
+    ],
+)
+def test_options_that_are_refused(tmp_path, data, capsys, words, sentence):
+    if words == ["--accelerator", "gpu"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = ["train", "--data", data, "--out", tmp_path / "run", *NET, *words]
+    assert sentence in refused(capsys, *command)
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_finetunes_a_checkpoint(trained, data, tmp_path, capsys):
+    words = [
+        "train",
+        "--data",
+        str(data),
+        "--init",
+        str(trained / "best.ckpt"),
+        "--finetune",
+        "--max-epochs",
+        "1",
+    ]
+    words += ["--batch-size", "32", "--progress", "false", "--lr", "1e-3", "--out", str(tmp_path / "run")]
+    assert main(words) == 0
+    net, _ = load_network(tmp_path / "run" / "last.ckpt")
+    assert (net.dim, net.config["tau_s"]) == (16, 0.6)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dim"] == 16
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume", "--max-epochs", "2"]) == 0
+    assert "expected one of them" in refused(capsys, *words, "--resume")
+
+
+class TestOverwrite:
+    """Replacing a run: only what a run wrote, and only once the new one has a checkpoint."""
+
+    def words(self, data, out):
+        return ["train", "--data", data, "--out", out, "--max-epochs", 1, "--overwrite", *NET]
+
+    def test_files_of_the_user_stay(self, data, trained, tmp_path, capsys):
+        project = tmp_path / "project"
+        project.mkdir()
+        (project / "config.yaml").write_text("max_epochs: 1\n")
+        assert "no run of lomacs-fast train" in refused(capsys, *self.words(data, project))
+        run = tmp_path / "run"
+        shutil.copytree(trained, run)
+        (run / "thesis.txt").write_text("years of work")
+        assert "holds thesis.txt, which no run wrote" in refused(capsys, *self.words(data, run))
+        assert (run / "thesis.txt").read_text() == "years of work"
+        assert (run / "best.ckpt").is_file()
+
+    def test_a_run_that_fails_leaves_the_one_before(self, trained, broken, tmp_path, capsys):
+        run = tmp_path / "run"
+        shutil.copytree(trained, run)
+        before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+        file = broken / "Round1TrainData1.npy"
+        x = np.load(file)
+        x[:] = np.nan
+        np.save(file, x)
+        assert "Round1TrainData1.npy" in refused(capsys, *self.words(broken, run))
+        assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
+        assert os.listdir(tmp_path) in (["run", "broken"], ["broken", "run"])
+
+    def test_a_run_that_works_replaces_it(self, trained, data, tmp_path):
+        run = tmp_path / "run"
+        shutil.copytree(trained, run)
+        assert main([str(w) for w in self.words(data, run)]) == 0
+        assert read_checkpoint(run / "last.ckpt")["epoch"] == 0
+        assert os.listdir(tmp_path) == ["run"]
+
+
+def test_resume_keeps_what_decides_the_order(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for words, sentence in [
+        (["--batch-size", 8], "batch_size (the run has 32, got 8)"),
+        (["--val-fraction", 0.5], "val_fraction (the run has 0.1, got 0.5)"),
+        (["--dim", 32], "dim (the run has 16, got 32)"),
+        (["--seed", 3], "seed (the run has 0, got 3)"),
+    ]:
+        assert sentence in refused(capsys, "train", "--out", run, "--resume", *words)
+
+
+def test_nan_with_workers_is_one_sentence(broken, tmp_path, capsys):
+    file = broken / "Round1TrainData2.npy"
+    x = np.load(file)
+    x[5] = np.nan
+    np.save(file, x)
+    words = [
+        "train",
+        "--data",
+        broken,
+        "--out",
+        tmp_path / "run",
+        "--max-epochs",
+        1,
+        *NET,
+        "--num-workers",
+        2,
+    ]
+    message = refused(capsys, *words)
+    assert "Round1TrainData2.npy" in message
+    assert "Caught" not in message
 
 
 def test_several_processes_by_the_launcher(data, tmp_path):
@@ -447,7 +623,6 @@ def test_svd_baseline_is_the_truncated_svd(data):
 @pytest.mark.parametrize(
     ("missing", "words", "extra"),
     [
-        ("jsonargparse", ["info"], "lomacs_fast[cli]"),
         ("lightning", ["train", "--out", "x"], "lomacs_fast[train,cli]"),
         ("matplotlib", ["analyze", "--data", "H.npy", "--out", "figures"], "lomacs_fast[plots]"),
         ("h5py", ["analyze", "--data", "H.h5"], "lomacs_fast[data]"),

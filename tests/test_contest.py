@@ -108,7 +108,7 @@ def test_test_data_only_and_no_test_label(tmp_path):
 def test_rounds(tmp_path):
     write(tmp_path, 1, round=1)
     write(tmp_path, 1, round=2, seed=5)
-    with pytest.raises(ValueError, match=r"holds the rounds 1, 2; name one"):
+    with pytest.raises(ValueError, match=r"holds the rounds 1, 2; name one with round \(--round\)$"):
         open_contest(tmp_path)
     with pytest.raises(ValueError, match=r"has no round 3; there are: 1, 2"):
         open_contest(tmp_path, round=3)
@@ -287,6 +287,20 @@ def test_wrong_folders_and_scenarios(tmp_path):
         open_contest(tmp_path / "notes.txt")
 
 
+def test_empty_paths_are_not_the_current_folder(tmp_path, monkeypatch):
+    write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for use in (
+        open_contest,
+        read_config,
+        lambda path: contest_path(path, 1, "CfgData", 1),
+        lambda path: write_config(path, ContestConfig(8, M, N, R), overwrite=True),
+        lambda path: ContestWriter(path, 2, M=M, N=N, r=R, n_train=8),
+    ):
+        with pytest.raises(ValueError, match=r"^(folder|path|target): expected .*, got an empty path$"):
+            use("")
+
+
 # Writing what is wrong: nothing is left, nothing is lost
 
 
@@ -341,7 +355,9 @@ def test_existing_output_is_refused(tmp_path):
     write(tmp_path)
     for kind in ("TestLabel", "CfgData"):
         before = contents(tmp_path)
-        with pytest.raises(FileExistsError, match=r"exists; pass overwrite=True"):
+        with pytest.raises(
+            FileExistsError, match=r"exists; it is replaced only with overwrite \(--overwrite\)$"
+        ):
             write(tmp_path, seed=50)
         assert contents(tmp_path) == before
         for path in tmp_path.glob("Round1T*1.npy"):
@@ -458,6 +474,9 @@ def test_killed_while_writing(tmp_path):
     assert visible(tmp_path) == before
     (s,) = open_contest(tmp_path)
     assert torch.equal(s.train_input.read(slice(None)), old[0])
+    assert len(contents(tmp_path)) > len(before)
+    write(tmp_path, seed=50, overwrite=True)
+    assert sorted(contents(tmp_path)) == sorted(before)
 
 
 def test_killed_while_renaming(tmp_path):
@@ -493,9 +512,19 @@ def test_killed_while_renaming(tmp_path):
             (s,) = open_contest(folder)
             assert torch.equal(s.train_input.read(slice(None)), old[0])
         else:
-            with pytest.raises(ValueError, match=r"Round1CfgData1\.txt: missing|there are none"):
+            with pytest.raises(ValueError, match=r"Round1CfgData1\.txt: missing|there are none") as caught:
                 open_contest(folder)
+            kept = [name for name in contents(folder) if name.startswith(".Round1CfgData1.old-")]
+            assert len(kept) == 1
+            assert "; an interrupted replacement left " in str(caught.value)
+            assert kept[0] in str(caught.value) or "there are none" in str(caught.value)
         assert set(before.values()) <= set(contents(folder).values())
+        # what is given up while writing stays where it was, what is written removes all of it
+        with pytest.raises(ValueError, match="expected 8 samples"):
+            write_contest(folder, 1, M=M, N=N, r=R, n_train=8, overwrite=True)
+        assert set(before.values()) <= set(contents(folder).values())
+        write(folder, seed=50, overwrite=True)
+        assert sorted(contents(folder)) == sorted(before)
     (s,) = open_contest(tmp_path / "9")
     assert torch.equal(s.train_input.read(slice(None)), torch.ones(8, 6, 4, dtype=torch.complex64))
 
@@ -517,7 +546,11 @@ def test_full_disk_and_bounded_memory(tmp_path):
         def full_disk():
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
-            stream(1, 2)
+            try:
+                stream(1, 2)
+            except OSError as error:
+                assert error.filename == str(Path(sys.argv[1]) / "Round1TrainData1.npy"), repr(error)
+                raise
 
         def peak():
             return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])

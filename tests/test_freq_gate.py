@@ -154,8 +154,9 @@ def test_module(namespace):
     assert default.temperature == 0.2
     for kwargs, words in [
         ({"hidden": 0}, "hidden must be at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
-        ({"temperature": float("nan")}, "temperature must be positive, got nan"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be positive and finite, got nan"),
+        ({"temperature": float("inf")}, "temperature must be positive and finite, got inf"),
     ]:
         with pytest.raises(ValueError, match=re.escape(words)):
             namespace.AxialLowRankFreqGate(6, 5, **kwargs)

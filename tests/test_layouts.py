@@ -301,24 +301,36 @@ def test_mat_version_4(tmp_path):
     check(open_channels(tmp_path / "h.mat"), x[None])
 
 
+def ambiguous(layout):
+    """The way out, in Python and on the command line."""
+    return re.escape(
+        "name the layout: layout='mat' (--layout mat) for M x N x n or "
+        f"layout='{layout}' (--layout {layout}) for n x M x N"
+    )
+
+
 @pytest.mark.parametrize("shape", [(4, 3, 6), (4, 4, 4)])
 def test_mat_ambiguous(write_mat, shape):
     path = write_mat(H=random_complex(*shape))
-    with pytest.raises(ValueError, match=r"layout='mat' for M x N x n or layout='complex' for n x M x N"):
+    with pytest.raises(ValueError, match=ambiguous("complex")):
         open_channels(path)
     pair = write_mat("pair", H=as_real(random_complex(*shape)))
-    with pytest.raises(ValueError, match=r"layout='mat' for M x N x n or layout='real' for n x M x N"):
+    with pytest.raises(ValueError, match=ambiguous("real")):
         open_channels(pair)
 
 
 def test_mat_refused(write_mat, tmp_path):
     many = write_mat("many", A=random_complex(4, 4, 6), B=random_complex(4, 4, 6))
-    with pytest.raises(ValueError, match=r"many\.mat: holds several arrays, pass key=.*A .*B "):
+    with pytest.raises(
+        ValueError, match=r"many\.mat: holds several arrays, name one with key \(--key\); .*A .*B "
+    ):
         open_channels(many)
     check(open_channels(many, key="B"), random_complex(4, 4, 6).transpose(2, 0, 1))
     with pytest.raises(ValueError, match=r"has no array 'H'; there are: A .*B "):
         open_channels(many, key="H")
-    with pytest.raises(ValueError, match=r"cannot tell the layout"):
+    with pytest.raises(
+        ValueError, match=r"cannot tell the layout of axes .*; name it with layout \(--layout\)"
+    ):
         open_channels(write_mat("four", H=random_complex(4, 4, 3, 2)))
     integers = write_mat("integers", H=np.ones((4, 4, 2), np.int16))
     with pytest.raises(ValueError, match=r"expected an array of channel matrices, there are: H \(int16"):
@@ -614,6 +626,8 @@ def test_wrong_names(tmp_path):
     (tmp_path / "h.csv").write_text("1,2")
     with pytest.raises(ValueError, match=r"h\.csv: expected a file ending in \.npy, .*got \.csv"):
         open_channels(tmp_path / "h.csv")
+    with pytest.raises(ValueError, match="path: expected a file of channels, got an empty path"):
+        open_channels("")
     with pytest.raises(ValueError, match="got a folder"):
         open_channels(tmp_path)
     np.save(tmp_path / "h.npy", random_complex(5, 4, 3))

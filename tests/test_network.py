@@ -218,14 +218,82 @@ def test_deepcopy_and_repr():
         ({"kernel_size": 4}, "odd"),
         ({"k_len": 0}, "k_len must be at least 1"),
         ({"k_len": [1, 2]}, "k_len"),
-        ({"gate_hidden": 0}, "hidden"),
+        ({"gate_hidden": 0}, "gate_hidden must be at least 1, got 0"),
         ({"temperature": 0.0}, "temperature"),
         ({"tau_s": 1.5}, "tau_s must lie in [0, 1], got 1.5"),
+        ({"tau_s": float("nan")}, "tau_s must lie in [0, 1], got nan"),
+        ({"temperature": float("inf")}, "temperature must be positive and finite, got inf"),
+        ({"temperature": float("nan")}, "temperature must be positive and finite, got nan"),
+        ({"dim": -4}, "dim must be a positive multiple of groups=4, got -4"),
+        ({"dim": -4, "depth": 0}, "dim must be a positive multiple of groups=4, got -4"),
+        ({"groups": 0}, "groups must be at least 1, got 0"),
+        ({"groups": 0, "depth": 0}, "groups must be at least 1, got 0"),
+        ({"kernel_size": 4, "depth": 1}, "kernel_size must be odd and positive, got 4"),
+        ({"depth": -1}, "depth must be at least 0, got -1"),
+        ({"k_len": [0]}, "k_len[0] must be at least 1, got 0"),
     ],
 )
 def test_refused_constructor_arguments(namespace, kwargs, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         small(namespace, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"M": 12.0}, "M must be an integer, got float 12.0"),
+        ({"N": True}, "N must be an integer, got bool True"),
+        ({"r": 2.0}, "r must be an integer, got float 2.0"),
+        ({"n_scene": "3"}, "n_scene must be an integer, got str '3'"),
+        ({"dim": None}, "dim must be an integer, got NoneType"),
+        ({"depth": 2.5}, "depth must be an integer, got float 2.5"),
+        ({"groups": 4.0}, "groups must be an integer, got float 4.0"),
+        ({"kernel_size": 3.0}, "kernel_size must be an integer, got float 3.0"),
+        ({"k_len": 2.5}, "k_len must be an integer, got float 2.5"),
+        ({"k_len": [2.5]}, "k_len[0] must be an integer, got float 2.5"),
+        ({"k_len": True}, "k_len must be an integer, got bool True"),
+        ({"k_len": "4"}, "k_len must be an integer, got str '4'"),
+        ({"gate_hidden": 6.0}, "gate_hidden must be an integer, got float 6.0"),
+        ({"temperature": "0.2"}, "temperature must be a real number, got str '0.2'"),
+        ({"temperature": True}, "temperature must be a real number, got bool True"),
+        ({"tau_s": None}, "tau_s must be a real number, got NoneType"),
+        ({"tau_s": 1j}, "tau_s must be a real number, got complex 1j"),
+    ],
+)
+def test_refused_types_of_constructor_arguments(namespace, kwargs, words):
+    with pytest.raises(TypeError, match=f"^{re.escape(words)}$"):
+        small(namespace, **kwargs)
+
+
+def test_modules_refuse_types(namespace):
+    for name, kwargs, words in [
+        ("AxialLowRankFreqGate", {"M": 6.0, "N": 5}, "M must be an integer, got float 6.0"),
+        ("AxialLowRankFreqGate", {"M": 6, "N": 5, "hidden": True}, "hidden must be an integer"),
+        ("AxialLowRankFreqGate", {"M": 6, "N": 5, "temperature": "x"}, "temperature must be a real number"),
+        ("GatedConv1D", {"dim": 4.0}, "dim must be an integer"),
+        ("GatedConv1D", {"dim": 4, "k": 3.0}, "k must be an integer"),
+        ("NeuralOrthoRefiner", {"init_scale": "0.1"}, "init_scale must be a real number, got str '0.1'"),
+        ("NeuralOrthoRefiner", {"max_scale": None}, "max_scale must be a real number, got NoneType"),
+    ]:
+        with pytest.raises(TypeError, match=re.escape(words)):
+            getattr(namespace, name)(**kwargs)
+    sizes = {"dim": 6, "att_dim": 4, "groups": 2, "seq_len": 5, "k_len": 7}
+    for name in sizes:
+        with pytest.raises(TypeError, match=f"^{name} must be an integer, got float 2.0$"):
+            namespace.GroupedProjectedAttention(**sizes | {name: 2.0})
+    with pytest.raises(ValueError, match="M must be at least 1, got 0"):
+        namespace.AxialLowRankFreqGate(0, 5)
+
+
+def test_numbers_of_other_libraries_are_numbers(namespace):
+    net = small(
+        namespace, M=np.int64(12), k_len=[np.int32(4)], temperature=np.float32(0.5), tau_s=np.float64(0.75)
+    )
+    assert json.loads(json.dumps(net.config)) == net.config
+    assert [type(net.config[name]) for name in ("M", "k_len", "temperature")] == [int, int, float]
+    H = channels(2)
+    for one in (np.int64(1), np.array(1), np.uint8(1)):
+        assert torch.equal(net(H, one)[1], net(H, 1)[1])
 
 
 def test_refused_inputs():
@@ -238,6 +306,24 @@ def test_refused_inputs():
         (channels(2), torch.tensor([0, 9]), ValueError, "got values from 0 to 9"),
         (channels(2), torch.tensor([0]), ValueError, "sid must have shape (2,)"),
         (channels(2), torch.tensor([0.0, 1.0]), TypeError, "sid must be an integer tensor"),
+        (
+            channels(2).numpy(),
+            0,
+            TypeError,
+            "H must be a tensor, complex (B, 12, 10) or real (B, 12, 10, 2), got ndarray",
+        ),
+        (channels(2).tolist(), 0, TypeError, "got list"),
+        (channels(2), [0, 1], TypeError, "sid must be an integer or an integer tensor (B,), got list"),
+        (
+            channels(2),
+            np.array([0, 1]),
+            TypeError,
+            "sid must be an integer or an integer tensor (B,), got ndarray",
+        ),
+        (channels(2), 1.0, TypeError, "sid must be an integer or an integer tensor (B,), got float"),
+        (channels(2), True, TypeError, "sid must be an integer or an integer tensor (B,), got bool"),
+        (channels(2), None, TypeError, "sid must be an integer or an integer tensor (B,), got NoneType"),
+        (channels(2), np.int64(3), ValueError, "sid must lie between 0 and n_scene - 1 = 2, got 3"),
     ]:
         with pytest.raises(error, match=re.escape(words)):
             net(H, sid)
@@ -265,5 +351,6 @@ def test_compiled_forward_in_one_graph():
     net, H = small(), channels(2)
     sid = torch.tensor([0, 2])
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    for x, y in zip(compiled(H, sid), net(H, sid), strict=True):
-        torch.testing.assert_close(x, y)
+    for scenes in (sid, 0, 2, 1):
+        for x, y in zip(compiled(H, scenes), net(H, scenes), strict=True):
+            torch.testing.assert_close(x, y)

@@ -1,5 +1,6 @@
 """Predictions in their three forms, and files that appear whole or not at all."""
 
+import errno
 import os
 import pickle
 import re
@@ -8,12 +9,21 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lomacs_fast.data.files import NpyWriter, atomic_path, refuse_existing
+from lomacs_fast.data.files import (
+    NpyWriter,
+    atomic_path,
+    left_behind,
+    refuse_existing,
+    remove_stale,
+    replace_group,
+    temporary_beside,
+)
 from lomacs_fast.data.layouts import open_channels
 from lomacs_fast.data.output import PredictionWriter, load_predictions
 
@@ -129,7 +139,7 @@ def test_failures_leave_everything_as_it_was(tmp_path, form, existing):
         (ValueError, r"expected 7 samples, got 6; sample 3 was never written", gap),
         (ValueError, r"samples 1 to 8 lie outside the 7 announced", lambda w: w.write(1, U, S, V)),
         (ValueError, r"samples -1 to 6 lie outside", lambda w: w.write(-1, U, S, V)),
-        (ValueError, r"U: sample 5 holds NaN or Inf", lambda w: w.write(0, U_nan, S, V)),
+        (ValueError, r"p\.\w+: U: sample 5 holds NaN or Inf", lambda w: w.write(0, U_nan, S, V)),
         (ValueError, r"S: sample 4 holds NaN or Inf", lambda w: w.write(0, U, S_inf, V)),
         (ValueError, r"V: expected shape \(7, 5, 3\).*got \(7, 6, 3\)", lambda w: w.write(0, U, S, U)),
         (ValueError, r"S: expected shape \(7, 3\), got \(6, 3\)", lambda w: w.write(0, U, S[:6], V)),
@@ -153,12 +163,36 @@ def test_existing_output_is_refused(tmp_path, form):
     path = tmp_path / f"p{form}"
     write(path, prediction())
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match=r"p\.\w+ exists; pass overwrite=True"):
+    with pytest.raises(
+        FileExistsError, match=r"p\.\w+ exists; it is replaced only with overwrite \(--overwrite\)$"
+    ):
         PredictionWriter(path, n, M, N, R, macs=1.0)
     assert path.read_bytes() == before
     parts = prediction(seed=1)
     write(path, parts, overwrite=True)
     assert torch.equal(load_predictions(path)[0], parts[0])
+
+
+def test_double_precision_that_single_cannot_hold(tmp_path):
+    U, S, V = (x.to(torch.promote_types(x.dtype, torch.float64)) for x in prediction())
+    large, small, tail = S.clone(), S.clone(), S.clone()
+    large[5, 1], small[5], tail[5, 2] = 1e39, 1e-60, 1e-60
+    wide = V.clone()
+    wide[6, 0, 0] = 1e39j
+    for parts, words in [
+        ((U, large, V), "S: sample 105 holds values beyond the range of float32"),
+        ((U, small, V), "S: sample 105 holds values below the range of float32 alone"),
+        ((U, S, wide), "V: sample 106 holds values beyond the range of float32"),
+        ((U, S, torch.view_as_real(wide)), "V: sample 106 holds values beyond the range of float32"),
+    ]:
+        path = tmp_path / "p.pt"
+        with (
+            pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {words}')}$"),
+            PredictionWriter(path, 200, M, N, R) as writer,
+        ):
+            writer.write(100, *parts)
+    write(tmp_path / "p.pt", (U, tail, V))
+    assert load_predictions(tmp_path / "p.pt")[1][5, 2] == 0
 
 
 def test_output_that_appears_meanwhile_is_kept(tmp_path):
@@ -175,6 +209,9 @@ def test_output_that_appears_meanwhile_is_kept(tmp_path):
 def test_constructor_refuses(tmp_path):
     with pytest.raises(ValueError, match=r"p\.csv: expected a file ending in \.npz, \.npy, \.pt, got \.csv"):
         PredictionWriter(tmp_path / "p.csv", n, M, N, R)
+    for use in (lambda: PredictionWriter("", n, M, N, R), lambda: load_predictions("")):
+        with pytest.raises(ValueError, match=r"path: expected a file ending in .*, got an empty path"):
+            use()
     with pytest.raises(ValueError, match=r"expected macs, got None"):
         PredictionWriter(tmp_path / "p.npz", n, M, N, R)
     with pytest.raises(ValueError, match=r"expected finite macs, got nan"):
@@ -305,6 +342,10 @@ def test_killed_while_writing(tmp_path):
     )
     assert codes == [-signal.SIGKILL] * 3
     assert [path.read_bytes() for path in paths] == before
+    assert len(names(tmp_path)) > len(paths)
+    for path in paths:
+        write(path, prediction(), overwrite=True)
+    assert names(tmp_path) == sorted(path.name for path in paths)
 
 
 def test_full_disk(tmp_path):
@@ -318,7 +359,11 @@ def test_full_disk(tmp_path):
         def action(path, limit):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            write(path, 8)
+            try:
+                write(path, 8)
+            except OSError as error:
+                assert error.filename == path or str(error).startswith(f"{path}: "), repr(error)
+                raise
 
         for path in sys.argv[1:]:
             print(forked(action, path, 2_000_000), forked(action, path, 10_000_000))
@@ -351,7 +396,7 @@ def test_atomic_path(tmp_path):
         write_half(target)
     assert target.read_text() == "one"
     with (
-        pytest.raises(FileExistsError, match="exists; pass overwrite=True"),
+        pytest.raises(FileExistsError, match="exists; it is replaced only with overwrite"),
         atomic_path(target, overwrite=False),
     ):
         raise AssertionError("the body ran")
@@ -392,6 +437,108 @@ def test_atomic_path_refuses(tmp_path):
         atomic_path(tmp_path / "nowhere" / "a.txt"),
     ):
         raise AssertionError("the body ran")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_names_the_target(tmp_path):
+    target = tmp_path / "report.json"
+    with pytest.raises(OSError, match="No space") as caught, atomic_path(target):
+        Path("/dev/full").write_text("x" * 10**6)
+    assert caught.value.filename == str(target)
+    rows = np.zeros((1000, 1000))
+    with NpyWriter("/dev/full", rows.shape, rows.dtype, target=target) as writer:
+        with pytest.raises(OSError, match="No space") as caught:
+            writer.write(0, rows)
+        assert caught.value.filename == str(target)
+        with pytest.raises(OSError, match="No space") as caught:
+            writer.close()
+        assert caught.value.filename == str(target)
+
+
+def test_errors_name_the_target(tmp_path, monkeypatch):
+    target = tmp_path / "report.json"
+    with pytest.raises(FileNotFoundError) as caught, atomic_path(target):
+        pass
+    assert caught.value.filename == str(target)
+    with pytest.raises(FileNotFoundError) as caught:
+        NpyWriter(tmp_path / "nowhere" / "x.npy", (1, 2), np.float32, target=target)
+    assert caught.value.filename == str(target)
+
+    def failing(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("os.fsync", failing)
+    with pytest.raises(OSError, match="Input/output error") as caught, atomic_path(target) as temporary:
+        temporary.write_text("one")
+    assert caught.value.filename == str(target)
+    temporary = temporary_beside(target)
+    temporary.write_text("one")
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        replace_group([(temporary, target)])
+    assert caught.value.filename == str(target)
+
+
+def test_errors_about_other_things_stay_as_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, atomic_path(tmp_path / "a.txt"):
+        (tmp_path / "input.txt").read_text()
+    assert caught.value.filename == str(tmp_path / "input.txt")
+    with pytest.raises(BrokenPipeError) as caught, atomic_path(tmp_path / "a.txt"):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert caught.value.filename is None
+
+
+def ended():
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_leftovers_of_ended_processes_alone_are_removed(tmp_path):
+    target = tmp_path / "p.npz"
+    mine = temporary_beside(target)
+    machine, pid = mine.name.split("-")[1:3]
+    assert pid == str(os.getpid())
+    gone = ended()
+    other = "00000000" if machine != "00000000" else "11111111"
+    stale = f".p.tmp-{machine}-{gone}-0123456789ab.npz"
+    kept = [
+        mine.name,
+        stale.replace(machine, other),
+        stale.replace(".p.", ".q."),
+        stale.replace(".p.", ".p.x."),
+        stale.replace(".npz", ".npy"),
+        stale.replace("tmp", "U"),
+        stale.replace("0123456789ab", "0123456789"),
+        f".p.tmp-{machine}-{os.getppid()}-0123456789ab.npz",
+        ".p.tmp-0123456789ab.npz",
+    ]
+    for name in (*kept, stale):
+        (tmp_path / name).write_text(name)
+    remove_stale(target)
+    assert names(tmp_path) == sorted(kept)
+    (tmp_path / stale).touch()
+    with atomic_path(target) as temporary:
+        assert stale not in names(tmp_path)
+        temporary.write_text("whole")
+    assert names(tmp_path) == sorted([*kept, "p.npz"])
+
+
+def test_moved_files_are_kept_while_their_target_is_missing(tmp_path):
+    target = tmp_path / "H.npy"
+    machine = temporary_beside(target).name.split("-")[1]
+    backup = tmp_path / f".H.old-{machine}-{ended()}-0123456789ab.npy"
+    backup.write_text("all that is left")
+    remove_stale(target, "old")
+    assert backup.read_text() == "all that is left"
+    assert left_behind(target) == f"; an interrupted replacement left what stood there as {backup.name}"
+    with pytest.raises(FileNotFoundError, match=rf"H\.npy: no such file; .* as {re.escape(backup.name)}$"):
+        open_channels(target)
+    temporary = temporary_beside(target)
+    temporary.write_text("new")
+    replace_group([(temporary, target)])
+    assert names(tmp_path) == ["H.npy"]
+    assert left_behind(target) == ""
 
 
 def test_npy_writer(tmp_path):

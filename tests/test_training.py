@@ -66,6 +66,17 @@ def start(out, mode, pause=0.0, **kwargs):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def launched(out, folder, **kwargs):
+    """The same in two processes of the existing launcher."""
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(folder / "script.py"), str(out), "new", "0", str(SMALL | kwargs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
 def finished(process):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -102,6 +113,38 @@ def wait_for_step(path, step, process):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     raise AssertionError("no checkpoint")
+
+
+VALIDATION = """
+validate = SVDNetModule.validation_step
+def slow_validation(self, batch, batch_idx):
+    print("validating", self.global_step, flush=True)
+    time.sleep(5)
+    return validate(self, batch, batch_idx)
+SVDNetModule.validation_step = slow_validation
+"""
+
+
+def test_killed_in_validation_twice(tmp_path, undisturbed):
+    """At steps 8 and 16, which end an epoch and are steps to save at."""
+    out = tmp_path / "run"
+    code = SCRIPT.replace("train(TrainConfig", VALIDATION + "train(TrainConfig")
+    for mode, step in (("new", 8), ("resume", 16)):
+        command = [sys.executable, "-c", code, str(out), mode, "0", str(SMALL)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for line in process.stdout:
+            if line.split()[:1] == ["validating"]:
+                reached = int(line.split()[1])
+                if reached == step:
+                    break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if step == 8:
+            continue
+    finished(start(out, "resume"))
+    assert same(weights(out / "last.ckpt"), weights(undisturbed / "last.ckpt"))
+    assert same(weights(out / "best.ckpt"), weights(undisturbed / "best.ckpt"))
+    assert read_history(out)["val/ae"] == read_history(undisturbed)["val/ae"]
 
 
 @pytest.mark.parametrize("step", [2, 12, 16])
@@ -171,12 +214,7 @@ def test_loss_falls_and_history_has_the_terms(undisturbed):
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path, undisturbed):
     """The existing launcher starts two processes; each takes half of every batch."""
     out = tmp_path / "run"
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(tmp_path / "script.py"), str(out), "new", "0", str(SMALL)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    finished(launched(out, tmp_path))
     state, whole = (weights(x / "last.ckpt")["state_dict"] for x in (out, undisturbed))
     for name, value in whole.items():
         torch.testing.assert_close(state[name], value, rtol=2e-3, atol=2e-4, msg=name)
@@ -252,7 +290,7 @@ def test_an_existing_run_is_not_overwritten_unasked(tmp_path, undisturbed):
     other = tmp_path / "notes"
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="no run of lomacs-fast train"):
+    with pytest.raises(FileExistsError, match="is no run of lomacs-fast train"):
         train(config(), other, overwrite=True)
     assert (other / "thesis.txt").read_text() == "years of work"
     with pytest.raises(FileNotFoundError, match=r"last.ckpt: no such checkpoint"):
@@ -400,6 +438,43 @@ class TestOrder:
         whole = TrainingPairs(pairs).__getitems__([(0, 1), (0, 2), (0, 5)])
         assert (whole.input[1] == 0).all()
         assert torch.view_as_real(whole.label).isfinite().all()
+
+
+def test_a_batch_of_zeros_is_a_step_without_a_gradient(tmp_path, monkeypatch):
+    """Batches of one sample, some of them zero channels; nothing but zeros is refused."""
+    read = GeneratedPairs.read
+
+    def some(self, indices, epoch=0):
+        input, label = read(self, indices, epoch)
+        input[torch.as_tensor(indices) % 3 == 0] = 0
+        return input, label
+
+    settings = {"samples": 2, "batch_size": 1, "max_epochs": 2, "val_fraction": 0.5}
+    monkeypatch.setattr(GeneratedPairs, "read", some)
+    train(config(**settings), tmp_path / "some")
+    assert all(p.isfinite().all() for p in load_network(tmp_path / "some" / "last.ckpt")[0].parameters())
+    assert read_checkpoint(tmp_path / "some" / "last.ckpt")["global_step"] == 8
+
+    monkeypatch.setattr(
+        GeneratedPairs, "read", lambda self, indices, epoch=0: tuple(0 * x for x in read(self, indices))
+    )
+    with pytest.raises(ValueError, match="all training samples of epoch 0 are zero channels"):
+        train(config(**settings), tmp_path / "all")
+
+
+def test_validation_of_uneven_processes_is_that_of_one(tmp_path):
+    """33 validation samples on two processes."""
+    settings = {"size": "8x8x4", "scenarios": [1], "samples": 99, "val_fraction": 1 / 3, "max_epochs": 1}
+    history = []
+    for devices in (1, 2):
+        out = tmp_path / f"run{devices}"
+        finished(
+            start(out, "new", devices=devices, **settings)
+            if devices == 1
+            else launched(out, tmp_path, **settings)
+        )
+        history.append(read_history(out))
+    assert history[1]["val/ae"] == pytest.approx(history[0]["val/ae"], rel=2e-3)
 
 
 class TestCheckpointFiles:

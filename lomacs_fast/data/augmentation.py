@@ -13,24 +13,51 @@ from .seeding import derive_seed
 _AUGMENTATION = 0x617567  # keeps these draws apart from those of the generator at the same seed
 
 
+def _divide(parts: Tensor, divisor: Tensor) -> Tensor:
+    """Parts `(n, M, N, 2)` by one real number a sample, which complex division would square or invert."""
+    return parts / torch.where(divisor > 0, divisor, 1)[:, None, None, None]
+
+
+def _scaled(H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`parts (n, M, N, 2)` with entries of at most 2, their norm, and the power of two that brings back H."""
+    parts = torch.view_as_real(H.resolve_conj())
+    if parts.numel() == 0:
+        return parts, parts.new_zeros(len(parts)), parts.new_ones(len(parts))
+    peak = parts.detach().flatten(1).abs().amax(1)
+    peak = torch.where(peak > 0, peak, 1)
+    # the power of two at or below the peak: dividing by it rounds nothing
+    scale = peak / (2 * torch.frexp(peak).mantissa)
+    parts = _divide(parts, scale)
+    return parts, torch.linalg.vector_norm(parts.flatten(1), dim=1), scale
+
+
+def unit_channels(H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`X, size, scale` with `H = X size scale` a sample and `|X|_F = 1`, as exact at any scale of H.
+
+    H complex `(n, M, N)`; X like H; `scale` a power of two, `size` at most `2 sqrt(2 M N)`, both real `(n,)`.
+    Their product is `|H|_F`, which may lie outside the precision of H where its entries do not. A zero sample
+    has X = 0 and size 0.
+    """
+    parts, size, scale = _scaled(H)
+    return torch.view_as_complex(_divide(parts, size).contiguous()), size, scale
+
+
 def frobenius_norm(H: Tensor) -> Tensor:
     """`|H|_F` a sample, real `(n,)`, also where squares would under- or overflow. H complex `(n, M, N)`."""
-    parts = torch.view_as_real(H.resolve_conj()).flatten(1)
-    if parts.shape[0] == 0:
-        return parts.new_zeros(0)
-    peak = parts.abs().amax(1)
-    safe = torch.where(peak > 0, peak, 1)
-    return peak * torch.linalg.vector_norm(parts / safe[:, None], dim=1)
+    _, size, scale = _scaled(H)
+    return size * scale
 
 
 def frobenius_normalize(H: Tensor, norm: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`H / |H|_F` a sample and the norms; a zero sample stays zero with norm 0.
 
-    H complex `(n, M, N)`. With `norm` given, real `(n,)`, that one divides (the label is divided by the norm
-    of its input).
+    H complex `(n, M, N)`, of any scale. With `norm` given, real `(n,)`, that one divides (the label is
+    divided by the norm of its input).
     """
-    norm = frobenius_norm(H) if norm is None else norm
-    return H / torch.where(norm > 0, norm, 1)[:, None, None], norm
+    if norm is None:
+        X, size, scale = unit_channels(H)
+        return X, size * scale
+    return torch.view_as_complex(_divide(torch.view_as_real(H.resolve_conj()), norm).contiguous()), norm
 
 
 @dataclass(frozen=True)

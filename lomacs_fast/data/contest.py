@@ -23,7 +23,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lomacs_fast.data.files import NpyWriter, atomic_path, refuse_existing, replace_group, temporary_beside
+from lomacs_fast.data.files import (
+    NpyWriter,
+    as_path,
+    atomic_path,
+    left_behind,
+    naming,
+    refuse_existing,
+    remove_stale,
+    replace_group,
+    temporary_beside,
+)
 from lomacs_fast.data.layouts import Array, ChannelSource, open_channels, to_complex
 
 __all__ = [
@@ -82,7 +92,8 @@ def contest_path(folder: str | os.PathLike[str], round: int, kind: str, scenario
     """`folder/RoundYKINDX.npy`, or `.txt` for the kind `CfgData`; `ValueError` for an unknown kind."""
     if kind not in _KINDS:
         raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
-    return Path(folder) / f"Round{round}{kind}{scenario}.{'txt' if kind == 'CfgData' else 'npy'}"
+    suffix = "txt" if kind == "CfgData" else "npy"
+    return as_path(folder, "a contest folder", "folder") / f"Round{round}{kind}{scenario}.{suffix}"
 
 
 def read_config(path: str | os.PathLike[str]) -> ContestConfig:
@@ -91,7 +102,7 @@ def read_config(path: str | os.PathLike[str]) -> ContestConfig:
     Raises `FileNotFoundError` for a missing file and `ValueError` naming the file, the line, what it should
     hold and what stands there, for a line that is missing, not an integer, impossible, or one too many.
     """
-    path = Path(path)
+    path = as_path(path, "a RoundYCfgDataX.txt")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -162,7 +173,7 @@ def open_contest(
     for an unknown scenario or round (listing those there are), a missing or malformed cfg, a missing partner
     file, and arrays that do not fit the cfg or each other. Every message names the file.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "a contest folder", "folder")
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
     if not folder.is_dir():
@@ -173,10 +184,14 @@ def open_contest(
         if match and (match[4] == "txt") == (match[2] == "CfgData"):
             there.setdefault(int(match[1]), {}).setdefault(int(match[3]), set()).add(match[2])
     if not there:
-        raise ValueError(f"{folder}: expected contest files such as Round1CfgData1.txt, there are none")
+        kept = sum(name.startswith(".Round") and ".old-" in name for name in os.listdir(folder))
+        after = f"; an interrupted replacement left {kept} under hidden names (.Round*.old-*)" if kept else ""
+        raise ValueError(
+            f"{folder}: expected contest files such as Round1CfgData1.txt, there are none{after}"
+        )
     if round is None:
         if len(there) > 1:
-            raise ValueError(f"{folder}: holds the rounds {_list(there)}; name one")
+            raise ValueError(f"{folder}: holds the rounds {_list(there)}; name one with round (--round)")
         round = next(iter(there))
     if round not in there:
         raise ValueError(f"{folder}: has no round {round}; there are: {_list(there)}")
@@ -188,6 +203,7 @@ def open_contest(
         if scenario not in offered:
             raise ValueError(
                 f"{folder}: has no scenario {scenario} in round {round}; there are: {_list(offered)}"
+                f"{left_behind(contest_path(folder, round, 'CfgData', scenario))}"
             )
     return [_open_scenario(folder, round, scenario, offered[scenario]) for scenario in wanted]
 
@@ -197,6 +213,7 @@ def _open_scenario(folder: Path, round: int, scenario: int, kinds: set[str]) -> 
     if "CfgData" not in kinds:
         raise ValueError(
             f"{paths['CfgData']}: missing, it must describe {', '.join(paths[k].name for k in sorted(kinds))}"
+            f"{left_behind(paths['CfgData'])}"
         )
     for one, other in (("TrainData", "TrainLabel"), ("TrainLabel", "TrainData"), ("TestLabel", "TestData")):
         if one in kinds and other not in kinds:
@@ -232,8 +249,10 @@ class ContestWriter:
     complex `(b, M, N)` or real `(b, M, N, 2)`, stored as float32. The chunks go to temporary files in the
     folder (made where it does not exist); when the body ends with exactly `n_train` and `n_test` samples
     written, they replace the files of that scenario, the cfg last. When the body raises, the temporary files
-    are removed and the folder is as before. With `test_label=False` no test label is written, and one that is
-    there is removed.
+    are removed and the folder is as before. A killed process leaves its temporary files, which the next
+    writer of the scenario removes, and, if it was replacing files, those of before under the hidden names
+    that `open_contest` tells; they go when the scenario is next written whole. With `test_label=False` no
+    test label is written, and one that is there is removed.
 
     Raises `ValueError` for impossible sizes, counts that do not come true, shapes that do not fit, NaN and
     Inf; `FileExistsError` at the start if a file of the scenario exists, unless `overwrite`.
@@ -259,7 +278,7 @@ class ContestWriter:
                 raise ValueError(f"{name}: expected at least 0, got {value}")
         if n_train == n_test == 0:
             raise ValueError("n_train, n_test: expected samples to write, got 0 of both")
-        self.folder = Path(folder)
+        self.folder = as_path(folder, "a folder to write", "folder")
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder}: expected a folder, got a file")
         self._paths = {kind: contest_path(self.folder, round, kind, scenario) for kind in _KINDS}
@@ -283,10 +302,12 @@ class ContestWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._made_folder = missing
         try:
+            for path in self._paths.values():
+                remove_stale(path)
             for kind, size in self._sizes.items():
                 if size:
-                    shape = (size, self.config.M, self.config.N, 2)
-                    self._writers[kind] = NpyWriter(temporary_beside(self._paths[kind]), shape, np.float32)
+                    path, shape = self._paths[kind], (size, self.config.M, self.config.N, 2)
+                    self._writers[kind] = NpyWriter(temporary_beside(path), shape, np.float32, target=path)
         except BaseException:
             self._discard()
             raise
@@ -359,7 +380,8 @@ class ContestWriter:
         self._refuse_existing()
         config = temporary_beside(self._paths["CfgData"])
         try:
-            config.write_text(_config_text(self.config), encoding="utf-8")
+            with naming(self._paths["CfgData"], config):
+                config.write_text(_config_text(self.config), encoding="utf-8")
             pairs = [(writer.path, self._paths[name]) for name, writer in self._writers.items()]
             stale = [self._paths[name] for name in self._sizes if name not in self._writers]
             replace_group([*pairs, (config, self._paths["CfgData"])], remove=stale)

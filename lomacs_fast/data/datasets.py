@@ -129,7 +129,7 @@ class TrainingPairs(Dataset[Batch]):
 
     Both matrices are divided by the input's Frobenius norm, then the input is augmented: a pure function of
     (seed, epoch, index), so that any batch of any epoch can be made again. With `skip_zeros`, a pair with a
-    zero matrix is left out of its batch: it has no relative error to learn from.
+    zero matrix is left out of its batch, which may leave it empty: it has no relative error to learn from.
     """
 
     def __init__(
@@ -157,8 +157,6 @@ class TrainingPairs(Dataset[Batch]):
             if not bool(alive.all()):
                 raw_input, raw_label = raw_input[alive], raw_label[alive]
                 indices = [index for index, keep in zip(indices, alive.tolist(), strict=True) if keep]
-            if not indices:
-                raise ValueError(f"all {len(keys)} samples of a batch of epoch {epoch} are zero channels")
         input, norm = frobenius_normalize(raw_input)
         label, _ = frobenius_normalize(raw_label, norm)
         if self.augmentation is not None:

@@ -19,7 +19,7 @@ Layouts (`n` counts the matrices; a real array carries the real and imaginary pa
 `auto` takes a real array as `real`, a complex one of 7 axes as `sionna`, of 2, 3, 5, 6 or more than 7 axes as
 `complex`; a complex one of 4 axes may be `complex` or `deepmimo` and has to be named. In a `.mat` file two
 axes are one matrix, three are `M x N x n` or `n x M x N` by the pair of equal neighbours (64 x 64 x n,
-n x 64 x 64); with no pair, or two, pass `mat` for `M x N x n` or `complex` (`real`) for `n x M x N`; more
+n x 64 x 64); with no pair, or two, name `mat` for `M x N x n` or `complex` (`real`) for `n x M x N`; more
 axes than three have to be named there, Sionna's seven excepted. The real and imaginary part are not counted
 among these axes.
 """
@@ -40,6 +40,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from lomacs_fast.data.files import as_path, left_behind
 
 __all__ = ["LAYOUTS", "ChannelSource", "open_channels", "to_complex"]
 
@@ -124,14 +126,16 @@ def _guess(dims: tuple[int, ...], is_complex: bool, where: str, matlab: bool) ->
             return sample_first if first else "mat"
         raise ValueError(
             f"{where}: cannot tell which axis of {' x '.join(map(str, dims))} counts the samples; "
-            f"pass layout='mat' for M x N x n or layout='{sample_first}' for n x M x N"
+            f"name the layout: layout='mat' (--layout mat) for M x N x n or layout='{sample_first}' "
+            f"(--layout {sample_first}) for n x M x N"
         )
     if ndim == 7 and is_complex:
         return "sionna"
     if matlab or (ndim == 4 and is_complex):
         raise ValueError(
-            f"{where}: cannot tell the layout of axes {dims}; pass layout='{sample_first}' for (..., M, N), "
-            "'deepmimo' for (n_ue, n_rx, n_tx, n_sub)" + (", 'mat' for M x N x ..." if matlab else "")
+            f"{where}: cannot tell the layout of axes {dims}; name it with layout (--layout): "
+            f"'{sample_first}' for (..., M, N), 'deepmimo' for (n_ue, n_rx, n_tx, n_sub)"
+            + (", 'mat' for M x N x ..." if matlab else "")
         )
     return sample_first
 
@@ -413,7 +417,7 @@ def _choose_key(path: Path, entries: Mapping[str, _Entry], key: str | None) -> s
         return "H"
     if not usable:
         raise ValueError(f"{path}: expected an array of channel matrices, there are: {listing}")
-    raise ValueError(f"{path}: holds several arrays, pass key= to name one; there are: {listing}")
+    raise ValueError(f"{path}: holds several arrays, name one with key (--key); there are: {listing}")
 
 
 def _need(module: str, what: str) -> Any:
@@ -645,9 +649,9 @@ def open_channels(
     that cannot decide. Every message begins with the file.
     """
     _check_layout(layout)
-    path = Path(path)
+    path = as_path(path, "a file of channels")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file{left_behind(path)}")
     if path.is_dir():
         raise ValueError(f"{path}: expected a file of channels, got a folder")
     suffix = path.suffix.lower()

@@ -24,7 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lomacs_fast.data.files import NpyWriter, atomic_path, refuse_existing, temporary_beside
+from lomacs_fast.data.files import (
+    NpyWriter,
+    as_path,
+    atomic_path,
+    naming,
+    refuse_existing,
+    remove_stale,
+    temporary_beside,
+)
 from lomacs_fast.data.layouts import Array
 
 __all__ = ["PredictionWriter", "load_predictions"]
@@ -56,7 +64,7 @@ class PredictionWriter:
         macs: float | None = None,
         overwrite: bool = False,
     ) -> None:
-        self.path = Path(path)
+        self.path = as_path(path, f"a file ending in {', '.join(_SUFFIXES)}")
         self._form = self.path.suffix.lower()
         if self._form not in _SUFFIXES:
             raise ValueError(
@@ -87,9 +95,11 @@ class PredictionWriter:
                 path = self._target
                 if self._form != ".npy":
                     # These forms are put together from their parts at the end.
-                    path = temporary_beside(self._target.with_suffix(".npy"), name)
+                    part = Path(os.path.realpath(self.path)).with_suffix(".npy")
+                    remove_stale(part, name)
+                    path = temporary_beside(part, name)
                     stack.callback(_remove, path)
-                self._writers[name] = stack.enter_context(NpyWriter(path, shape, dtype))
+                self._writers[name] = stack.enter_context(NpyWriter(path, shape, dtype, target=self.path))
             self._stack = stack.pop_all()
         return self
 
@@ -106,8 +116,9 @@ class PredictionWriter:
         """Put the samples `start` to `start + b`.
 
         `U` complex `(b, M, r)` or real `(b, M, r, 2)`, `S` real `(b, r)`, `V` as U with N; any device and
-        floating precision, stored in single. Raises `TypeError` and `ValueError` for what does not fit,
-        samples outside 0 to n, and NaN or Inf, naming the sample.
+        floating precision, stored in single. Raises `TypeError` and `ValueError` for what does not fit and
+        samples outside 0 to n; `ValueError`, naming file and sample, for NaN, Inf, values beyond the range of
+        single precision, and singular values that would all vanish in it.
         """
         if not self._writers:
             raise RuntimeError("PredictionWriter: write inside its `with` block")
@@ -121,10 +132,8 @@ class PredictionWriter:
             raise ValueError(
                 f"{self.path}: samples {start} to {start + b} lie outside the {self.n} announced"
             )
-        for name, piece in pieces.items():
-            finite = np.isfinite(piece).all(axis=tuple(range(1, piece.ndim)))
-            if not finite.all():
-                raise ValueError(f"{name}: sample {start + int(np.argmin(finite))} holds NaN or Inf")
+        for (name, piece), given in zip(pieces.items(), (U, S, V), strict=True):
+            self._check_range(name, piece, given, start)
         if self._form == ".npy":
             writer = self._writers["USV"]
             record = np.empty(b, dtype=writer.dtype)
@@ -137,6 +146,25 @@ class PredictionWriter:
                 piece = piece.view(np.float32).reshape(*piece.shape, 2)
             self._writers[name].write(start, piece)
 
+    def _check_range(self, name: str, piece: Array, given: Tensor, start: int) -> None:
+        """Refuse what is not finite, or not representable in single precision."""
+        axes = tuple(range(1, piece.ndim))
+        finite = np.isfinite(piece).all(axis=axes)
+        if not finite.all():
+            k = int(np.argmin(finite))
+            holds = "NaN or Inf"
+            if bool(given[k].detach().isfinite().all()):
+                holds = "values beyond the range of float32"
+            raise ValueError(f"{self.path}: {name}: sample {start + k} holds {holds}")
+        if name == "S" and given.dtype == torch.float64:
+            alive = (given.detach() != 0).any(1).cpu().numpy()
+            lost = alive & ~piece.any(axis=axes)
+            if lost.any():
+                k = int(np.argmax(lost))
+                raise ValueError(
+                    f"{self.path}: S: sample {start + k} holds values below the range of float32 alone"
+                )
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -145,7 +173,7 @@ class PredictionWriter:
             stack.__exit__(kind, error, trace)
             self._writers = {}
             return
-        with stack:
+        with stack, naming(self.path, *(writer.path for writer in self._writers.values())):
             self._finish()
         self._writers = {}
 
@@ -231,7 +259,7 @@ def load_predictions(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tens
     `FileNotFoundError` for a missing file and `ValueError` for one of another form, damaged, or with shapes
     that do not belong together.
     """
-    path = Path(path)
+    path = as_path(path, f"a file ending in {', '.join(_SUFFIXES)}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix.lower() not in _SUFFIXES:

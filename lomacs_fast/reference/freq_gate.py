@@ -9,6 +9,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from .arguments import integer, positive
+
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:
     """Autocast off, where the device has it: complex stems stay in full precision."""
@@ -65,7 +67,10 @@ class AxialLowRankFreqGate(nn.Module):
     Args:
         M, N: channel size.
         hidden: width of both perceptrons; pruning makes it smaller.
-        temperature: divisor of the logits.
+        temperature: divisor of the logits, positive and finite.
+
+    Raises:
+        TypeError, ValueError: for another type or value of an argument, naming it.
 
     Parameters: `row_mlp.0.weight (hidden, M)`, `row_mlp.2.weight (M, hidden)`, likewise `col_mlp` with N.
     """
@@ -74,10 +79,8 @@ class AxialLowRankFreqGate(nn.Module):
 
     def __init__(self, M: int, N: int, hidden: int = 32, temperature: float = 0.2) -> None:
         super().__init__()
-        if hidden < 1:
-            raise ValueError(f"hidden must be at least 1, got {hidden}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        M, N, hidden = integer("M", M, 1), integer("N", N, 1), integer("hidden", hidden, 1)
+        temperature = positive("temperature", temperature)
         self.M, self.N, self.hidden, self.temperature = M, N, hidden, temperature
         self.row_mlp = nn.Sequential(
             nn.Linear(M, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, M, bias=False)

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .arguments import integer
+
 
 def gated_conv1d(x: Tensor, dw_weight: Tensor, dw_bias: Tensor, pw_weight: Tensor, pw_bias: Tensor) -> Tensor:
     """`pointwise(a * sigmoid(b))` with `[a, b]` the halves of a depthwise convolution over tokens.
@@ -37,6 +39,9 @@ class GatedConv1D(nn.Module):
         dim: d.
         k: taps of the depthwise convolution, odd.
 
+    Raises:
+        TypeError, ValueError: for another type or value of an argument, naming it.
+
     Parameters: `dw.weight (2d, 1, k)`, `dw.bias (2d,)`, `pw.weight (d, d, 1)`, `pw.bias (d,)`.
     """
 
@@ -44,8 +49,7 @@ class GatedConv1D(nn.Module):
 
     def __init__(self, dim: int, k: int = 5) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
+        dim, k = integer("dim", dim, 1), integer("k", k)
         if k < 1 or k % 2 == 0:
             raise ValueError(f"k must be odd and positive, got {k}")
         self.dw = nn.Conv1d(dim, 2 * dim, k, groups=dim, padding=k // 2)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import integer, number, positive
 from .dual_view import dual_view_project, real_view
 from .freq_gate import AxialLowRankFreqGate
 from .gated_conv import GatedConv1D
@@ -31,7 +33,7 @@ class LoMACSSVDNet(nn.Module):
         depth: number of blocks.
         groups: groups of the attention.
         kernel_size: taps of the gated convolution, odd.
-        temperature: divisor of the gate's logits.
+        temperature: divisor of the gate's logits, positive and finite.
         k_len: rows of the reduced keys and values; an integer, or one an attention block in order.
         tau_s: share of the measured spectrum in S, in [0, 1]; see `set_tau_s`.
         gate_hidden: width of the gate's perceptrons.
@@ -41,7 +43,7 @@ class LoMACSSVDNet(nn.Module):
     follow the predicted spectrum, so S, after calibration, need not be sorted. A sample of zeros has S = 0.
 
     Raises:
-        ValueError, TypeError: for a size, dtype or scene that does not fit, naming it.
+        ValueError, TypeError: for an argument, size, dtype or scene that does not fit, naming it.
     """
 
     functions: ClassVar[Any] = SimpleNamespace(
@@ -73,18 +75,28 @@ class LoMACSSVDNet(nn.Module):
         gate_hidden: int = 32,
     ) -> None:
         super().__init__()
+        M, N, r = integer("M", M), integer("N", N), integer("r", r)
         for name, value in (("M", M), ("N", N)):
             if value < 2:
                 raise ValueError(f"{name} must be at least 2 (the coarse map pools 2x2), got {value}")
         if not 1 <= r <= min(M, N):
             raise ValueError(f"r must lie between 1 and min(M, N) = {min(M, N)}, got {r}")
-        for name, value, least in (("n_scene", n_scene, 1), ("depth", depth, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        n_scene, depth = integer("n_scene", n_scene, 1), integer("depth", depth, 0)
+        dim, groups = integer("dim", dim), integer("groups", groups, 1)
+        if dim < 1 or dim % groups:
+            raise ValueError(f"dim must be a positive multiple of groups={groups}, got {dim}")
+        kernel_size = integer("kernel_size", kernel_size)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        temperature = positive("temperature", temperature)
+        gate_hidden = integer("gate_hidden", gate_hidden, 1)
         attentions = (depth + 1) // 2
-        k_lens = [k_len] * attentions if isinstance(k_len, int) else list(k_len)
-        if len(k_lens) != attentions:
-            raise ValueError(f"k_len must be an integer or {attentions} of them, got {k_len}")
+        if isinstance(k_len, Sequence) and not isinstance(k_len, str):
+            k_lens = [integer(f"k_len[{i}]", k, 1) for i, k in enumerate(k_len)]
+            if len(k_lens) != attentions:
+                raise ValueError(f"k_len must be an integer or {attentions} of them, got {k_len}")
+        else:
+            k_lens = [integer("k_len", k_len, 1)] * attentions
         self.M, self.N, self.r, self.n_scene, self.dim, self.depth = M, N, r, n_scene, dim, depth
         self.groups, self.kernel_size, self.temperature = groups, kernel_size, temperature
         self.gate_hidden = gate_hidden
@@ -122,6 +134,7 @@ class LoMACSSVDNet(nn.Module):
 
     def set_tau_s(self, tau: float) -> None:
         """Set the share of the measured spectrum in S, in [0, 1]."""
+        tau = number("tau_s", tau)
         if not 0 <= tau <= 1:
             raise ValueError(f"tau_s must lie in [0, 1], got {tau}")
         self.tau_s.fill_(tau)
@@ -165,6 +178,11 @@ class LoMACSSVDNet(nn.Module):
         return U.gather(-1, columns.expand_as(U)), V.gather(-1, columns.expand_as(V)), S
 
     def _complex_input(self, H: Tensor) -> Tensor:
+        if not isinstance(H, Tensor):
+            raise TypeError(
+                f"H must be a tensor, complex (B, {self.M}, {self.N}) or real (B, {self.M}, {self.N}, 2), "
+                f"got {type(H).__name__}"
+            )
         if not H.is_complex():
             if H.ndim != 4 or H.shape[-1] != 2 or not H.is_floating_point():
                 raise ValueError(
@@ -180,7 +198,8 @@ class LoMACSSVDNet(nn.Module):
         return H
 
     def _scene_input(self, sid: Tensor | int, H: Tensor) -> Tensor:
-        if isinstance(sid, int):
+        if not isinstance(sid, Tensor):
+            sid = self._scene_number(sid)
             if not 0 <= sid < self.n_scene:
                 raise ValueError(f"sid must lie between 0 and n_scene - 1 = {self.n_scene - 1}, got {sid}")
             return torch.full((H.shape[0],), sid, device=H.device)
@@ -196,3 +215,13 @@ class LoMACSSVDNet(nn.Module):
                     f"got values from {int(low)} to {int(high)}"
                 )
         return sid
+
+    def _scene_number(self, sid: Any) -> int:
+        # a traced integer stays what it is
+        if isinstance(sid, int) and not isinstance(sid, bool):
+            return sid
+        try:
+            return integer("sid", sid)
+        except TypeError:
+            came = type(sid).__name__
+            raise TypeError(f"sid must be an integer or an integer tensor (B,), got {came}") from None

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .arguments import number
+
 # (coefficients of I, G, G^2; bound on |U|_2 that the scaling guarantees): converges below sqrt(3), sqrt(7/3)
 BJORCK = {1: ((1.5, -0.5), 1.6), 2: ((1.875, -1.25, 0.375), 1.5)}
 
@@ -66,12 +68,16 @@ class NeuralOrthoRefiner(nn.Module):
     Args:
         init_scale: first value of both sizes, in (0, max_scale).
         max_scale: their upper bound, at most 0.5.
+
+    Raises:
+        TypeError, ValueError: for another type or value of an argument, naming it.
     """
 
     functions: ClassVar[Any] = SimpleNamespace(ortho_refine=ortho_refine)
 
     def __init__(self, init_scale: float = 0.1, max_scale: float = 0.5) -> None:
         super().__init__()
+        init_scale, max_scale = number("init_scale", init_scale), number("max_scale", max_scale)
         if not 0 < max_scale <= 0.5:
             raise ValueError(f"max_scale must lie in (0, 0.5], got {max_scale}")
         if not 0 < init_scale < max_scale:

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from .arguments import integer
+
 Grouped = Tensor | Sequence[Tensor]
 
 
@@ -49,6 +51,9 @@ class GroupedProjectedAttention(nn.Module):
         seq_len: T.
         k_len: rows of the reduced keys and values, any positive number.
 
+    Raises:
+        TypeError, ValueError: for another type or value of an argument, naming it.
+
     Parameters: `qs.{i}.weight`, `ks.{i}.weight` `(att_dim, g)`, `vs.{i}.weight`, `os.{i}.weight` `(g, g)`,
     `Pk.{i}`, `Pv.{i}` `(T, k_len)`; no bias.
     """
@@ -57,9 +62,9 @@ class GroupedProjectedAttention(nn.Module):
 
     def __init__(self, dim: int, att_dim: int, groups: int, seq_len: int, k_len: int) -> None:
         super().__init__()
-        for name, value in (("att_dim", att_dim), ("groups", groups), ("seq_len", seq_len), ("k_len", k_len)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        att_dim, groups = integer("att_dim", att_dim, 1), integer("groups", groups, 1)
+        seq_len, k_len = integer("seq_len", seq_len, 1), integer("k_len", k_len, 1)
+        dim = integer("dim", dim)
         if dim < 1 or dim % groups:
             raise ValueError(f"dim must be a positive multiple of groups={groups}, got {dim}")
         self.dim, self.att_dim, self.groups, self.seq_len, self.k_len = dim, att_dim, groups, seq_len, k_len

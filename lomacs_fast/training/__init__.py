@@ -18,14 +18,16 @@ __all__ = [
     "parse_size",
     "read_checkpoint",
     "read_config_file",
+    "read_config_values",
     "read_history",
+    "remove_run",
     "save_network",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("train", "read_history", "read_config_file"):
+    if name in ("train", "read_history", "read_config_file", "read_config_values", "remove_run"):
         try:
             from . import run
         except ModuleNotFoundError as error:

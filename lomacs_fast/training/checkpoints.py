@@ -35,7 +35,9 @@ class NetworkInfo:
             return 0
         if scenario not in self.scenarios:
             there = ", ".join(map(str, self.scenarios))
-            raise ValueError(f"scenario must be one of those trained on ({there}), got {scenario}")
+            raise ValueError(
+                f"scenario (--scenario) must be one of those trained on ({there}), got {scenario}"
+            )
         return self.scenarios.index(scenario)
 
 
@@ -66,7 +68,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -
         with atomic_path(path) as temporary:
             temporary.write_bytes(buffer.getbuffer())
     except OSError as error:
-        reason = f"checkpoint not written ({error.strerror}), the one before it is whole"
+        reason = f"checkpoint not written ({error.strerror})"
+        reason += ", the one before it is whole" if path.exists() else ""
         raise OSError(error.errno, reason, os.fspath(path)) from error
 
 
@@ -90,15 +93,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: expected a checkpoint, the file cannot be read ({reason})") from None
-    if not isinstance(checkpoint, dict) or _KEY not in checkpoint or "state_dict" not in checkpoint:
-        raise ValueError(f"{path}: expected a checkpoint of lomacs_fast, got another file")
-    if checkpoint[_KEY]["format"] > FORMAT:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, KeyError, OSError):
         raise ValueError(
-            f"{path}: has format {checkpoint[_KEY]['format']}, this version reads up to {FORMAT}"
-        )
+            f"{path}: expected a checkpoint, the file cannot be read (damaged, or more than weights in it)"
+        ) from None
+    entry = checkpoint.get(_KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(entry, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise ValueError(f"{path}: expected a checkpoint of lomacs_fast, got another file")
+    kinds = {"format": int, "architecture": dict, "scenarios": list}
+    for name, kind in kinds.items():
+        if not isinstance(entry.get(name), kind):
+            raise ValueError(f"{path}: malformed checkpoint, its {name} is {entry.get(name)!r}")
+    if entry["format"] > FORMAT:
+        raise ValueError(f"{path}: has format {entry['format']}, this version reads up to {FORMAT}")
     return checkpoint
 
 
@@ -110,7 +117,10 @@ def load_network(path: str | os.PathLike[str]) -> tuple[LoMACSSVDNet, NetworkInf
     """
     checkpoint = read_checkpoint(path)
     entry = checkpoint[_KEY]
-    net = LoMACSSVDNet(**entry["architecture"])
+    try:
+        net = LoMACSSVDNet(**entry["architecture"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: malformed checkpoint, its architecture is refused ({error})") from None
     state = {k.removeprefix(_PREFIX): v for k, v in checkpoint["state_dict"].items() if k.startswith(_PREFIX)}
     try:
         net.load_state_dict(state, strict=True)

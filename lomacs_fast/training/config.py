@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from lomacs_fast.data.augmentation import Augmentation
 
@@ -74,11 +76,20 @@ class TrainConfig:
     progress: bool = _option(True, "show a progress bar")
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(TrainConfig)
+        for f in fields(self):
+            setattr(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
         for name in ("max_epochs", "batch_size", "samples", "devices", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must lie between 0 and 2^63 - 1, got {self.seed}")
+        if self.scenarios is not None and not self.scenarios:
+            raise ValueError("scenarios must name at least one, got none")
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("min_lr", "weight_decay", "num_workers"):
             if not getattr(self, name) >= 0:
@@ -111,8 +122,48 @@ class TrainConfig:
         names = ("dim", "depth", "groups", "kernel_size", "temperature", "k_len", "gate_hidden")
         return {name: getattr(self, name) for name in names} | {"tau_s": self.tau_start}
 
+    def changes_that_a_resumed_run_refuses(self, saved: dict[str, Any]) -> list[str]:
+        """What decides data, order or architecture and is not as it was when the run began."""
+        names: tuple[str, ...] = (
+            "scenarios",
+            "round",
+            "size",
+            "samples",
+            "fresh",
+            "batch_size",
+            "seed",
+            "val_fraction",
+        )
+        names += ("finetune", *(name for name in self.architecture if name != "tau_s"))
+        return [
+            f"{name} (the run has {saved[name]}, got {getattr(self, name)})"
+            for name in names
+            if name in saved and saved[name] != getattr(self, name)
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """A value of the type that a field wants, or `TypeError`; `1e-3` is text in YAML 1.1 and served."""
+    if hint in (str | None, int | None, list[int] | None):
+        if value is None:
+            return None
+        hint = next(kind for kind in get_args(hint) if kind is not type(None))
+    if hint is float and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    if hint == list[int] and isinstance(value, list | tuple):
+        return [_typed(name, item, int) for item in value]
+    kinds = {float: "a number", int: "an integer", bool: "true or false", str: "text"}
+    raise TypeError(f"{name} must be {kinds.get(hint, 'a list of integers')}, got {value!r}")
 
 
 def parse_size(size: str) -> tuple[int, int, int]:

@@ -30,6 +30,8 @@ class SVDNetModule(L.LightningModule):
         self.net, self.config, self.scenarios = net, config, scenarios
         self.loss = AEPlusLoss(config.match)
         self._last_loss: Tensor | None = None
+        self._seen = self._empty = 0
+        self._validation = torch.zeros(4, dtype=torch.float64)
         for name in ("lam", "w_energy", "w_diag", "w_match"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64), persistent=False)
 
@@ -60,7 +62,15 @@ class SVDNetModule(L.LightningModule):
         values = self._apply_schedule()
         self.log_dict({"schedule/lam": values["lam"], "schedule/tau_s": values["tau_s"]})
 
+    def on_train_epoch_end(self) -> None:
+        if self._empty and not self._seen:
+            raise ValueError(f"all training samples of epoch {self.current_epoch} are zero channels")
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self._seen += len(batch.sid)
+        if not len(batch.sid):  # only zero channels: a step without a gradient keeps the count of steps
+            self._empty += 1
+            return sum(((p * 0).sum() for p in self.net.parameters()), torch.zeros(()))
         U, S, V, _ = self.net(batch.input, batch.sid)
         loss = self.loss(U, S, V, batch.label, self.w_energy, self.w_diag, self.w_match, self.lam)
         self._last_loss = loss.detach()
@@ -70,16 +80,31 @@ class SVDNetModule(L.LightningModule):
         assert self.loss.terms is not None
         values = {f"train/{name}": value for name, value in self.loss.terms._asdict().items()}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(S), sync_dist=True)
-        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(S))
+        self.log(
+            "train/loss",
+            loss,
+            on_step=True,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=len(S),
+            sync_dist=True,
+        )
         return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation.zero_()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         U, S, V, _ = self.net(batch.input, batch.sid)
-        terms = ae_terms(U, S, V, batch.label)
-        values = {f"val/{name}": term.mean() for name, term in terms._asdict().items()}
-        self.log_dict(values, on_epoch=True, batch_size=len(S), sync_dist=True)
-        ae = sum(term.mean() for term in terms)
-        self.log("val/ae", ae, on_epoch=True, prog_bar=True, batch_size=len(S), sync_dist=True)
+        sums = [term.sum() for term in ae_terms(U, S, V, batch.label)]
+        self._validation += torch.stack([*sums, sums[0].new_tensor(len(S))]).to(self._validation)
+
+    def on_validation_epoch_end(self) -> None:
+        # sums over processes that may hold different numbers of samples
+        total = self.trainer.strategy.reduce(self._validation.to(self.device), reduce_op="sum")
+        rec, ortho_u, ortho_v = (total[:3] / total[3]).tolist()
+        self.log_dict({"val/rec": rec, "val/ortho_u": ortho_u, "val/ortho_v": ortho_v}, sync_dist=False)
+        self.log("val/ae", rec + ortho_u + ortho_v, prog_bar=True, sync_dist=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._refuse_nonfinite(None)
@@ -88,7 +113,7 @@ class SVDNetModule(L.LightningModule):
                 f"a weight became non-finite before step {self.global_step} (epoch {self.current_epoch}); "
                 "training stopped, the last checkpoint is kept: lower the learning rate or look at the data"
             )
-        checkpoint["lomacs_fast"] = describe(self.net, self.scenarios)
+        checkpoint["lomacs_fast"] = describe(self.net, self.scenarios, training=self.config.to_dict())
 
     def _refuse_nonfinite(self, batch_idx: int | None) -> None:
         loss = self._last_loss
@@ -189,14 +214,27 @@ class ChannelData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer
         assert trainer is not None
+        if len(self.validation) < trainer.world_size:
+            raise ValueError(
+                f"{len(self.validation)} validation samples, expected at least one a process "
+                f"({trainer.world_size}): raise val_fraction"
+            )
         mine = self.validation[trainer.global_rank :: trainer.world_size]
         size = self.config.batch_size
         keys = [[(0, i) for i in mine[k : k + size]] for k in range(0, len(mine), size)]
         return self._loader(TrainingPairs(self.pairs, seed=self.config.seed), keys)
 
 
-class MovableCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint whose run may be moved or copied: it still knows its best, in the folder it is in."""
+class RunCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint for runs that may be killed at any moment, moved, or copied.
+
+    The last step of an epoch is not saved as a step: the end of the epoch is, after its validation. A run
+    that was moved still knows its best, in the folder it is in.
+    """
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *args, **kwargs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         folder = self.dirpath

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +19,21 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lomacs_fast.data.contest import open_contest
 from lomacs_fast.data.datasets import ContestPairs, GeneratedPairs, Pairs
-from lomacs_fast.data.files import atomic_path
+from lomacs_fast.data.files import atomic_path, temporary_beside
 from lomacs_fast.data.generator import SCENARIOS
 from lomacs_fast.nn import LoMACSSVDNet
 
 from .checkpoints import read_checkpoint
 from .config import TrainConfig, parse_size
-from .module import AtomicCheckpointIO, ChannelData, MovableCheckpoint, SVDNetModule
+from .module import AtomicCheckpointIO, ChannelData, RunCheckpoint, SVDNetModule
 
 BEST, LAST, CONFIG = "best.ckpt", "last.ckpt", "config.yaml"
+HEADER = "# The settings of a run of lomacs-fast train"
+OWN = (BEST, LAST, CONFIG, "csv", "tensorboard")
 
 
 def open_pairs(config: TrainConfig) -> Pairs:
@@ -46,19 +53,32 @@ def open_pairs(config: TrainConfig) -> Pairs:
     )
 
 
-def read_config_file(path: str | os.PathLike[str]) -> TrainConfig:
-    """A `TrainConfig` from YAML; `ValueError` names the file and an unknown or malformed entry."""
+def read_config_values(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Names and values of a YAML file of settings; `ValueError` names the file and what is wrong with it."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected YAML ({' '.join(str(error).split())})") from None
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected names and values, got {type(values).__name__}")
-    unknown = sorted(set(values) - set(TrainConfig.__dataclass_fields__))
+    unknown = sorted(str(name) for name in set(values) - set(TrainConfig.__dataclass_fields__))
     if unknown:
-        raise ValueError(f"{path}: unknown entries {', '.join(unknown)}")
-    return TrainConfig(**values)
+        raise ValueError(f"{path}: unknown entries: {', '.join(unknown)}")
+    try:
+        TrainConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return values
+
+
+def read_config_file(path: str | os.PathLike[str]) -> TrainConfig:
+    """The settings of a YAML file; raises as `read_config_values`."""
+    return TrainConfig(**read_config_values(path))
 
 
 def _quiet() -> None:
@@ -77,21 +97,60 @@ def _first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0 and int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
-def _prepare(out: Path, config: TrainConfig, resume: bool, overwrite: bool) -> None:
-    """Refuse, clear or keep the run's folder; only one of several processes touches it."""
+def _own_entries(out: Path) -> list[Path]:
+    """What a run wrote into its folder; `FileExistsError` if there is anything else, or no run."""
+    header = ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        header = (out / CONFIG).read_text(encoding="utf-8").partition("\n")[0]
+    if header != HEADER:
+        raise FileExistsError(f"{out} is no run of lomacs-fast train, it is not replaced")
+    entries = sorted(out.iterdir())
+    foreign = [p.name for p in entries if p.name not in OWN and not p.name.startswith((".last.", ".best."))]
+    if foreign:
+        raise FileExistsError(f"{out} holds {', '.join(foreign)}, which no run wrote; it is not replaced")
+    return entries
+
+
+def remove_run(out: str | os.PathLike[str]) -> None:
+    """Remove the folder of a run; `FileExistsError` if anything in it is not of the run."""
+    out = Path(out)
+    _own_entries(out)
+    shutil.rmtree(out)
+
+
+@contextlib.contextmanager
+def _run_folder(out: Path, config: TrainConfig, resume: bool, overwrite: bool) -> Iterator[None]:
+    """The folder of a run while it trains; only the first of several processes touches it.
+
+    A run that is replaced stands aside under a hidden name until the new one has a checkpoint, and comes
+    back if that never happens.
+    """
     if not _first_process():
+        yield
         return
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out}: expected a folder for the run, got a file")
+    aside: Path | None = None
     if not resume and out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise FileExistsError(f"{out} exists; resume it with --resume or replace it with --overwrite")
-        if not (out / CONFIG).is_file():
-            raise FileExistsError(f"{out} is no run of lomacs-fast train, it is not replaced")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic_path(out / CONFIG) as temporary:
-        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+        _own_entries(out)
+        aside = temporary_beside(out, "old")
+        os.rename(out, aside)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_path(out / CONFIG) as temporary:
+            settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
+            temporary.write_text(f"{HEADER}\n{settings}", encoding="utf-8")
+        yield
+    except BaseException:
+        if not (out / LAST).is_file() and not resume:
+            shutil.rmtree(out, ignore_errors=True)
+            if aside is not None:
+                os.rename(aside, out)
+                aside = None
+        raise
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _callbacks(out: Path, config: TrainConfig) -> list[L.Callback]:
@@ -101,11 +160,9 @@ def _callbacks(out: Path, config: TrainConfig) -> list[L.Callback]:
         "auto_insert_metric_name": False,
     }
     callbacks: list[L.Callback] = [
-        MovableCheckpoint(filename="last", every_n_train_steps=config.checkpoint_every, **common),
-        MovableCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **common),
-        MovableCheckpoint(
-            filename="best", monitor="val/ae", mode="min", save_on_train_epoch_end=False, **common
-        ),
+        RunCheckpoint(filename="last", every_n_train_steps=config.checkpoint_every, **common),
+        RunCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **common),
+        RunCheckpoint(filename="best", monitor="val/ae", mode="min", save_on_train_epoch_end=False, **common),
     ]
     if config.progress:
         # a bar in a log file is one line a refresh
@@ -150,7 +207,7 @@ def train(
         config: the settings.
         out: folder of the run.
         resume: go on with the run in `out`.
-        overwrite: replace a finished or broken run in `out`.
+        overwrite: replace a finished or broken run in `out`, once the new one has a checkpoint.
         init: network to start from instead of a new one (finetuning); it is trained in place.
         init_scenarios: the scenarios it was trained on.
 
@@ -161,7 +218,15 @@ def train(
         ValueError: for data that does not fit the configuration, the checkpoint or the network.
         OSError: if a checkpoint cannot be written; the one before it is whole.
     """
-    out = Path(out)
+    out = Path(os.path.realpath(out))
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out}: expected a folder for the run, got a file")
+    if config.finetune and init is None and not resume:
+        raise ValueError(
+            "finetune holds the end of the schedule and needs a trained network to start from (--init)"
+        )
+    if config.data is not None:
+        config = replace(config, data=os.path.abspath(config.data))
     pairs = open_pairs(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -175,6 +240,9 @@ def train(
                 raise ValueError(
                     f"{last}: has {name} = {saved['architecture'][name]}, the data {getattr(pairs, name)}"
                 )
+        changed = config.changes_that_a_resumed_run_refuses(saved["history"].get("training", {}))
+        if changed:
+            raise ValueError(f"{last}: a resumed run keeps its {', '.join(changed)}")
         net = LoMACSSVDNet(**saved["architecture"])
     elif init is not None:
         if init_scenarios is not None and tuple(init_scenarios) != pairs.scenarios:
@@ -187,29 +255,46 @@ def train(
                 f"the network takes {init.M}x{init.N}x{init.r}, the data is {pairs.M}x{pairs.N}x{pairs.r}"
             )
         net = init.train()
+        mine = {name: net.config[name] for name in config.architecture if name != "tau_s"}
+        config = replace(config, **{name: value for name, value in mine.items() if name != "k_len"})
+        if isinstance(mine["k_len"], int):
+            config = replace(config, k_len=mine["k_len"])
     else:
         torch.manual_seed(config.seed)
         net = LoMACSSVDNet(pairs.M, pairs.N, pairs.r, len(pairs.scenarios), **config.architecture)
-    _prepare(out, config, resume, overwrite)
+    data = ChannelData(pairs, config)
     _quiet()
-    trainer = L.Trainer(
-        accelerator=config.accelerator,
-        **_processes(config),
-        precision=config.precision,  # type: ignore[arg-type]
-        max_epochs=config.max_epochs,
-        gradient_clip_val=config.clip,
-        callbacks=_callbacks(out, config),
-        logger=_loggers(out, config),
-        log_every_n_steps=config.log_every,
-        plugins=[AtomicCheckpointIO()],
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        enable_progress_bar=config.progress,
-        deterministic="warn",
-    )
+    try:
+        trainer = L.Trainer(
+            accelerator=config.accelerator,
+            **_processes(config),
+            precision=config.precision,  # type: ignore[arg-type]
+            max_epochs=config.max_epochs,
+            gradient_clip_val=config.clip,
+            callbacks=_callbacks(out, config),
+            logger=_loggers(out, config),
+            log_every_n_steps=config.log_every,
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            enable_progress_bar=config.progress,
+            deterministic="warn",
+        )
+    except MisconfigurationException as error:
+        raise ValueError(f"accelerator or devices cannot be served ({error})") from None
     module = SVDNetModule(net, config, pairs.scenarios)
-    trainer.fit(module, ChannelData(pairs, config), ckpt_path=last if resume else None, weights_only=True)
+    with _run_folder(out, config, resume, overwrite):
+        try:
+            trainer.fit(module, data, ckpt_path=last if resume else None, weights_only=True)
+        except SystemExit:  # how the library ends a run that was interrupted
+            if trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
+        if trainer.received_sigterm:
+            raise SystemExit(128 + signal.SIGTERM)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
     return out / BEST
 
 
