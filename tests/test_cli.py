@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -560,6 +562,28 @@ class TestOverwrite:
         assert main([str(w) for w in self.words(data, run)]) == 0
         assert read_checkpoint(run / "last.ckpt")["epoch"] == 0
         assert os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_run_says_so(data, tmp_path, number, code):
+    command = [
+        sys.executable,
+        "-m",
+        "lomacs_fast",
+        "train",
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    process = subprocess.Popen([*command, "--max-epochs", "100000", *NET], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "last.ckpt").is_file():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
 
 
 def test_resume_keeps_what_decides_the_order(trained, tmp_path, capsys):

@@ -285,12 +285,9 @@ def train(
         raise ValueError(f"accelerator or devices cannot be served ({error})") from None
     module = SVDNetModule(net, config, pairs.scenarios)
     with _run_folder(out, config, resume, overwrite):
-        try:
+        # the library ends an interrupted run by SystemExit, or by returning
+        with contextlib.suppress(SystemExit):
             trainer.fit(module, data, ckpt_path=last if resume else None, weights_only=True)
-        except SystemExit:  # how the library ends a run that was interrupted
-            if trainer.interrupted:
-                raise KeyboardInterrupt from None
-            raise
         if trainer.received_sigterm:
             raise SystemExit(128 + signal.SIGTERM)
         if trainer.interrupted:
