@@ -10,17 +10,21 @@ from .nn import (
     LowMACS_SVDNet,
     NeuralOrthoRefiner,
 )
+from .ops import BackendError, backend_table, use_backend
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AEPlusLoss",
     "AxialLowRankFreqGate",
+    "BackendError",
     "GatedConv1D",
     "GroupedProjectedAttention",
     "LoMACSSVDNet",
     "LowMACS_SVDNet",
     "NeuralOrthoRefiner",
+    "backend_table",
     "functional",
     "reference",
+    "use_backend",
 ]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast, get_args, get_type_hints
 
 import torch
 
-from . import __version__
+from . import __version__, backend_table
 
 if TYPE_CHECKING:
     from .data.layouts import ChannelSource
@@ -42,7 +42,7 @@ DESCRIPTIONS = {
     "prune": "Rebuild a smaller network from a trained one, and finetune it.",
     "evaluate": "Measure the approximation error of a checkpoint, its cost and its Score.",
     "predict": "Write U, S and V of channels in any layout, S in the scale of the input.",
-    "info": "Show versions, devices and what is installed.",
+    "info": "Show versions, devices, what is installed, and which backend can serve which op.",
 }
 
 
@@ -596,13 +596,17 @@ def _info(args: Any) -> None:
         "torch": torch.__version__,
         "numpy": version("numpy"),
         "cuda": torch.version.cuda,
-        "backends": {"eager": "built: every function is served by the reference in plain PyTorch"},
+        "backends": backend_table(),
         "devices": devices,
         "extras": {extra: {p: version(p) for p in packages} for extra, packages in extras.items()},
     }
     for name in ("lomacs_fast", "python", "torch", "numpy", "cuda"):
         print(f"{name:12} {facts[name] or 'none'}")
-    print("\n" + table([[k, v] for k, v in facts["backends"].items()], ["backend", "state"]))
+    states = [
+        [row["op"], row["backend"], row["device"], "; ".join(row["reasons"]) or "yes"]
+        for row in facts["backends"]
+    ]
+    print("\n" + table(states, ["op", "backend", "device", "serves"]))
     print("\n" + table([[d["device"], d["name"]] for d in devices], ["device", "name"]))
     rows = [
         [e, ", ".join(f"{p} {v or 'absent'}" for p, v in ps.items())] for e, ps in facts["extras"].items()

@@ -1,4 +1,4 @@
-"""The public functions, F-style: arguments are checked, then the call is served by the reference."""
+"""The public functions, F-style: arguments are checked, then an op or the reference serves the call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import reference
+from . import ops, reference
 from .reference import AEPlusTerms
 
 __all__ = [
@@ -290,9 +290,9 @@ def aeplus_loss(
     _factors(U, V, H, "S", S)
     for name, weight in (("lam", lam), ("w_energy", w_energy), ("w_diag", w_diag), ("w_match", w_match)):
         _scalar(name, weight)
-    return reference.aeplus_loss(
-        U, S, V, H, lam=lam, w_energy=w_energy, w_diag=w_diag, w_match=w_match, match=match
-    )
+    if match not in ("norm", "mean"):
+        raise ValueError(f'match must be "norm" or "mean", got {match!r}')
+    return ops.aeplus_loss(U, S, V, H, lam, w_energy, w_diag, w_match, match)
 
 
 @_specified_by(reference.low_rank_loss)

@@ -457,6 +457,26 @@ def register_macs(op: Any, formula: Formula) -> None:
     _REGISTERED[name] = formula
 
 
+def _aeplus(
+    U: Tensor, S: Tensor, V: Tensor, H: Tensor, weights: Tensor, mean: bool, *flags: bool, out: Any
+) -> float:
+    """The native op's own products and its passes over H; sums over r x r and M x r elements are left out.
+
+    Forward: `H V`, `U^H (H V)`, half of each Gram matrix, `U S V^H`. Gradients by r x r matrices A..D, K:
+    `(H V) A + U B`, `(H^H U) C + V D`, `a H + (U K) V^H + b E`.
+    """
+    (B, r), (M, N) = S.shape, H.shape[1:3]
+    gu, _, gv, gh = flags
+    large, left, right = M * N * r, M * r * r, N * r * r
+    forward = 2 * large + left + (left + right) / 2
+    backward = 2 * left * gu + (large + 2 * right) * gv + (left + large) * gh
+    # |H|^2 and |E|^2 4 flops an element each, E = H - U S V^H 2; the gradient of H 6
+    return B * (4 * (forward + backward) + _macs((10 + 6 * gh) * M * N))
+
+
+register_macs("lomacs::aeplus", _aeplus)
+
+
 class TrueMacCounter(TorchDispatchMode):
     """Counts the real multiply-adds of every op that runs inside it, forward or backward.
 

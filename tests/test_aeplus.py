@@ -218,8 +218,8 @@ def test_module(namespace):
         module = namespace.AEPlusLoss(match=match)
         loss = module(*arguments, 0.4, 0.3, 0.2, 0.35)
         expected, terms = reference.aeplus_loss(*arguments, **WEIGHTS, match=match)
-        assert torch.equal(loss, expected)
-        assert torch.equal(torch.stack(module.terms), torch.stack(terms))
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.stack(module.terms), torch.stack(terms))
     with pytest.raises(ValueError, match='match must be "norm" or "mean", got \'max\''):
         namespace.AEPlusLoss("max")
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from lomacs_fast import functional
+from lomacs_fast import functional, use_backend
 
 
 class Maker:
@@ -150,7 +150,9 @@ def test_gradients(case):
     inputs = [x.requires_grad_() for x in tensors]
     fn = over(function(case))
     assert torch.autograd.gradcheck(lambda *x: flat(fn(*x))[0], inputs)
-    assert torch.autograd.gradgradcheck(lambda *x: flat(fn(*x))[0], inputs, fast_mode=True)
+    # the fused op refuses second derivatives, see test_ops_aeplus.py
+    with use_backend("eager"):
+        assert torch.autograd.gradgradcheck(lambda *x: flat(fn(*x))[0], inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("case", CASES)

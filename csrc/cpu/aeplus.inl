@@ -1,0 +1,376 @@
+// Terms and gradients of the AE+ loss, sample by sample. Included inside isa.inl.
+#include "cmatmul.inl"
+
+namespace lomacs {
+namespace LOMACS_ISA {
+
+template <typename T>
+struct Scratch {
+  // planar: U, V, V^H, and r x r: M^H, Gram matrices, coefficients
+  Panels<T> U, V, Vh, Mh, Gu, Gv, A, B, C;
+  // interleaved: H or E times V or U; U S, later U K; S times a Gram matrix; E
+  T *X, *US, *SG, *E;
+  // S, the diagonal of M, Re(U^H E V)_kk
+  T *s, *re, *im, *e;
+  T* memory;
+  std::int64_t size;
+
+  explicit Scratch(const AEPlus<T>& job) {
+    const std::int64_t M = job.M, N = job.N, r = job.r;
+    const std::int64_t square = (r + lanes<T> - 1) / lanes<T> * lanes<T>;
+    const std::int64_t tall = (N + lanes<T> - 1) / lanes<T> * lanes<T>;
+    memory = nullptr;
+    // the first round measures, the second hands out
+    for (int round = 0; round < 2; ++round) {
+      T* next = memory;
+      const auto take = [&](std::int64_t n) {
+        T* p = next;
+        // odd multiples of a cache line keep equal offsets of two matrices apart
+        const std::int64_t padded = (n + 31) / 32 * 32 + 16;
+        next = round ? next + padded : nullptr;
+        size = round ? size : size + padded;
+        return p;
+      };
+      const auto panels = [&](std::int64_t rows, std::int64_t columns) {
+        return Panels<T>{take(Panels<T>::size(rows, columns)), rows};
+      };
+      if (round == 0) size = 0;
+      U = panels(M, r);
+      V = panels(tall, r);
+      Vh = panels(square, tall);
+      Mh = panels(square, r);
+      Gu = panels(square, r);
+      Gv = panels(square, r);
+      A = panels(square, r);
+      B = panels(square, r);
+      C = panels(square, r);
+      X = take(2 * std::max(M, N) * r);
+      US = take(2 * M * r);
+      SG = take(2 * r * r);
+      E = take(2 * M * N);
+      s = take(square);
+      re = take(square);
+      im = take(square);
+      e = take(square);
+      if (round == 0) memory = allocate<T>(size);
+    }
+    // columns and rows beyond the matrices enter sums and transposed squares
+    if (r % panel<T> || N % lanes<T>) std::memset(memory, 0, sizeof(T) * static_cast<std::size_t>(size));
+  }
+  ~Scratch() { release(memory); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+template <typename T>
+LOMACS_TARGET double square_sum(Panels<T> x, std::int64_t columns) {
+  Vec<T> total[4] = {};
+  const std::int64_t n = Panels<T>::size(x.rows, columns);
+  // panels x rows x step: a multiple of four vectors, or of two
+  std::int64_t i = 0;
+  for (; i + 4 * lanes<T> <= n; i += 4 * lanes<T>)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Vec<T> v = load(x.data + i + j * lanes<T>);
+      total[j] += v * v;
+    }
+  for (; i < n; i += lanes<T>) {
+    const Vec<T> v = load(x.data + i);
+    total[0] += v * v;
+  }
+  return sum<T>((total[0] + total[1]) + (total[2] + total[3]));
+}
+
+// to = scale from
+template <typename T>
+LOMACS_TARGET void scaled(Panels<T> from, std::int64_t columns, T scale, Panels<T> to) {
+  const std::int64_t n = Panels<T>::size(from.rows, columns);
+  for (std::int64_t i = 0; i < n; i += lanes<T>) store(to.data + i, load(from.data + i) * splat(scale));
+}
+
+// to = diag(s) X diag(s) x
+template <typename T>
+LOMACS_TARGET void sandwich(Panels<T> X, const T* s, T x, std::int64_t r, Panels<T> to) {
+  for (std::int64_t vec = 0; vec * lanes<T> < r; ++vec) {
+    const Vec<T> right = load(s + vec * lanes<T>) * splat(x);
+    for (std::int64_t k = 0; k < r; ++k) {
+      const Vec<T> weight = right * splat(s[k]);
+      const T* p = X.at(k, vec);
+      T* o = to.at(k, vec);
+      store(o, weight * load(p));
+      store(o + Panels<T>::imag, weight * load(p + Panels<T>::imag));
+    }
+  }
+}
+
+// to += x X
+template <typename T>
+LOMACS_TARGET void add_scaled(Panels<T> X, std::int64_t columns, T x, Panels<T> to) {
+  const std::int64_t n = Panels<T>::size(X.rows, columns);
+  for (std::int64_t i = 0; i < n; i += lanes<T>)
+    store(to.data + i, load(to.data + i) + load(X.data + i) * splat(x));
+}
+
+// diag(s) X, interleaved
+template <typename T>
+LOMACS_TARGET void scaled_rows(Panels<T> X, const T* s, std::int64_t r, T* to) {
+  for (std::int64_t k = 0; k < r; ++k)
+    for (std::int64_t j = 0; j < r; j += lanes<T>) {
+      const T* p = X.at(k, j / lanes<T>);
+      const Vec<T> weight = splat(s[k]);
+      store_complex(to + 2 * (k * r + j), r - j, weight * load(p), weight * load(p + Panels<T>::imag));
+    }
+}
+
+// sum_m conj(x_mk) y_mk for every column k, in short chains: these sums have one sign and their error would show
+template <typename T>
+LOMACS_TARGET void column_dots(Panels<T> X, const T* y, std::int64_t rows, std::int64_t r, T* re, T* im) {
+  for (std::int64_t j = 0; j < r; j += lanes<T>) {
+    const T* p = X.at(0, j / lanes<T>);
+    Vec<T> total_re{}, total_im{};
+    for (std::int64_t m = 0; m < rows;) {
+      Vec<T> rr{}, ii{}, ri{}, ir{};
+      for (const std::int64_t stop = std::min<std::int64_t>(m + 8, rows); m < stop; ++m) {
+        Vec<T> yr, yi;
+        load_complex(y + 2 * (m * r + j), r - j, yr, yi);
+        const Vec<T> xr = load(p + m * Panels<T>::step), xi = load(p + m * Panels<T>::step + Panels<T>::imag);
+        rr += xr * yr;
+        ii += xi * yi;
+        ri += xr * yi;
+        ir += xi * yr;
+      }
+      total_re += rr + ii;
+      total_im += ri - ir;
+    }
+    store(re + j, total_re);
+    store(im + j, total_im);
+  }
+}
+
+// (X diag(s) Y)_kk of Hermitian X and Y
+template <typename T>
+LOMACS_TARGET void weighted_dot(Panels<T> X, Panels<T> Y, const T* s, std::int64_t k, std::int64_t r, double& re,
+                                double& im) {
+  Vec<T> total_re{}, total_im{};
+  for (std::int64_t vec = 0; vec * lanes<T> < r; ++vec) {
+    const T *p = X.at(k, vec), *q = Y.at(k, vec);
+    const Vec<T> weight = load(s + vec * lanes<T>);
+    const Vec<T> xr = weight * load(p), xi = weight * load(p + Panels<T>::imag);
+    const Vec<T> yr = load(q), yi = load(q + Panels<T>::imag);
+    total_re += xr * yr + xi * yi;
+    total_im += xi * yr - xr * yi;
+  }
+  re = sum<T>(total_re);
+  im = sum<T>(total_im);
+}
+
+template <typename T>
+LOMACS_TARGET void scale_columns(const T* x, const T* s, std::int64_t rows, std::int64_t columns, T* to) {
+  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+    const std::int64_t count = columns - j;
+    const Vec<T> weight = load(s + j);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      Vec<T> re, im;
+      load_complex(x + 2 * (i * columns + j), count, re, im);
+      store_complex(to + 2 * (i * columns + j), count, re * weight, im * weight);
+    }
+  }
+}
+
+// to = X^H X; returns |X^H X - I|
+template <typename T>
+LOMACS_TARGET double gram(const T* x, Panels<T> planar, std::int64_t rows, std::int64_t r, Panels<T> to,
+                          T* diagonal, T* unused, Ahead& ahead) {
+  const Term<T> terms[] = {{{x, 1, r}, planar, rows}};
+  ToPanels<T> sink{to};
+  product<true>(terms, sink, r, r, ahead, Part::upper);
+  mirror(to, r);
+  column_dots(planar, x, rows, r, diagonal, unused);
+  double square = 0;
+  for (std::int64_t k = 0; k < r; ++k) {
+    T* g = to.element(k, k);
+    g[0] = g[Panels<T>::imag] = 0;
+    square += (diagonal[k] - 1.0) * (diagonal[k] - 1.0);
+  }
+  square += square_sum(to, r);
+  for (std::int64_t k = 0; k < r; ++k) *to.element(k, k) = diagonal[k];
+  return std::sqrt(square);
+}
+
+// to += beta (X^H X - I), its diagonal in full precision
+template <typename T>
+LOMACS_TARGET void add_residual(Panels<T> X, std::int64_t r, double beta, Panels<T> to) {
+  add_scaled(X, r, static_cast<T>(beta), to);
+  for (std::int64_t k = 0; k < r; ++k) {
+    const double g = *X.element(k, k);
+    T* t = to.element(k, k);
+    *t = static_cast<T>(static_cast<double>(*t) - beta * g + beta * (g - 1));
+  }
+}
+
+template <typename T>
+LOMACS_TARGET void aeplus_sample(const AEPlus<T>& job, std::int64_t b, const Scratch<T>& x, Ahead ahead) {
+  const std::int64_t M = job.M, N = job.N, r = job.r;
+  const T *U = job.U + 2 * b * M * r, *S = job.S + b * r, *V = job.V + 2 * b * N * r;
+  const T* H = job.H + 2 * b * M * N;
+  T* gS = job.gS ? job.gS + b * r : nullptr;
+  T* gU = job.gU ? job.gU + 2 * b * M * r : nullptr;
+  T* gV = job.gV ? job.gV + 2 * b * N * r : nullptr;
+  T* gH = job.gH ? job.gH + 2 * b * M * N : nullptr;
+  const bool backward = gU || gS || gV || gH;
+
+  std::memcpy(x.s, S, sizeof(T) * static_cast<std::size_t>(r));
+  pack(U, M, r, x.U);
+  pack(V, N, r, x.V);
+  adjoint(x.V, N, r, x.Vh);
+  scale_columns(U, x.s, M, r, x.US);
+  const double ou = gram(U, x.U, M, r, x.Gu, x.re, x.im, ahead);
+  const double ov = gram(V, x.V, N, r, x.Gv, x.re, x.im, ahead);
+
+  ToResidual<T> residual{H, x.E, N, Vec<T>{}, Vec<T>{}};
+  {
+    const Term<T> terms[] = {{{x.US, r, 1}, x.Vh, r}};
+    product<false>(terms, residual, M, N, ahead);
+  }
+  const double h = std::sqrt(sum<T>(residual.hh)), e = std::sqrt(sum<T>(residual.ee));
+  const double inv = 1 / (h + 1e-8);
+
+  // E V and E^H U where E is no larger than H, and H V, H^H U where it is: the other way round the parts that
+  // cancel in E, or in H = E + U S V^H, would do so after their products had been rounded
+  const bool direct = e < 1.5 * h;
+  const T* left = direct ? x.E : H;
+  {
+    const Term<T> terms[] = {{{left, N, 1}, x.V, N}};
+    ToRows<T> sink{x.X, r};
+    product<false>(terms, sink, M, r, ahead);
+  }
+  ToPanels<T> adjoint_of_M{x.Mh};
+  if (direct) {
+    scaled_rows(x.Gv, x.s, r, x.SG);
+    const Term<T> terms[] = {{{x.X, 1, r}, x.U, M}, {{x.SG, 1, r}, x.Gu, r}};
+    product<true>(terms, adjoint_of_M, r, r, ahead);
+  } else {
+    const Term<T> terms[] = {{{x.X, 1, r}, x.U, M}};
+    product<true>(terms, adjoint_of_M, r, r, ahead);
+  }
+  column_dots(x.U, x.X, M, r, x.re, x.im);
+
+  double dd = 0, ss = 0, mean_gap = 0;
+  for (std::int64_t k = 0; k < r; ++k) {
+    T* m = x.Mh.element(k, k);
+    m[0] = m[Panels<T>::imag] = 0;
+    double re = x.re[k], im = x.im[k];
+    const double s = x.s[k];
+    // Re(U^H E V)_kk, all that the gradient of S needs of the residual
+    x.e[k] = re;
+    if (direct || gS) {
+      double dot_re, dot_im;
+      weighted_dot(x.Gu, x.Gv, x.s, k, r, dot_re, dot_im);
+      if (direct) re += dot_re, im += dot_im;
+      else x.e[k] = re - dot_re;
+    }
+    x.re[k] = static_cast<T>(re);
+    x.im[k] = static_cast<T>(im);
+    dd += re * re + im * im;
+    ss += s * s;
+    mean_gap += std::abs(s - std::sqrt(re * re + im * im));
+  }
+  const double off = square_sum(x.Mh, r);
+  const double m = std::sqrt(off + dd), o = std::sqrt(off), dn = std::sqrt(dd), sn = std::sqrt(ss);
+  const double gap = job.mean ? mean_gap / static_cast<double>(r) : std::abs(sn - dn);
+  double* terms = job.terms + 5 * b;
+  terms[0] = e * inv;
+  terms[1] = ou + ov;
+  terms[2] = 1 - m * inv;
+  terms[3] = o * inv;
+  terms[4] = gap * inv;
+  if (!backward) return;
+
+  // every factor is 0 where its norm is, so that a zero has subgradient 0; NaN passes
+  const double scale = job.inv_batch;
+  const auto over = [](double a, double n) { return n != 0 ? a / n : 0.0; };
+  const auto sign = [](double a) { return static_cast<double>((a > 0) - (a < 0)); };
+  const double alpha = over(scale * inv, e);
+  const double c_m = over(-scale * job.w_energy * inv, m), c_o = over(scale * job.w_diag * inv, o);
+  const double beta_u = over(2 * scale * job.lam, ou), beta_v = over(2 * scale * job.lam, ov);
+  const double c_s = scale * job.w_match * inv * (job.mean ? 1 / static_cast<double>(r) : sign(sn - dn));
+
+  // K = dL/dM less the residual's part: A = K^H, C = K
+  const bool both = gV || gH;
+  scaled(x.Mh, r, static_cast<T>(c_m + c_o), x.A);
+  if (both) adjoint(x.A, r, r, x.C);
+  for (std::int64_t k = 0; k < r; ++k) {
+    const double re = x.re[k], im = x.im[k], s = x.s[k], size = std::sqrt(re * re + im * im);
+    const double side = job.mean ? c_s * sign(s - size) : c_s;
+    const double c = c_m - over(side, job.mean ? size : dn);
+    if (gS) gS[k] = static_cast<T>((job.mean ? side : over(side * s, sn)) - alpha * x.e[k]);
+    T* p = x.A.element(k, k);
+    p[0] = static_cast<T>(c * re);
+    p[Panels<T>::imag] = static_cast<T>(-c * im);
+    if (both) {
+      T* q = x.C.element(k, k);
+      q[0] = p[0];
+      q[Panels<T>::imag] = -p[Panels<T>::imag];
+    }
+  }
+  if (gH) {
+    const Term<T> inner[] = {{{U, r, 1}, x.C, r}};
+    ToRows<T> between{x.US, r};
+    product<false>(inner, between, M, r, ahead);
+    const double loss = e - job.w_energy * m + job.w_diag * o + job.w_match * gap;
+    const Term<T> outer[] = {{{x.US, r, 1}, x.Vh, r}};
+    ToSum<T> sink{gH, N, x.E, H, static_cast<T>(alpha), static_cast<T>(-over(scale * inv * inv * loss, h))};
+    product<false>(outer, sink, M, N, ahead);
+  }
+  if (gU) {
+    if (direct) {
+      const Term<T> inner[] = {{{x.SG, r, 1}, x.A, r}};
+      ToPanels<T> sink{x.B};
+      product<false>(inner, sink, r, r, ahead);
+    } else {
+      sandwich(x.Gv, x.s, static_cast<T>(alpha), r, x.B);
+    }
+    add_residual(x.Gu, r, beta_u, x.B);
+    for (std::int64_t k = 0; k < r; ++k) *x.A.element(k, k) -= static_cast<T>(alpha * x.s[k]);
+    const Term<T> outer[] = {{{x.X, r, 1}, x.A, r}, {{U, r, 1}, x.B, r}};
+    ToRows<T> sink{gU, r};
+    product<false>(outer, sink, M, r, ahead);
+  }
+  if (gV) {
+    const Term<T> cross[] = {{{left, 1, N}, x.U, M}};
+    ToRows<T> between{x.X, r};
+    product<true>(cross, between, N, r, ahead);
+    if (direct) {
+      scaled_rows(x.Gu, x.s, r, x.SG);
+      const Term<T> inner[] = {{{x.SG, r, 1}, x.C, r}};
+      ToPanels<T> sink{x.B};
+      product<false>(inner, sink, r, r, ahead);
+    } else {
+      sandwich(x.Gu, x.s, static_cast<T>(alpha), r, x.B);
+    }
+    add_residual(x.Gv, r, beta_v, x.B);
+    for (std::int64_t k = 0; k < r; ++k) *x.C.element(k, k) -= static_cast<T>(alpha * x.s[k]);
+    const Term<T> outer[] = {{{x.X, r, 1}, x.C, r}, {{V, r, 1}, x.B, r}};
+    ToRows<T> sink{gV, r};
+    product<false>(outer, sink, N, r, ahead);
+  }
+}
+
+template <typename T>
+LOMACS_TARGET void aeplus_samples(const AEPlus<T>& job, std::int64_t begin, std::int64_t end) {
+  const Scratch<T> scratch(job);
+  const std::int64_t M = job.M, N = job.N, r = job.r;
+  for (std::int64_t b = begin; b < end; ++b) {
+    Ahead ahead;
+    if (b + 1 < end) {
+      // the last is fetched first, in the order in which they are read
+      ahead.add(job.H + 2 * (b + 1) * M * N, sizeof(T) * static_cast<std::size_t>(2 * M * N));
+      ahead.add(job.V + 2 * (b + 1) * N * r, sizeof(T) * static_cast<std::size_t>(2 * N * r));
+      ahead.add(job.U + 2 * (b + 1) * M * r, sizeof(T) * static_cast<std::size_t>(2 * M * r));
+    }
+    aeplus_sample(job, b, scratch, ahead);
+  }
+}
+
+}  // namespace LOMACS_ISA
+}  // namespace lomacs

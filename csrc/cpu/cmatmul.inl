@@ -1,0 +1,363 @@
+// Products of small complex matrices. Included inside isa.inl: no guard, one copy an instruction set.
+// The left factor is read where it lies, interleaved, by broadcasts; the right one is planar, in panels;
+// the result goes to one of several sinks while it is still in registers.
+
+namespace lomacs {
+namespace LOMACS_ISA {
+
+#define LOMACS_INLINE LOMACS_TARGET inline __attribute__((always_inline))
+
+template <typename T>
+using Vec = typename Simd<T, LOMACS_BYTES>::Vec;
+
+template <typename T>
+constexpr int lanes = LOMACS_BYTES / static_cast<int>(sizeof(T));
+
+// columns of a panel
+template <typename T>
+constexpr int panel = LOMACS_VECS * lanes<T>;
+
+template <typename T>
+using Lanes = std::make_integer_sequence<int, lanes<T>>;
+
+template <typename T>
+LOMACS_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Simd<T, LOMACS_BYTES>::Loose*>(p);
+}
+
+template <typename T>
+LOMACS_INLINE void store(T* p, Vec<T> x) {
+  *reinterpret_cast<typename Simd<T, LOMACS_BYTES>::Loose*>(p) = x;
+}
+
+template <typename T>
+LOMACS_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+
+template <typename T>
+LOMACS_INLINE double sum(Vec<T> x) {
+  double s = 0;
+  for (int i = 0; i < lanes<T>; ++i) s += static_cast<double>(x[i]);
+  return s;
+}
+
+template <typename T, int... I>
+LOMACS_INLINE Vec<T> zip_low(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return LOMACS_SHUFFLE(T, a, b, (I / 2 + I % 2 * lanes<T>)...);
+}
+
+template <typename T, int... I>
+LOMACS_INLINE Vec<T> zip_high(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return LOMACS_SHUFFLE(T, a, b, (I / 2 + I % 2 * lanes<T> + lanes<T> / 2)...);
+}
+
+template <typename T, int... I>
+LOMACS_INLINE Vec<T> evens(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return LOMACS_SHUFFLE(T, a, b, (2 * I)...);
+}
+
+template <typename T, int... I>
+LOMACS_INLINE Vec<T> odds(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return LOMACS_SHUFFLE(T, a, b, (2 * I + 1)...);
+}
+
+// apart, because the blocks would hold a copy for each of their vectors
+template <typename T>
+LOMACS_TARGET __attribute__((noinline)) void copy_part(const T* from, T* to, std::int64_t count) {
+  std::memcpy(to, from, sizeof(T) * 2 * static_cast<std::size_t>(count));
+}
+
+// `count` interleaved numbers to planes, zeros beyond
+template <typename T>
+LOMACS_INLINE void load_complex(const T* p, std::int64_t count, Vec<T>& re, Vec<T>& im) {
+  alignas(LOMACS_BYTES) T buffer[2 * lanes<T>];
+  if (__builtin_expect(count < lanes<T>, 0)) {
+    store(buffer, Vec<T>{});
+    store(buffer + lanes<T>, Vec<T>{});
+    copy_part(p, buffer, count);
+    p = buffer;
+  }
+  const Vec<T> low = load(p), high = load(p + lanes<T>);
+  re = evens<T>(low, high, Lanes<T>{});
+  im = odds<T>(low, high, Lanes<T>{});
+}
+
+template <typename T>
+LOMACS_INLINE void store_complex(T* p, std::int64_t count, Vec<T> re, Vec<T> im) {
+  alignas(LOMACS_BYTES) T buffer[2 * lanes<T>];
+  const bool part = __builtin_expect(count < lanes<T>, 0);
+  T* to = part ? buffer : p;
+  store(to, zip_low<T>(re, im, Lanes<T>{}));
+  store(to + lanes<T>, zip_high<T>(re, im, Lanes<T>{}));
+  if (part) copy_part(buffer, p, count);
+}
+
+// A planar matrix: panels of columns; a row of a panel is `panel` real parts, then as many imaginary parts.
+template <typename T>
+struct Panels {
+  T* data;
+  std::int64_t rows;
+
+  static constexpr std::int64_t step = 2 * panel<T>, imag = panel<T>;
+
+  static std::int64_t size(std::int64_t rows, std::int64_t columns) {
+    return (columns + panel<T> - 1) / panel<T> * rows * step;
+  }
+  // real parts of row i, columns from `vec * lanes` on
+  T* at(std::int64_t i, std::int64_t vec) const {
+    return data + (vec / LOMACS_VECS * rows + i) * step + vec % LOMACS_VECS * lanes<T>;
+  }
+  T* element(std::int64_t i, std::int64_t j) const { return at(i, j / lanes<T>) + j % lanes<T>; }
+};
+
+template <typename T>
+LOMACS_TARGET void pack(const T* x, std::int64_t rows, std::int64_t columns, Panels<T> to) {
+  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+    T* p = to.at(0, j / lanes<T>);
+    for (std::int64_t i = 0; i < rows; ++i, p += Panels<T>::step) {
+      Vec<T> re, im;
+      load_complex(x + 2 * (i * columns + j), columns - j, re, im);
+      store(p, re);
+      store(p + Panels<T>::imag, im);
+    }
+  }
+}
+
+// log2(lanes) rounds of zipping the two halves of the rows transpose a square of vectors
+template <typename T>
+LOMACS_INLINE void transpose_square(Vec<T> (&x)[lanes<T>]) {
+#pragma GCC unroll 8
+  for (int round = 1; round < lanes<T>; round *= 2) {
+    Vec<T> y[lanes<T>];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes<T> / 2; ++i) {
+      y[2 * i] = zip_low<T>(x[i], x[i + lanes<T> / 2], Lanes<T>{});
+      y[2 * i + 1] = zip_high<T>(x[i], x[i + lanes<T> / 2], Lanes<T>{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes<T>; ++i) x[i] = y[i];
+  }
+}
+
+template <typename T>
+LOMACS_TARGET void transpose_plane(const T* from, T* to, T sign) {
+  Vec<T> x[lanes<T>];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes<T>; ++i) x[i] = load(from + i * Panels<T>::step);
+  transpose_square<T>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes<T>; ++i) store(to + i * Panels<T>::step, x[i] * splat(sign));
+}
+
+// square (i, j) of lanes x lanes numbers of `from`, conjugate transposed, to square (j, i) of `to`
+template <typename T>
+LOMACS_INLINE void adjoint_square(Panels<T> from, std::int64_t i, std::int64_t j, Panels<T> to) {
+  const T* p = from.at(i * lanes<T>, j);
+  T* q = to.at(j * lanes<T>, i);
+  transpose_plane<T>(p, q, 1);
+  transpose_plane<T>(p + Panels<T>::imag, q + Panels<T>::imag, -1);
+}
+
+// to = from^H; both hold whole squares: rows rounded up to lanes
+template <typename T>
+LOMACS_TARGET void adjoint(Panels<T> from, std::int64_t rows, std::int64_t columns, Panels<T> to) {
+  for (std::int64_t i = 0; i * lanes<T> < rows; ++i)
+    for (std::int64_t j = 0; j * lanes<T> < columns; ++j) adjoint_square(from, i, j, to);
+}
+
+// lower squares of a Hermitian matrix from the upper ones
+template <typename T>
+LOMACS_TARGET void mirror(Panels<T> x, std::int64_t n) {
+  for (std::int64_t j = 1; j * lanes<T> < n; ++j)
+    for (std::int64_t i = 0; i < j; ++i) adjoint_square(x, i, j, x);
+}
+
+// A left factor: number (i, k) lies at a[2 (i row + k column)].
+template <typename T>
+struct Left {
+  const T* a;
+  std::int64_t row, column;
+};
+
+template <typename T>
+struct Term {
+  Left<T> left;
+  Panels<T> right;
+  std::int64_t depth;
+};
+
+// re + i im += (R rows of the left factor, conjugated or not) x (V vectors of columns of the right one)
+template <bool CONJ, int R, int V, typename T>
+LOMACS_INLINE void multiply(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], const Term<T>& term, std::int64_t i0,
+                            std::int64_t vec) {
+  const std::int64_t row = 2 * term.left.row, column = 2 * term.left.column;
+  const T* a = term.left.a + i0 * row;
+  const T* b = term.right.at(0, vec);
+  for (std::int64_t k = term.depth; k > 0; --k, a += column, b += Panels<T>::step) {
+    Vec<T> br[V], bi[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      br[j] = load(b + j * lanes<T>);
+      bi[j] = load(b + j * lanes<T> + Panels<T>::imag);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const Vec<T> ar = splat(a[i * row]), ai = splat(a[i * row + 1]);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) {
+        re[i][j] += ar * br[j];
+        im[i][j] += ar * bi[j];
+        if constexpr (CONJ) {
+          re[i][j] += ai * bi[j];
+          im[i][j] -= ai * br[j];
+        } else {
+          re[i][j] -= ai * bi[j];
+          im[i][j] += ai * br[j];
+        }
+      }
+    }
+  }
+}
+
+// Sinks. Each takes a block of R rows from i0 on and V vectors of columns from `vec` on.
+
+template <typename T>
+struct ToRows {
+  T* c;
+  std::int64_t columns;
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) {
+        const std::int64_t column = (vec + j) * lanes<T>;
+        store_complex(c + 2 * ((i0 + i) * columns + column), columns - column, re[i][j], im[i][j]);
+      }
+  }
+};
+
+template <typename T>
+struct ToPanels {
+  Panels<T> c;
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+    T* p = c.at(i0, vec);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) {
+        store(p + i * Panels<T>::step + j * lanes<T>, re[i][j]);
+        store(p + i * Panels<T>::step + j * lanes<T> + Panels<T>::imag, im[i][j]);
+      }
+  }
+};
+
+// h - product: its square sum, that of h, and itself where it is wanted
+template <typename T>
+struct ToResidual {
+  const T* h;
+  T* e;
+  std::int64_t columns;
+  Vec<T> ee, hh;
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+    Vec<T> es{}, hs{};
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) {
+        const std::int64_t column = (vec + j) * lanes<T>, at = 2 * ((i0 + i) * columns + column);
+        Vec<T> hr, hi;
+        load_complex(h + at, columns - column, hr, hi);
+        const Vec<T> er = hr - re[i][j], ei = hi - im[i][j];
+        hs += hr * hr + hi * hi;
+        es += er * er + ei * ei;
+        if (e != nullptr) store_complex(e + at, columns - column, er, ei);
+      }
+    ee += es;
+    hh += hs;
+  }
+};
+
+// product + x X + y Y
+template <typename T>
+struct ToSum {
+  T* c;
+  std::int64_t columns;
+  const T *X, *Y;
+  T x, y;
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+    // by way of memory: a loop that is not unrolled, in a sink that is seldom used
+    Vec<T> real[R * V], imag[R * V];
+#pragma GCC unroll 16
+    for (int n = 0; n < R * V; ++n) real[n] = re[n / V][n % V], imag[n] = im[n / V][n % V];
+#pragma GCC unroll 1
+    for (int n = 0; n < R * V; ++n) {
+      const std::int64_t column = (vec + n % V) * lanes<T>, at = 2 * ((i0 + n / V) * columns + column);
+      Vec<T> xr, xi, yr, yi;
+      load_complex(X + at, columns - column, xr, xi);
+      load_complex(Y + at, columns - column, yr, yi);
+      store_complex(c + at, columns - column, real[n] + x * xr + y * yr, imag[n] + x * xi + y * yi);
+    }
+  }
+};
+
+template <bool CONJ, int R, int V, typename T, typename Sink>
+LOMACS_INLINE void block(const Term<T>* terms, int count, Sink& sink, std::int64_t i0, std::int64_t vec) {
+  Vec<T> re[R][V] = {}, im[R][V] = {};
+#pragma GCC unroll 1
+  for (int t = 0; t < count; ++t) multiply<CONJ, R, V, T>(re, im, terms[t], i0, vec);
+  sink.template take<R, V>(re, im, i0, vec);
+}
+
+template <bool CONJ, int V, typename T, typename Sink, int R = LOMACS_ROWS>
+LOMACS_INLINE void block_of(std::int64_t rows, const Term<T>* terms, int count, Sink& sink, std::int64_t i0,
+                            std::int64_t vec) {
+  if constexpr (R > 1) {
+    if (rows < R) return block_of<CONJ, V, T, Sink, R - 1>(rows, terms, count, sink, i0, vec);
+  }
+  // narrow halves of a low block lose little, and their code is there already
+  if constexpr (V > 1 && 2 * R < LOMACS_ROWS) {
+    for (int j = 0; j < V; ++j) block<CONJ, R, 1>(terms, count, sink, i0, vec + j);
+  } else {
+    block<CONJ, R, V>(terms, count, sink, i0, vec);
+  }
+}
+
+enum class Part { all, upper };
+
+template <bool CONJ, typename T, typename Sink>
+LOMACS_TARGET __attribute__((noinline)) void blocks(const Term<T>* terms, int count, Sink& sink,
+                                                    std::int64_t rows, std::int64_t columns, Ahead& ahead,
+                                                    Part part) {
+  const std::int64_t vecs = (columns + lanes<T> - 1) / lanes<T>;
+  // of nearly equal height: a low one would wait for its few accumulators
+  const std::int64_t heights = (rows + LOMACS_ROWS - 1) / LOMACS_ROWS;
+  for (std::int64_t first = 0; first < vecs; first += LOMACS_VECS) {
+    for (std::int64_t n = 0; n < heights; ++n) {
+      const std::int64_t i0 = n * rows / heights, height = (n + 1) * rows / heights - i0;
+      const std::int64_t vec = part == Part::upper ? std::max(first, i0 / lanes<T>) : first;
+      const std::int64_t width = std::min<std::int64_t>(first + LOMACS_VECS, vecs) - vec;
+      if (width == LOMACS_VECS) block_of<CONJ, LOMACS_VECS>(height, terms, count, sink, i0, vec);
+      else if (width > 0) block_of<CONJ, 1>(height, terms, count, sink, i0, vec);
+      ahead.fetch();
+    }
+  }
+}
+
+// sink <- sum of left right over the terms, left conjugated or not; upper: no vectors left of the diagonal's
+template <bool CONJ, int TERMS, typename T, typename Sink>
+LOMACS_INLINE void product(const Term<T> (&terms)[TERMS], Sink& sink, std::int64_t rows, std::int64_t columns,
+                           Ahead& ahead, Part part = Part::all) {
+  blocks<CONJ>(terms, TERMS, sink, rows, columns, ahead, part);
+}
+
+}  // namespace LOMACS_ISA
+}  // namespace lomacs

@@ -1,0 +1,82 @@
+// Vectors of any width by the vector extensions of GCC and Clang, and the choice of instruction set at run time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+namespace lomacs {
+
+enum class Isa { portable, avx2, avx512 };
+
+inline bool has(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::avx512) return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+#endif
+  return isa == Isa::portable;
+}
+
+// the widest set that this processor has, or the one that LOMACS_FAST_ISA names
+inline Isa choose_isa() {
+  const char* name = std::getenv("LOMACS_FAST_ISA");
+  if (name == nullptr || *name == '\0') {
+    static const Isa best = has(Isa::avx512) ? Isa::avx512 : has(Isa::avx2) ? Isa::avx2 : Isa::portable;
+    return best;
+  }
+  const std::string forced = name;
+  Isa isa;
+  if (forced == "portable") isa = Isa::portable;
+  else if (forced == "avx2") isa = Isa::avx2;
+  else if (forced == "avx512") isa = Isa::avx512;
+  else throw std::runtime_error("LOMACS_FAST_ISA must be portable, avx2 or avx512, got " + forced);
+  if (!has(isa)) throw std::runtime_error("LOMACS_FAST_ISA is " + forced + ", which this processor lacks");
+  return isa;
+}
+
+template <typename T, int BYTES>
+struct Simd {
+  using Index = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+  typedef T Vec __attribute__((vector_size(BYTES)));
+  typedef Index Mask __attribute__((vector_size(BYTES)));
+  // for loads and stores that know no more than the alignment of T
+  typedef T Loose __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
+};
+
+// What the next sample will read, brought into the cache a little at a time while this one is computed.
+class Ahead {
+ public:
+  void add(const void* p, std::size_t bytes) {
+    ranges_[count_].at = static_cast<const char*>(p);
+    ranges_[count_++].end = static_cast<const char*>(p) + bytes;
+  }
+  void fetch() {
+    for (int lines = 16; lines > 0 && count_ > 0; --lines) {
+      Range& range = ranges_[count_ - 1];
+      __builtin_prefetch(range.at, 0, 2);
+      range.at += 64;
+      if (range.at >= range.end) --count_;
+    }
+  }
+
+ private:
+  struct Range {
+    const char *at, *end;
+  };
+  Range ranges_[4];
+  int count_ = 0;
+};
+
+}  // namespace lomacs
+
+#if defined(__clang__)
+#define LOMACS_SHUFFLE(T, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LOMACS_SHUFFLE(T, a, b, ...) \
+  __builtin_shuffle(a, b, typename Simd<T, LOMACS_BYTES>::Mask{__VA_ARGS__})
+#endif

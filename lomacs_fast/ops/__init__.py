@@ -1,0 +1,6 @@
+"""The ops: registration under `lomacs::`, autograd, and the choice of backend; one file a stem."""
+
+from .aeplus import aeplus_loss
+from .dispatch import BackendError, backend_table, use_backend
+
+__all__ = ["BackendError", "aeplus_loss", "backend_table", "use_backend"]

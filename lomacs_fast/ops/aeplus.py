@@ -1,0 +1,239 @@
+"""The AE+ loss as one op that leaves the gradients ready: schema, shapes, autograd, autocast, FLOPs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import reference
+from ..reference import AEPlusTerms
+from . import native
+from .dispatch import Backend, Op, chosen
+
+REAL = (torch.float32, torch.float64)
+
+_library = torch.library.Library("lomacs", "FRAGMENT")
+_library.define(
+    "aeplus(Tensor U, Tensor S, Tensor V, Tensor H, Tensor weights, bool mean, bool gu, bool gs, bool gv, "
+    "bool gh) -> (Tensor loss, Tensor terms, Tensor gU, Tensor gS, Tensor gV, Tensor gH)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+
+
+@torch.library.register_fake("lomacs::aeplus", lib=_library)
+def _fake(
+    U: Tensor,
+    S: Tensor,
+    V: Tensor,
+    H: Tensor,
+    weights: Tensor,
+    mean: bool,
+    gu: bool,
+    gs: bool,
+    gv: bool,
+    gh: bool,
+) -> tuple[Tensor, ...]:
+    torch._check(
+        S.ndim == 2 and H.ndim == 4, lambda: f"S must be (B, r), got {S.shape}; H (B, M, N, 2), got {H.shape}"
+    )
+    torch._check(S.dtype in REAL, lambda: f"S must be float32 or float64, got {S.dtype}")
+    (B, r), (M, N) = S.shape, H.shape[1:3]
+    for name, x, shape in (("U", U, (B, M, r, 2)), ("V", V, (B, N, r, 2)), ("H", H, (B, M, N, 2))):
+        torch._check(x.shape == shape, lambda n=name, x=x, s=shape: f"{n} must be {s}, got {tuple(x.shape)}")
+        torch._check(x.dtype == S.dtype, lambda n=name, x=x: f"{n} must be {S.dtype}, got {x.dtype}")
+    right = weights.shape == (4,) and weights.dtype == torch.float64
+    torch._check(right, lambda: f"weights must be float64 (4,), got {weights.dtype} {tuple(weights.shape)}")
+    gradients = (x.new_empty(x.shape if g else (0,)) for x, g in ((U, gu), (S, gs), (V, gv), (H, gh)))
+    return S.new_empty(()), S.new_empty((5,)), *gradients
+
+
+NAMES = ("U", "S", "V", "H")
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    for name, need, flag in zip(NAMES, ctx.needs_input_grad, inputs[6:], strict=False):
+        if need and not flag:
+            raise ValueError(f"{name} requires a gradient, so g{name.lower()} must be True")
+    _, terms, *gradients = output
+    ctx.mark_non_differentiable(terms, *gradients)
+    # otherwise the engine fills zeros in place of the gradients of gU, gS, gV and gH
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(terms, *gradients)
+
+
+def _is_one(grad: Tensor) -> bool:
+    """Whether a gradient of the loss is 1, where looking costs nothing: on the CPU, outside any tracing."""
+    plain = type(grad) is Tensor and grad.device.type == "cpu" and _get_current_dispatch_mode() is None
+    return plain and not torch._C._are_functorch_transforms_active() and grad.item() == 1
+
+
+# shares memory until somebody writes: the caller may change its gradient in place, a second backward is right
+_share = getattr(torch, "_lazy_clone", torch.clone)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused AE+ loss has no second derivatives (its backward was asked to record a graph); "
+            'lomacs_fast.use_backend("eager") has them'
+        )
+    if grad is None:
+        return (None,) * 10
+    terms, *saved = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    one = _is_one(grad)
+    gradients = [
+        (_share(g) if one else g * grad) if need else None for need, g in zip(needs, saved, strict=False)
+    ]
+    weights = grad.double() * terms[1:].double() if needs[4] else None
+    return (*gradients, weights, None, None, None, None, None)
+
+
+torch.library.register_autograd("lomacs::aeplus", _backward, setup_context=_setup, lib=_library)
+# half precision of the caller's becomes single; float64 stays
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("lomacs::aeplus", _device, torch.float32, lib=_library)
+
+
+@register_flop_formula(torch.ops.lomacs.aeplus)
+def _flops(
+    U: Sequence[int],
+    S: Sequence[int],
+    V: Sequence[int],
+    H: Sequence[int],
+    weights: Sequence[int],
+    mean: bool,
+    gu: bool,
+    gs: bool,
+    gv: bool,
+    gh: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """What `FlopCounterMode` counts on the reference, forward and the backward that the flags ask for.
+
+    A complex product is one multiply-add. Forward: `U^H H`, `(U^H H) V`, `(U S) V^H`, `U^H U`, `V^H V`.
+    """
+    (B, r), (M, N) = S, H[1:3]
+    large, right, left, core_u, core_v = r * M * N, r * r * N, r * N * M, r * r * M, r * r * N
+    forward = left + right + large + core_u + core_v
+    of_core = right * ((gu or gh) + gv) + left * (gu + gh)
+    of_residual = large * ((gu or gs) + gv)
+    return 2 * B * (forward + of_core + of_residual + 2 * core_u * gu + 2 * core_v * gv)
+
+
+def _planes(x: Tensor, B: int) -> Tensor:
+    """Complex `(..., m, n)` as contiguous real `(B, m, n, 2)`."""
+    x = torch.view_as_real(x.resolve_conj().resolve_neg())
+    if x.ndim != 4:
+        x = x.reshape(B, *x.shape[-3:])
+    return x.contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def _constant_weights(*values: float) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.tensor(values, dtype=torch.float64)
+
+
+def _weights(values: Sequence[Tensor | float], device: torch.device) -> Tensor:
+    """The weights as one float64 tensor on the device; without a copy from the host for 0-d tensors there."""
+    if device.type == "cpu" and not any(isinstance(value, Tensor) for value in values):
+        numbers = [float(value) for value in values]
+        traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+        return torch.tensor(numbers, dtype=torch.float64) if traced else _constant_weights(*numbers)
+    return torch.stack(
+        [
+            value.to(device, torch.float64)
+            if isinstance(value, Tensor)
+            else torch.full((), float(value), dtype=torch.float64, device=device)
+            for value in values
+        ]
+    )
+
+
+def _native(
+    U: Tensor,
+    S: Tensor,
+    V: Tensor,
+    H: Tensor,
+    lam: Tensor | float,
+    w_energy: Tensor | float,
+    w_diag: Tensor | float,
+    w_match: Tensor | float,
+    match: str,
+) -> tuple[Tensor, AEPlusTerms]:
+    B = math.prod(H.shape[:-2])
+    weights = _weights((lam, w_energy, w_diag, w_match), H.device)
+    u, v, h = _planes(U, B), _planes(V, B), _planes(H, B)
+    s = S.resolve_neg()
+    s = (s if s.ndim == 2 else s.reshape(B, S.shape[-1])).contiguous()
+    record = torch.is_grad_enabled()
+    flags = (record and x.requires_grad for x in (U, S, V, H))
+    loss, terms, *_ = torch.ops.lomacs.aeplus.default(u, s, v, h, weights, match == "mean", *flags)
+    return loss, AEPlusTerms(*terms.unbind())
+
+
+# numbers a sample of the largest problem whose scratch a thread still keeps near; a larger one has its
+# products alone to spread over the threads
+LARGEST = 1 << 20
+
+
+def _native_reasons(U: Tensor, S: Tensor, V: Tensor, H: Tensor, *_: Any) -> list[str]:
+    found = []
+    if not H.is_complex():
+        found.append(f"H is {str(H.dtype).removeprefix('torch.')}, only complex64 and complex128 are served")
+    device = H.device
+    if not (U.device == device and S.device == device and V.device == device):
+        found.append(f"devices differ: U {U.device}, S {S.device}, V {V.device}, H {device}")
+    if U.dtype != H.dtype or V.dtype != H.dtype:
+        found.append(f"dtypes differ: U {U.dtype}, V {V.dtype}, H {H.dtype}")
+    (M, N), r = H.shape[-2:], S.shape[-1]
+    if M * N + (M + N) * r > LARGEST:
+        found.append(f"a sample of more than {LARGEST} numbers is too large for one thread")
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        found.append("torch.func transforms and forward-mode derivatives need the formula")
+    if device.type == "cuda" and chosen() == "auto":
+        found.append('the CUDA kernel has not run on a device yet, it serves under use_backend("cpp") alone')
+    if not found:
+        found += native.reasons(device.type)
+    return found
+
+
+def _eager(
+    U: Tensor,
+    S: Tensor,
+    V: Tensor,
+    H: Tensor,
+    lam: Tensor | float,
+    w_energy: Tensor | float,
+    w_diag: Tensor | float,
+    w_match: Tensor | float,
+    match: str,
+) -> tuple[Tensor, AEPlusTerms]:
+    return reference.aeplus_loss(
+        U, S, V, H, lam=lam, w_energy=w_energy, w_diag=w_diag, w_match=w_match, match=match
+    )
+
+
+def _nominal(device: torch.device) -> tuple[Any, ...]:
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=torch.complex64, device=device)
+
+    return ones(1, 64, 32), ones(1, 32).real, ones(1, 64, 32), ones(1, 64, 64), 0.35, 0.4, 0.3, 0.3, "mean"
+
+
+aeplus_loss = Op(
+    "aeplus_loss",
+    [Backend("cpp", _native_reasons, _native), Backend("eager", lambda *_: (), _eager)],
+    ("U", "S", "V", "H", "lam", "w_energy", "w_diag", "w_match", "match"),
+    _nominal,
+)
