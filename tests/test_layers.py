@@ -174,11 +174,13 @@ class Blocked:
             raise ImportError(f"{{name}} is blocked")
 
 sys.meta_path.insert(0, Blocked())
-import numpy, torch
+import numpy, torch, torch.utils.flop_counter, sysconfig
+sysconfig.get_config_vars()
 before = {{name.split(".")[0] for name in sys.modules}}
 import lomacs_fast
 after = {{name.split(".")[0] for name in sys.modules}}
 assert not torch.cuda.is_initialized()
+assert "torch._dynamo" not in sys.modules
 print(*sorted(after - before - sys.stdlib_module_names))
 """
 

@@ -84,10 +84,16 @@ def chosen() -> str:
     return name
 
 
+def constant_in_graphs(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.assume_constant_result`, without importing the compiler with the package."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
 _said: set[tuple[str, ...]] = set()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _say_once(op: str, backend: str, *refused: str) -> None:
     key = (op, backend, *refused)
     if key not in _said:

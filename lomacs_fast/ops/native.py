@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from . import toolchain
+from .dispatch import constant_in_graphs
 
 log = logging.getLogger("lomacs_fast")
 
@@ -153,7 +154,7 @@ libraries = {kind: Library(kind) for kind in toolchain.KINDS}
 
 
 # a library is there or not for the life of the process, so a graph may hold the answer as a constant
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def reasons(kind: str) -> tuple[str, ...]:
     """Why the library of this device type cannot serve; empty when it is loaded."""
     library = libraries.get(kind)
