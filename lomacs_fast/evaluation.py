@@ -11,7 +11,7 @@ from torch import Tensor
 from .data.contest import ContestScenario
 from .data.layouts import ChannelSource
 from .inference import decompose
-from .metrics import contest_macs, evaluate, score, true_macs, truncated_svd
+from .metrics import contest_macs, evaluate, parameter_count, score, true_macs, truncated_svd
 from .nn import LoMACSSVDNet
 from .training.checkpoints import NetworkInfo
 
@@ -52,7 +52,7 @@ def costs(net: LoMACSSVDNet) -> dict[str, float]:
     return {
         "profiler_macs_m": contest_macs(net) / 1e6,
         "true_macs_m": true / 1e6,
-        "parameters": sum(p.numel() for p in net.parameters()),
+        "parameters": parameter_count(net),
     }
 
 

@@ -1,6 +1,7 @@
 """The contract of `lomacs::aeplus`: schema, gradients, compiled graphs, autocast, FLOPs, views, refusals."""
 
 import itertools
+import types
 
 import pytest
 import torch
@@ -439,3 +440,15 @@ def test_the_module_is_served_by_the_library():
     assert U.grad.isfinite().all()
     want, terms = reference.aeplus_loss(*map(double, args), **WEIGHTS, match="mean")
     close([loss.detach(), *module.terms], [want.detach(), *terms])
+
+
+def test_auto_leaves_cuda_to_the_reference_until_a_device_has_run_the_kernel():
+    cuda = torch.device("cuda")
+    x = types.SimpleNamespace(device=cuda, dtype=torch.complex64, shape=(1, 4, 4), is_complex=lambda: True)
+    with use_backend("auto"):
+        reasons = aeplus._native_reasons(x, x, x, x)
+    assert any("has not run on a device yet" in reason for reason in reasons)
+    with use_backend("cpp"):
+        assert not any(
+            "has not run on a device yet" in reason for reason in aeplus._native_reasons(x, x, x, x)
+        )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .augmentation import Augmentation, frobenius_norm, frobenius_normalize
+from .augmentation import Augmentation, frobenius_normalize
 from .contest import ContestScenario
 from .generator import ChannelGenerator
 from .layouts import ChannelSource
@@ -153,7 +153,7 @@ class TrainingPairs(Dataset[Batch]):
         epoch = keys[0][0] if keys else 0
         raw_input, raw_label = self.pairs.read(indices, epoch)
         if self.skip_zeros:
-            alive = (frobenius_norm(raw_input) > 0) & (frobenius_norm(raw_label) > 0)
+            alive = raw_input.flatten(1).any(1) & raw_label.flatten(1).any(1)
             if not bool(alive.all()):
                 raw_input, raw_label = raw_input[alive], raw_label[alive]
                 indices = [index for index, keep in zip(indices, alive.tolist(), strict=True) if keep]
