@@ -7,44 +7,23 @@ of a float32 matrix product in the same process.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import time
-from collections.abc import Callable
-from datetime import date
-from pathlib import Path
-from statistics import median
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import harness
 import torch
 
 from lomacs_fast import functional, reference
-from lomacs_fast.cli import processor_name
 
 SIZES = ((64, 64, 32, 256), (128, 128, 64, 64), (64, 64, 32, 1))
 WEIGHTS = {"lam": 0.2, "w_energy": 0.4, "w_diag": 0.3, "w_match": 0.3}
-TERMS = ("rec", "ortho", "energy", "diag", "match")
 
 
 def floor_macs(M: int, N: int, r: int, backward: bool) -> int:
     """Real multiply-adds a sample: H V, residual, M, two Gram triangles; backward H^H U, r x r algebra."""
     forward = 2 * 4 * M * N * r + 4 * M * r * r + 2 * (M + N) * r * r
     return forward + (4 * M * N * r + 2 * 4 * (M + N) * r * r if backward else 0)
-
-
-def product_rate() -> float:
-    """Multiply-adds a second of a float32 matrix product, the best of some."""
-    a = torch.randn(1024, 1024)
-    best = min(_seconds(lambda: a @ a) for _ in range(10))
-    return 1024**3 / best
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def inputs(
@@ -74,79 +53,25 @@ def call(module: Any, tensors: tuple[torch.Tensor, ...], backward: bool) -> tupl
     return (loss.detach(), *torch.autograd.grad(loss, leaves))
 
 
-def error(values: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> float:
-    """The largest relative L2 error of the values."""
-    norm = torch.linalg.vector_norm
-    return max(float(norm(x - y) / norm(y)) for x, y in zip(values, exact, strict=True))
-
-
-def measure(
-    M: int, N: int, r: int, batch: int, backward: bool, rate: float, seconds: float
-) -> dict[str, Any]:
-    tensors = inputs(M, N, r, batch)
-    exact = call(
-        reference, tuple(x.to(torch.promote_types(x.dtype, torch.float64)) for x in tensors), backward
-    )
-    variants = {"eager": reference, "ours": functional}
-    errors = {name: error(call(module, tensors, backward), exact) for name, module in variants.items()}
-    if errors["ours"] > 2 * errors["eager"] + 4 * torch.finfo(torch.float32).eps:
-        raise SystemExit(f"wrong at {M}x{N}x{r}: error {errors['ours']:.2e}, eager {errors['eager']:.2e}")
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    begin, k = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds or k < 5:
-        for name in sorted(variants, reverse=k % 2 == 1):
-            times[name].append(_seconds(lambda name=name: call(variants[name], tensors, backward)))
-        k += 1
-    eager, ours = (median(times[name]) for name in ("eager", "ours"))
-    floor = floor_macs(M, N, r, backward) * batch / rate
-    return {
-        "stem": "aeplus",
-        "pass": "forward+backward" if backward else "forward",
-        "size": f"{M}x{N}x{r}",
-        "batch": batch,
-        "device": "cpu",
-        "eager_us": 1e6 * eager / batch,
-        "ours_us": 1e6 * ours / batch,
-        "ratio_to_eager": median(e / o for e, o in zip(times["eager"], times["ours"], strict=True)),
-        "floor_us": 1e6 * floor / batch,
-        "times_the_floor": ours / floor,
-        "error": errors["ours"],
-        "eager_error": errors["eager"],
-        "repeats": k,
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing a case")
-    parser.add_argument("--json", type=Path, default=None)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rate = product_rate()
-    cases = [measure(*size, backward, rate, args.seconds) for size in SIZES for backward in (False, True)]
-    print(f"{args.threads} threads, float32 product {rate / 1e9:.0f} G multiply-adds/s")
-    print("| size | batch | pass | eager us | ours us | ratio | floor us | x floor | error / eager's |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for c in cases:
-        print(
-            f"| {c['size']} | {c['batch']} | {c['pass']} | {c['eager_us']:.1f} | {c['ours_us']:.1f} | "
-            f"{c['ratio_to_eager']:.1f} | {c['floor_us']:.1f} | {c['times_the_floor']:.2f} | "
-            f"{c['error'] / c['eager_error']:.2f} |"
-        )
-    if args.json is not None:
-        facts = {
-            "date": str(date.today()),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "threads": args.threads,
-            "cores": os.cpu_count(),
-            "processor": processor_name(),
-            "product_gmacs": rate / 1e9,
-            "cases": cases,
-        }
-        args.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+def cases(rate: float, budget: float) -> Iterator[dict[str, Any]]:
+    for M, N, r, batch in SIZES:
+        tensors = inputs(M, N, r, batch)
+        doubled = tuple(x.to(torch.promote_types(x.dtype, torch.float64)) for x in tensors)
+        for backward in (False, True):
+            yield harness.measure(
+                stem="aeplus",
+                op="aeplus",
+                backward=backward,
+                size=f"{M}x{N}x{r}",
+                batch=batch,
+                eager=partial(call, reference, tensors, backward),
+                ours=partial(call, functional, tensors, backward),
+                exact=call(reference, doubled, backward),
+                macs=floor_macs(M, N, r, backward),
+                rate=rate,
+                budget=budget,
+            )
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(__doc__, cases)

@@ -1,7 +1,13 @@
-"""Shared by all tests: bounded threads and poisoned uninitialised memory."""
+"""Shared by all tests: bounded threads, poisoned uninitialised memory, interpreted kernels without a device."""
+
+import os
 
 import pytest
 import torch
+
+# read when Triton is imported; a device runs kernels instead
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(2)
 

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from ..reference import AEPlusTerms
-from . import native
-from .dispatch import Backend, Op, chosen
+from . import common, native
+from .common import REAL, library
+from .dispatch import Backend, Op
 
-REAL = (torch.float32, torch.float64)
-
-_library = torch.library.Library("lomacs", "FRAGMENT")
-_library.define(
+library.define(
     "aeplus(Tensor U, Tensor S, Tensor V, Tensor H, Tensor weights, bool mean, bool gu, bool gs, bool gv, "
     "bool gh) -> (Tensor loss, Tensor terms, Tensor gU, Tensor gS, Tensor gV, Tensor gH)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    tags=common.TAGS,
 )
 
 
-@torch.library.register_fake("lomacs::aeplus", lib=_library)
+@torch.library.register_fake("lomacs::aeplus", lib=library)
 def _fake(
     U: Tensor,
     S: Tensor,
@@ -69,38 +63,25 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(terms, *gradients)
 
 
-def _is_one(grad: Tensor) -> bool:
-    """Whether a gradient of the loss is 1, where looking costs nothing: on the CPU, outside any tracing."""
-    plain = type(grad) is Tensor and grad.device.type == "cpu" and _get_current_dispatch_mode() is None
-    return plain and not torch._C._are_functorch_transforms_active() and grad.item() == 1
-
-
-# shares memory until somebody writes: the caller may change its gradient in place, a second backward is right
-_share = getattr(torch, "_lazy_clone", torch.clone)
-
-
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the fused AE+ loss has no second derivatives (its backward was asked to record a graph); "
-            'lomacs_fast.use_backend("eager") has them'
-        )
+    common.refuse_second_derivatives("the fused AE+ loss")
     if grad is None:
         return (None,) * 10
     terms, *saved = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    one = _is_one(grad)
+    one = common.is_one(grad)
     gradients = [
-        (_share(g) if one else g * grad) if need else None for need, g in zip(needs, saved, strict=False)
+        (common.share(g) if one else g * grad) if need else None
+        for need, g in zip(needs, saved, strict=False)
     ]
     weights = grad.double() * terms[1:].double() if needs[4] else None
     return (*gradients, weights, None, None, None, None, None)
 
 
-torch.library.register_autograd("lomacs::aeplus", _backward, setup_context=_setup, lib=_library)
+torch.library.register_autograd("lomacs::aeplus", _backward, setup_context=_setup, lib=library)
 # half precision of the caller's becomes single; float64 stays
 for _device in ("cpu", "cuda"):
-    torch.library.register_autocast("lomacs::aeplus", _device, torch.float32, lib=_library)
+    torch.library.register_autocast("lomacs::aeplus", _device, torch.float32, lib=library)
 
 
 @register_flop_formula(torch.ops.lomacs.aeplus)
@@ -130,36 +111,6 @@ def _flops(
     return 2 * B * (forward + of_core + of_residual + 2 * core_u * gu + 2 * core_v * gv)
 
 
-def _planes(x: Tensor, B: int) -> Tensor:
-    """Complex `(..., m, n)` as contiguous real `(B, m, n, 2)`."""
-    x = torch.view_as_real(x.resolve_conj().resolve_neg())
-    if x.ndim != 4:
-        x = x.reshape(B, *x.shape[-3:])
-    return x.contiguous()
-
-
-@functools.lru_cache(maxsize=64)
-def _constant_weights(*values: float) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        return torch.tensor(values, dtype=torch.float64)
-
-
-def _weights(values: Sequence[Tensor | float], device: torch.device) -> Tensor:
-    """The weights as one float64 tensor on the device; without a copy from the host for 0-d tensors there."""
-    if device.type == "cpu" and not any(isinstance(value, Tensor) for value in values):
-        numbers = [float(value) for value in values]
-        traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-        return torch.tensor(numbers, dtype=torch.float64) if traced else _constant_weights(*numbers)
-    return torch.stack(
-        [
-            value.to(device, torch.float64)
-            if isinstance(value, Tensor)
-            else torch.full((), float(value), dtype=torch.float64, device=device)
-            for value in values
-        ]
-    )
-
-
 def _native(
     U: Tensor,
     S: Tensor,
@@ -171,11 +122,8 @@ def _native(
     w_match: Tensor | float,
     match: str,
 ) -> tuple[Tensor, AEPlusTerms]:
-    B = math.prod(H.shape[:-2])
-    weights = _weights((lam, w_energy, w_diag, w_match), H.device)
-    u, v, h = _planes(U, B), _planes(V, B), _planes(H, B)
-    s = S.resolve_neg()
-    s = (s if s.ndim == 2 else s.reshape(B, S.shape[-1])).contiguous()
+    weights = common.scalars((lam, w_energy, w_diag, w_match), H.device)
+    u, v, h, s = common.planes(U), common.planes(V), common.planes(H), common.rows(S)
     record = torch.is_grad_enabled()
     flags = (record and x.requires_grad for x in (U, S, V, H))
     loss, terms, *_ = torch.ops.lomacs.aeplus.default(u, s, v, h, weights, match == "mean", *flags)
@@ -191,20 +139,15 @@ def _native_reasons(U: Tensor, S: Tensor, V: Tensor, H: Tensor, *_: Any) -> list
     found = []
     if not H.is_complex():
         found.append(f"H is {str(H.dtype).removeprefix('torch.')}, only complex64 and complex128 are served")
-    device = H.device
-    if not (U.device == device and S.device == device and V.device == device):
-        found.append(f"devices differ: U {U.device}, S {S.device}, V {V.device}, H {device}")
-    if U.dtype != H.dtype or V.dtype != H.dtype:
-        found.append(f"dtypes differ: U {U.dtype}, V {V.dtype}, H {H.dtype}")
+    found += common.mixed_reasons(U=U, S=S, V=V, H=H)
     (M, N), r = H.shape[-2:], S.shape[-1]
     if M * N + (M + N) * r > LARGEST:
         found.append(f"a sample of more than {LARGEST} numbers is too large for one thread")
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        found.append("torch.func transforms and forward-mode derivatives need the formula")
-    if device.type == "cuda" and chosen() == "auto":
-        found.append('the CUDA kernel has not run on a device yet, it serves under use_backend("cpp") alone')
+    found += common.transform_reasons()
+    if H.device.type == "cuda":
+        found += common.unproved_reasons("cpp")
     if not found:
-        found += native.reasons(device.type)
+        found += native.reasons(H.device.type)
     return found
 
 

@@ -1,0 +1,73 @@
+// What every op on the CPU needs of its tensors: checks that name the argument, pointers, aligned scratch.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace lomacs {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_of(const std::vector<std::int64_t>& sizes) {
+  std::string text = "(";
+  for (std::size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + ")";
+}
+
+// The checks of one op, whose name begins every message.
+struct Checks {
+  const char* op;
+
+  void expect(bool ok, const std::string& message) const {
+    if (!ok) throw std::runtime_error(std::string("lomacs::") + op + ": " + message);
+  }
+
+  void real(const char* name, ScalarType dtype) const {
+    expect(dtype == ScalarType::Float || dtype == ScalarType::Double,
+           std::string(name) + " must be float32 or float64");
+  }
+
+  // contiguous, on the CPU, of this dtype and shape
+  void tensor(const char* name, const Tensor& x, ScalarType dtype,
+              const std::vector<std::int64_t>& sizes) const {
+    const auto given = x.sizes();
+    const std::vector<std::int64_t> got(given.begin(), given.end());
+    expect(got == sizes,
+           std::string(name) + " must have shape " + shape_of(sizes) + ", got " + shape_of(got));
+    expect(x.scalar_type() == dtype, std::string(name) + " must be " +
+                                         (dtype == ScalarType::Float ? "float32" : "float64") +
+                                         " to go with the other arguments");
+    expect(x.is_cpu(), std::string(name) + " must be on the CPU");
+    expect(x.is_contiguous(), std::string(name) + " must be contiguous");
+  }
+};
+
+template <typename T>
+const T* pointer(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+// null for an output that is not wanted
+template <typename T>
+T* output(const Tensor& x, bool wanted = true) {
+  return wanted ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
+}
+
+constexpr std::align_val_t cache_line{64};
+
+template <typename T>
+T* allocate(std::int64_t n) {
+  return static_cast<T*>(::operator new(sizeof(T) * static_cast<std::size_t>(n), cache_line));
+}
+
+inline void release(void* p) { ::operator delete(p, cache_line); }
+
+}  // namespace lomacs

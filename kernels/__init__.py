@@ -1,0 +1,1 @@
+"""Triton kernels, one file a stem; installs as `lomacs_fast.kernels`. Imported by `ops`, where Triton is."""

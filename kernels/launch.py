@@ -1,0 +1,47 @@
+"""A kernel with its arguments, as data: launched on a device, interpreted, or compiled ahead for any chip."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel.
+
+    `arguments` are tensors and integers by the kernel's names, `constants` its `tl.constexpr`. Made from
+    tensors on any device, "meta" included, so that what is compiled ahead is what a device runs.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Tensor | int | None]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def run(self) -> None:
+        """Launch on the current stream of the device of the tensors; an empty grid does nothing."""
+        if 0 in self.grid:
+            return
+        device = next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if device.type == "cpu":
+            self.kernel[self.grid](**self.arguments, **self.constants)
+            return
+        with torch.cuda.device(device):
+            self.kernel[self.grid](**self.arguments, **self.constants, **options)
+
+
+def precision() -> str:
+    """How matrix products take float32, after `torch.get_float32_matmul_precision()`; exact on HIP."""
+    if torch.version.hip is not None:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def block(n: int, least: int = 16) -> int:
+    """The power of two that holds n, at least `least`."""
+    return max(least, 1 << (n - 1).bit_length())

@@ -1,0 +1,123 @@
+"""What the ops share: real views, scalars as tensors, gradients handed on, and reasons of every backend."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .dispatch import chosen, constant_in_graphs
+
+REAL = (torch.float32, torch.float64)
+REAL_OF = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+library = torch.library.Library("lomacs", "FRAGMENT")
+# opaque to compilers, and handed exactly the strides that the fakes promise
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+def planes(x: Tensor) -> Tensor:
+    """Complex `(..., m, n)` as contiguous real `(B, m, n, 2)`; conjugate and negative bits resolved."""
+    x = torch.view_as_real(x.resolve_conj().resolve_neg())
+    if x.ndim != 4:
+        x = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+    return x.contiguous()
+
+
+def rows(x: Tensor) -> Tensor:
+    """Real `(..., n)` as contiguous `(B, n)`."""
+    x = x.resolve_neg()
+    return (x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])).contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(*values: float) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.tensor(values, dtype=torch.float64)
+
+
+def scalars(values: Sequence[Tensor | float], device: torch.device) -> Tensor:
+    """Scalars as one float64 tensor on the device; without a copy from the host for 0-d tensors there."""
+    if device.type == "cpu" and not any(isinstance(value, Tensor) for value in values):
+        numbers = [float(value) for value in values]
+        traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+        return torch.tensor(numbers, dtype=torch.float64) if traced else _constants(*numbers)
+    return torch.stack(
+        [
+            value.to(device, torch.float64)
+            if isinstance(value, Tensor)
+            else torch.full((), float(value), dtype=torch.float64, device=device)
+            for value in values
+        ]
+    )
+
+
+def is_one(grad: Tensor) -> bool:
+    """Whether a gradient of a loss is 1, where looking costs nothing: on the CPU, outside any tracing."""
+    plain = type(grad) is Tensor and grad.device.type == "cpu" and _get_current_dispatch_mode() is None
+    return plain and not torch._C._are_functorch_transforms_active() and grad.item() == 1
+
+
+# shares memory until somebody writes: the caller may change its gradient in place, a second backward is right
+share = getattr(torch, "_lazy_clone", torch.clone)
+
+
+def refuse_second_derivatives(what: str) -> None:
+    """Called in a backward: raises where that backward is recorded for a derivative of its own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{what} has no second derivatives (its backward was asked to record a graph); "
+            'lomacs_fast.use_backend("eager") has them'
+        )
+
+
+def transform_reasons() -> list[str]:
+    """Why an opaque op cannot serve inside torch.func or forward-mode derivatives; empty outside."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return ["torch.func transforms and forward-mode derivatives need the formula"]
+    return []
+
+
+@constant_in_graphs
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_reasons(device: torch.device) -> list[str]:
+    """Why Triton kernels cannot serve on this device; `auto` leaves them out until a device has run them."""
+    if device.type != "cuda":
+        return [f"Triton kernels run on GPUs, the tensors are on {device.type}"]
+    if not _triton_installed():
+        return ["Triton is not installed"]
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        return ["TRITON_INTERPRET=1 interprets kernels"]
+    return unproved_reasons("triton")
+
+
+def unproved_reasons(backend: str) -> list[str]:
+    """Why `auto` passes a kernel by that no device has run yet; asked for by name it serves."""
+    if chosen() == "auto":
+        return [f'the kernel has not run on a device yet, it serves under use_backend("{backend}") alone']
+    return []
+
+
+def mixed_reasons(**tensors: Tensor) -> list[str]:
+    """Why tensors of several devices or precisions are not served together."""
+    found, values = [], list(tensors.values())
+    if any(x.device != values[0].device for x in values):
+        found.append("devices differ: " + ", ".join(f"{name} {x.device}" for name, x in tensors.items()))
+    real = REAL_OF.get(values[0].dtype, values[0].dtype)
+    if any(REAL_OF.get(x.dtype, x.dtype) != real for x in values):
+        found.append("dtypes differ: " + ", ".join(f"{n} {_name(x.dtype)}" for n, x in tensors.items()))
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,131 @@
+"""Kernels compiled ahead for chips that are not here, and what the machine code shows.
+
+`python tests/aot.py FILE` prints a JSON report of every launch in the dict that `launches()` of a test file returns,
+on every target; `reports(__file__)` gives a test the same. A process of its own, since the tests' interprets kernels.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+# shared memory a block may have, bytes
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+CONSUMER = 101376
+TYPES = {
+    "float32": "*fp32",
+    "float64": "*fp64",
+    "bfloat16": "*bf16",
+    "float16": "*fp16",
+    "int64": "*i64",
+    "int32": "*i32",
+}
+
+
+@functools.lru_cache(maxsize=8)
+def reports(file):
+    """`{launch: {target: {registers, spills, shared, tensor, loads, wide_loads, stores, wide_stores}}}`."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, __file__, file], capture_output=True, text=True, env=environment, timeout=550
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def compiled(launch, target):
+    """The launch compiled for a target; products on HIP are exact, as `lomacs_fast.kernels.launch.precision`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = dict(launch.constants)
+    if target == "gfx942":
+        constants = {k: "ieee" if v in ("tf32x3", "tf32") else v for k, v in constants.items()}
+    signature, attributes = {}, {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        value = launch.arguments[name]
+        if value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = TYPES[str(value.dtype).removeprefix("torch.")]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def _tool(*command):
+    import triton
+
+    folder = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return subprocess.run(
+        [folder / command[0], *command[1:]], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def report(launch, target):
+    done = compiled(launch, target)
+    found = {"shared": done.metadata.shared}
+    if target == "gfx942":
+        text = done.asm["amdgcn"]
+        numbers = dict(re.findall(r"\.(\w+_count):\s*(\d+)", text))
+        found["registers"] = int(numbers["vgpr_count"])
+        found["spills"] = int(numbers["vgpr_spill_count"])
+        patterns = {
+            "tensor": r"v_mfma",
+            "loads": r"(?:global|buffer)_load_",
+            "wide_loads": r"(?:global|buffer)_load_dwordx4",
+            "stores": r"(?:global|buffer)_store_",
+            "wide_stores": r"(?:global|buffer)_store_dwordx4",
+        }
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(done.asm["cubin"])
+            file.flush()
+            usage = _tool("cuobjdump", "-res-usage", file.name)
+            text = _tool("cuobjdump", "-sass", file.name)
+        found["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+        # loads from local memory: what ptxas put there for want of registers
+        found["spills"] = len(re.findall(r"\bLDL", text)) + len(re.findall(r"\bSTL", text))
+        patterns = {
+            "tensor": r"\b(?:HMMA|QMMA|HGMMA|UTC\w*MMA)",
+            "loads": r"\b(?:LDG|LDGSTS)\b",
+            "wide_loads": r"\b(?:LDG|LDGSTS)\b[.\w]*\.128",
+            "stores": r"\bSTG\b",
+            "wide_stores": r"\bSTG\b[.\w]*\.128",
+        }
+    return found | {name: len(re.findall(pattern, text)) for name, pattern in patterns.items()}
+
+
+def main(file):
+    spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = {
+        name: {target: report(launch, target) for target in TARGETS}
+        for name, launch in module.launches().items()
+    }
+    json.dump(found, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
