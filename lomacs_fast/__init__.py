@@ -1,6 +1,7 @@
 """Networks that learn the SVD of complex MIMO channel matrices."""
 
 from . import functional, reference
+from .acceleration import AccelerationReport, accelerate
 from .nn import (
     AEPlusLoss,
     AxialLowRankFreqGate,
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AEPlusLoss",
+    "AccelerationReport",
     "AxialLowRankFreqGate",
     "BackendError",
     "GatedConv1D",
@@ -23,6 +25,7 @@ __all__ = [
     "LoMACSSVDNet",
     "LowMACS_SVDNet",
     "NeuralOrthoRefiner",
+    "accelerate",
     "backend_table",
     "functional",
     "reference",

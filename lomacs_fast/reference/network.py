@@ -133,11 +133,17 @@ class LoMACSSVDNet(nn.Module):
         nn.init.normal_(self.scene_emb.weight)
 
     def set_tau_s(self, tau: float) -> None:
-        """Set the share of the measured spectrum in S, in [0, 1]."""
+        """Set the share of the measured spectrum in S, in [0, 1]; `net.tau_s = 0.7` does the same."""
         tau = number("tau_s", tau)
         if not 0 <= tau <= 1:
             raise ValueError(f"tau_s must lie in [0, 1], got {tau}")
         self.tau_s.fill_(tau)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "tau_s" and not isinstance(value, Tensor) and "tau_s" in self.__dict__.get("_buffers", ()):
+            self.set_tau_s(value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def k_len(self) -> int | list[int]:
