@@ -2,6 +2,7 @@
 
 from . import functional, reference
 from .acceleration import AccelerationReport, accelerate
+from .auditing import Audit, audit
 from .nn import (
     AEPlusLoss,
     AxialLowRankFreqGate,
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AEPlusLoss",
     "AccelerationReport",
+    "Audit",
     "AxialLowRankFreqGate",
     "BackendError",
     "GatedConv1D",
@@ -26,6 +28,7 @@ __all__ = [
     "LowMACS_SVDNet",
     "NeuralOrthoRefiner",
     "accelerate",
+    "audit",
     "backend_table",
     "functional",
     "reference",

@@ -21,7 +21,7 @@ ALLOWED = {
     "ops": LOWEST,
     "functional": {"ops", "reference"},
     "nn": {"functional", "reference"},
-    "": {"functional", "reference", "nn", "ops", "acceleration"},
+    "": {"functional", "reference", "nn", "ops", "acceleration", "auditing"},
 }
 THIRD_PARTIES = {
     "reference": {"torch"},
