@@ -102,8 +102,11 @@ def triton_reasons(device: torch.device) -> list[str]:
 
 
 def unproved_reasons(backend: str) -> list[str]:
-    """Why `auto` passes a kernel by that no device has run yet; asked for by name it serves."""
-    if chosen() == "auto":
+    """Why `auto` passes a kernel by that no device has run yet; asked for by name it serves.
+
+    `LOMACS_FAST_UNPROVED=1` lets `auto` take such kernels: for the run that proves them.
+    """
+    if chosen() == "auto" and os.environ.get("LOMACS_FAST_UNPROVED", "0") != "1":
         return [f'the kernel has not run on a device yet, it serves under use_backend("{backend}") alone']
     return []
 

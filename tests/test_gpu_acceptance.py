@@ -1,0 +1,69 @@
+"""The acceptance run on a device, as far as it needs none."""
+
+import json
+import os
+import subprocess
+import sys
+
+import gpu_acceptance
+import pytest
+
+
+def test_the_staged_package_imports_whole(tmp_path):
+    gpu_acceptance.stage(tmp_path)
+    code = "import lomacs_fast, lomacs_fast.kernels, lomacs_fast.ops.native as n; print(lomacs_fast.__file__, n.find_sources())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.split() == [
+        str(tmp_path / "lomacs_fast" / "__init__.py"),
+        str(tmp_path / "lomacs_fast" / "_csrc"),
+    ]
+
+
+def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path):
+    run = [sys.executable, "-c"]
+    failed = gpu_acceptance.step(
+        "a", [*run, "print('x'); raise SystemExit(3)"], tmp_path, dict(os.environ), 30
+    )
+    hung = gpu_acceptance.step("b", [*run, "import time; time.sleep(60)"], tmp_path, dict(os.environ), 1)
+    absent = gpu_acceptance.step("c", [str(tmp_path / "nothing")], tmp_path, dict(os.environ), 1)
+    assert (failed["status"], failed["end"]) == (3, ["x"])
+    assert hung["status"] == "stopped after 1 s"
+    assert "No such file" in absent["status"]
+
+
+def test_a_wrong_variant_gets_no_time():
+    rows = []
+    gpu_acceptance.collect(
+        rows,
+        {"what": "x"},
+        {"eager": lambda: None, "wrong": lambda: None, "nan": lambda: None},
+        {"eager": 1e-7, "wrong": 1e-3, "nan": float("nan")},
+        1e-6,
+        "cpu",
+    )
+    assert [("median_s" in row, row.get("trouble")) for row in rows] == [
+        (True, None),
+        (False, "wrong"),
+        (False, "wrong"),
+    ]
+    assert json.dumps(rows)
+
+
+def test_results_are_not_overwritten(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bench.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["gpu_acceptance.py", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        gpu_acceptance.main()
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_limits_leave_room_in_nine_minutes():
+    assert sum(gpu_acceptance.LIMITS.values()) <= 9 * 60
