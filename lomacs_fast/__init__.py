@@ -3,6 +3,7 @@
 from . import functional, reference
 from .acceleration import AccelerationReport, accelerate
 from .auditing import Audit, audit
+from .freezing import FrozenSVDNet, freeze
 from .nn import (
     AEPlusLoss,
     AxialLowRankFreqGate,
@@ -22,6 +23,7 @@ __all__ = [
     "Audit",
     "AxialLowRankFreqGate",
     "BackendError",
+    "FrozenSVDNet",
     "GatedConv1D",
     "GroupedProjectedAttention",
     "LoMACSSVDNet",
@@ -30,6 +32,7 @@ __all__ = [
     "accelerate",
     "audit",
     "backend_table",
+    "freeze",
     "functional",
     "reference",
     "use_backend",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .reference import AEPlusTerms
+from .reference.frozen import FrozenWeights
 
 __all__ = [
     "AEPlusTerms",
@@ -309,3 +310,15 @@ def low_rank_loss(
         if shape[0] < M or shape[1] < N:
             raise ValueError(f"shape must be at least that of the block, {(M, N)}, got {tuple(shape)}")
     return reference.low_rank_loss(F, G, H, nesting, shape=shape)
+
+
+@_specified_by(reference.frozen_svd)
+def frozen_svd(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor, Tensor, Tensor]:
+    M, N = weights.pos.shape[0], weights.raw.shape[1] // 2
+    _tensor("H", H, COMPLEX, ("B", M, N))
+    _like("weights", weights.pos, "H", REAL_OF[H.dtype])
+    if not isinstance(scene, Tensor) or scene.dtype != torch.int64:
+        raise TypeError(f"scene must be an int64 tensor, got {getattr(scene, 'dtype', type(scene).__name__)}")
+    if scene.shape != H.shape[:1]:
+        raise ValueError(f"scene must have shape ({H.shape[0]},) as H has, got {tuple(scene.shape)}")
+    return reference.frozen_svd(H, scene, weights)

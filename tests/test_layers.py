@@ -21,7 +21,7 @@ ALLOWED = {
     "ops": LOWEST,
     "functional": {"ops", "reference"},
     "nn": {"functional", "reference"},
-    "": {"functional", "reference", "nn", "ops", "acceleration", "auditing"},
+    "": {"functional", "reference", "nn", "ops", "acceleration", "auditing", "freezing"},
 }
 THIRD_PARTIES = {
     "reference": {"torch"},

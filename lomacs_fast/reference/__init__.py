@@ -3,6 +3,7 @@
 from .aeplus import AEPlusLoss, AEPlusTerms, aeplus_loss, aeplus_terms
 from .dual_view import coarse_map, dual_view_project
 from .freq_gate import AxialLowRankFreqGate, freq_gate, spectral_gate
+from .frozen import FrozenWeights, fold_network, frozen_svd
 from .gated_conv import GatedConv1D, gated_conv1d
 from .low_rank import low_rank_loss
 from .network import LoMACSSVDNet
@@ -16,6 +17,7 @@ __all__ = [
     "AEPlusLoss",
     "AEPlusTerms",
     "AxialLowRankFreqGate",
+    "FrozenWeights",
     "GatedConv1D",
     "GroupedProjectedAttention",
     "LoMACSSVDNet",
@@ -27,7 +29,9 @@ __all__ = [
     "coarse_map",
     "column_normalize",
     "dual_view_project",
+    "fold_network",
     "freq_gate",
+    "frozen_svd",
     "gated_conv1d",
     "low_rank_loss",
     "ortho_refine",

@@ -1,0 +1,184 @@
+"""The network frozen for inference: folded weights, no autograd, one safe file."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .data.files import atomic_path
+from .nn import LoMACSSVDNet
+from .reference.frozen import FrozenAttention, FrozenConv, FrozenWeights, fold_network
+
+__all__ = ["FrozenSVDNet", "freeze"]
+
+FORMAT = 1
+
+
+class FrozenSVDNet(nn.Module):
+    """A network for inference alone; `frozen(H, sid=None)` gives `U, S, V` in the scale of H.
+
+    Made by `freeze` or `load`. The weights are buffers, folded where the algebra is exact: keys and queries
+    of attention into one product, values and outputs into another, the coarse view and the position into
+    the projection, norm and scene embedding into the heads.
+
+    Attributes:
+        config: the constructor's arguments of the network it came from.
+        scenarios: what the scenes stand for, in their order; None where nobody said.
+    """
+
+    pos: Tensor
+
+    def __init__(
+        self, weights: FrozenWeights, config: dict[str, Any], scenarios: tuple[int, ...] | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.scenarios = dict(config), scenarios
+        self.M, self.N, self.r = config["M"], config["N"], config["r"]
+        self.n_scene = config["n_scene"]
+        self._numbers = (weights.temperature, weights.eps)
+        for name, tensor in _flat(weights).items():
+            self.register_buffer(name, tensor)
+        self.eval()
+
+    @property
+    def weights(self) -> FrozenWeights:
+        """The folded weights, on the device and in the precision that the module has by now."""
+        return _nested(dict(self.named_buffers()), *self._numbers)
+
+    def forward(self, H: Tensor, sid: Tensor | int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`U, S, V` with `H ~ U diag(S) V^H`.
+
+        Args:
+            H: complex `(B, M, N)` or real `(B, M, N, 2)`, of any scale. A sample of zeros has S = 0, one with
+                NaN or Inf has NaN.
+            sid: scenes, integer `(B,)` or one integer for all; None takes the mean scene embedding.
+
+        Returns:
+            U complex `(B, M, r)`, S real `(B, r)`, V complex `(B, N, r)`, without a graph.
+
+        Raises:
+            TypeError, ValueError: for another type, dtype, shape or scene, naming it.
+        """
+        with torch.no_grad():
+            H = self._channels(H)
+            return functional.frozen_svd(H, self._scenes(sid, H), self.weights)
+
+    def _channels(self, H: Tensor) -> Tensor:
+        expected = f"complex (B, {self.M}, {self.N}) or real (B, {self.M}, {self.N}, 2)"
+        if not isinstance(H, Tensor):
+            raise TypeError(f"H must be a tensor, {expected}, got {type(H).__name__}")
+        if not H.is_complex() and H.is_floating_point() and H.ndim == 4 and H.shape[-1] == 2:
+            H = torch.view_as_complex(H.contiguous())
+        if not H.is_complex() or H.shape[1:] != (self.M, self.N) or H.ndim != 3:
+            raise ValueError(f"H must be {expected}, got {H.dtype} {tuple(H.shape)}")
+        wanted = torch.promote_types(self.pos.dtype, torch.complex32)
+        if H.dtype != wanted:
+            raise TypeError(f"H must be {wanted} to go with {self.pos.dtype} weights, got {H.dtype}")
+        return H
+
+    def _scenes(self, sid: Tensor | int | None, H: Tensor) -> Tensor:
+        if sid is None:
+            sid = torch.full((), self.n_scene)
+        elif isinstance(sid, bool) or not isinstance(sid, (int, Tensor)):
+            raise TypeError(f"sid must be an integer, an integer tensor or None, got {type(sid).__name__}")
+        else:
+            sid = torch.as_tensor(sid)
+            if sid.is_floating_point() or sid.is_complex() or sid.dtype == torch.bool:
+                raise TypeError(f"sid must be an integer tensor, got {sid.dtype}")
+            if sid.ndim and sid.shape != H.shape[:1]:
+                raise ValueError(f"sid must have shape ({H.shape[0]},) as H has, got {tuple(sid.shape)}")
+            low, high = (int(x) for x in sid.aminmax()) if sid.numel() else (0, 0)
+            if low < 0 or high >= self.n_scene:
+                raise ValueError(f"sid must lie between 0 and {self.n_scene - 1}, got {low} to {high}")
+        return sid.to(H.device, torch.int64).expand(H.shape[0])
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write one `.npz` of plain arrays, whole or not at all; nothing in it is code.
+
+        Raises:
+            FileExistsError: where the file is there and `overwrite` is false.
+            OSError: where it cannot be written.
+        """
+        temperature, eps = self._numbers
+        facts = {
+            "format": FORMAT,
+            "network": "FrozenSVDNet",
+            "config": self.config,
+            "scenarios": self.scenarios,
+            "temperature": temperature,
+            "eps": eps,
+        }
+        arrays = {name: tensor.cpu().numpy() for name, tensor in self.named_buffers()}
+        with atomic_path(path, overwrite=overwrite) as temporary, open(temporary, "wb") as file:
+            np.savez(file, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FrozenSVDNet:
+        """Read a file of `save`; nothing in it is run.
+
+        Raises:
+            ValueError: where the file is not one of a frozen network, naming it.
+            OSError: where it cannot be read.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                facts = json.loads(str(file["facts"]))
+                if facts["network"] != "FrozenSVDNet" or facts["format"] != FORMAT:
+                    raise ValueError(f"it is format {facts['format']} of {facts['network']}")
+                arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "facts"}
+            weights = _nested(arrays, facts["temperature"], facts["eps"])
+            scenarios = facts["scenarios"] and tuple(facts["scenarios"])
+            return cls(weights, facts["config"], scenarios)
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{os.fspath(path)} is not a frozen network: {error}") from error
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.config.items())
+
+
+def freeze(net: LoMACSSVDNet, scenarios: tuple[int, ...] | None = None) -> FrozenSVDNet:
+    """Fold the weights of a network for inference; the network stays as it is.
+
+    Args:
+        net: a `LoMACSSVDNet`, pruned or not, of this package or its reference.
+        scenarios: what the scenes stand for, in their order.
+
+    Returns:
+        A module on the network's device and in its precision that equals the network at `H / |H|_F`, with S
+        times `|H|_F`, to rounding.
+
+    Raises:
+        TypeError: where `net` is no such network.
+        ValueError: where the norms of the network differ in epsilon, or `scenarios` are not one a scene.
+    """
+    needed = ("freq_gate", "input_proj", "pos", "blocks", "scene_emb", "u_head", "ortho_refine", "config")
+    if not isinstance(net, nn.Module) or not all(hasattr(net, name) for name in needed):
+        raise TypeError(f"net must be a LoMACSSVDNet, got {type(net).__name__}")
+    if scenarios is not None and len(scenarios) != net.n_scene:
+        raise ValueError(f"scenarios must name {net.n_scene} scenes, got {list(scenarios)}")
+    return FrozenSVDNet(fold_network(net), net.config, scenarios)
+
+
+def _flat(weights: FrozenWeights) -> dict[str, Tensor]:
+    found = {name: x for name, x in weights._asdict().items() if isinstance(x, Tensor)}
+    for i, block in enumerate(weights.blocks):
+        found |= {f"block{i}_{name}": x for name, x in block._asdict().items()}
+    return found
+
+
+def _nested(tensors: dict[str, Tensor], temperature: float, eps: float) -> FrozenWeights:
+    rest = {name: x for name, x in tensors.items() if not name.startswith("block")}
+    blocks: list[FrozenAttention | FrozenConv] = []
+    while f"block{len(blocks)}_norm_weight" in tensors:
+        prefix = f"block{len(blocks)}_"
+        kind = FrozenAttention if f"{prefix}score" in tensors else FrozenConv
+        blocks.append(kind(*(tensors[prefix + name] for name in kind._fields)))
+    return FrozenWeights(blocks=tuple(blocks), temperature=temperature, eps=eps, **rest)

@@ -1,0 +1,182 @@
+"""The network frozen for inference: weights folded where the algebra is exact, channels of any scale."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .dual_view import real_view
+from .freq_gate import freq_gate
+from .gated_conv import gated_conv1d
+from .ortho import column_normalize, ortho_refine
+from .spectral import spectral_calibrate
+
+
+class FrozenAttention(NamedTuple):
+    """A pre-norm attention block.
+
+    With `A = Wq^T Wk / sqrt(a)` and `C = Wv^T Wo^T` a group: `softmax(x A (P_k^T x)^T) (P_v^T x) C`.
+    `norm_weight`, `norm_bias` `(d,)`; `score`, `mix` `(G, g, g)`; `pk`, `pv` `(G, T, k)`.
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    score: Tensor
+    mix: Tensor
+    pk: Tensor
+    pv: Tensor
+
+
+class FrozenConv(NamedTuple):
+    """A pre-norm gated convolution block, as it was trained."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    dw_weight: Tensor
+    dw_bias: Tensor
+    pw_weight: Tensor
+    pw_bias: Tensor
+
+
+class FrozenWeights(NamedTuple):
+    """What `frozen_svd` runs on; see `fold_network`.
+
+    `raw` `(d, 2N)` and `pooled` `(d, 2 (N // 2))` are the halves of the projection, the second with the
+    pooling and the upsampling of columns folded in; `pos` `(M, d)` holds its bias too. `head`
+    `(2Mr + 2Nr + r, d)` are the heads of U, V and S with the last norm's weight folded in, and `table`
+    `(n_scene + 1, 2Mr + 2Nr + r)` their biases a scene, the mean scene last. `scalars` float64 `(3,)`: the
+    two refinement steps and tau.
+    """
+
+    row_w1: Tensor
+    row_w2: Tensor
+    col_w1: Tensor
+    col_w2: Tensor
+    raw: Tensor
+    pooled: Tensor
+    pos: Tensor
+    blocks: tuple[FrozenAttention | FrozenConv, ...]
+    head: Tensor
+    table: Tensor
+    scalars: Tensor
+    temperature: float
+    eps: float
+
+
+def upsampling(n: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """`(n, n // 2)`: bilinear upsampling of `n // 2` rows to n, `align_corners=False`."""
+    eye = torch.eye(n // 2, dtype=dtype, device=device)
+    return nn.functional.interpolate(eye[None], size=n, mode="linear", align_corners=False)[0].mT
+
+
+@torch.no_grad()
+def fold_network(net: Any) -> FrozenWeights:
+    """Weights of a `LoMACSSVDNet` folded in double precision, in the precision of the network.
+
+    Raises:
+        ValueError: where the norms of the network differ in epsilon.
+    """
+    dtype, N = net.pos.dtype, net.N
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype).contiguous().clone()
+
+    norms = [block[0] for block in net.blocks] + [net.norm]
+    if len({norm.eps for norm in norms}) != 1:
+        raise ValueError(f"net must have one epsilon in its norms, got {sorted({n.eps for n in norms})}")
+    weight = net.input_proj.weight.double()
+    columns = upsampling(N, torch.float64, weight.device)
+    coarse = weight[:, 2 * N :].unflatten(1, (N, 2))
+    pooled = torch.einsum("dnp,nj->djp", coarse, columns).flatten(1) / 4
+    blocks: list[FrozenAttention | FrozenConv] = []
+    for norm, mixer in net.blocks:
+        affine = cast(norm.weight), cast(norm.bias)
+        if hasattr(mixer, "qs"):
+            wq, wk, wv, wo, pk, pv = (torch.stack(list(w)).double() for w in mixer.weights)
+            score, mix = wq.mT @ wk / mixer.att_dim**0.5, wv.mT @ wo.mT
+            blocks.append(FrozenAttention(*affine, *map(cast, (score, mix, pk, pv))))
+        else:
+            weights = mixer.dw.weight, mixer.dw.bias, mixer.pw.weight, mixer.pw.bias
+            blocks.append(FrozenConv(*affine, *map(cast, weights)))
+    heads = [net.u_head, net.v_head, net.s_head[0]]
+    head = torch.cat([h.weight for h in heads]).double()
+    bias = torch.cat([h.bias for h in heads]).double()
+    scenes = net.scene_emb.weight.double()
+    scenes = torch.cat([scenes, scenes.mean(0, keepdim=True)])
+    refiner = net.ortho_refine
+    steps = [refiner.max_scale * torch.sigmoid(raw.double()) for raw in (refiner.a_raw, refiner.b_raw)]
+    gate = net.freq_gate
+    row_w1, row_w2, col_w1, col_w2 = map(cast, gate.weights)
+    return FrozenWeights(
+        row_w1=row_w1,
+        row_w2=row_w2,
+        col_w1=col_w1,
+        col_w2=col_w2,
+        raw=cast(weight[:, : 2 * N]),
+        pooled=cast(pooled),
+        pos=cast(net.pos[0].double() + net.input_proj.bias.double()),
+        blocks=tuple(blocks),
+        head=cast(head * net.norm.weight.double()),
+        table=cast((scenes + net.norm.bias.double()) @ head.mT + bias),
+        scalars=torch.stack([*steps, net.tau_s.double()]),
+        temperature=gate.temperature,
+        eps=net.norm.eps,
+    )
+
+
+def _attention(x: Tensor, block: FrozenAttention) -> Tensor:
+    groups = []
+    for xg, score, mix, pk, pv in zip(
+        x.chunk(len(block.score), -1), block.score, block.mix, block.pk, block.pv, strict=True
+    ):
+        keys, values = pk.mT @ xg @ score.mT, pv.mT @ xg @ mix
+        groups.append(torch.softmax(xg @ keys.mT, -1) @ values)
+    return torch.cat(groups, -1)
+
+
+def frozen_svd(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """`U, S, V` with `H ~ U diag(S) V^H`: the frozen network at `H / |H|_F`, S times `|H|_F`.
+
+    Args:
+        H: complex `(B, M, N)`, of any scale; a sample of zeros has S = 0.
+        scene: rows of `weights.table`, integer `(B,)`.
+        weights: of `fold_network`, in the precision of H.
+
+    Returns:
+        U complex `(B, M, r)`, S real `(B, r)`, V complex `(B, N, r)`.
+    """
+    w = weights
+    (M, N), r = H.shape[-2:], w.head.shape[0] // (2 * sum(H.shape[-2:]) + 1)
+    parts = real_view(H)
+    # squares of large or small channels leave the precision: divide by a power of two first
+    largest = parts.abs().flatten(1).amax(1) if parts.numel() else parts.new_empty(0)
+    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    parts = parts / scale[:, None, None, None]
+    size = torch.linalg.vector_norm(parts.flatten(1), dim=1)
+    X = torch.view_as_complex(parts / torch.where(size > 0, size, 1)[:, None, None, None])
+    Hd = freq_gate(X, w.row_w1, w.row_w2, w.col_w1, w.col_w2, w.temperature)
+    raw = real_view(Hd).flatten(-2)
+    blocks = Hd[:, : M // 2 * 2, : N // 2 * 2].unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).sum((2, 4))
+    rows = upsampling(M, w.pos.dtype, H.device)
+    x = raw @ w.raw.mT + rows @ (real_view(blocks).flatten(-2) @ w.pooled.mT) + w.pos
+    for block in w.blocks:
+        y = nn.functional.layer_norm(x, x.shape[-1:], block.norm_weight, block.norm_bias, w.eps)
+        if isinstance(block, FrozenAttention):
+            x = x + _attention(y, block)
+        else:
+            x = x + gated_conv1d(y, *block[2:])
+    feat = nn.functional.layer_norm(x.mean(1), x.shape[-1:], eps=w.eps)
+    u, v, s = (feat @ w.head.mT + w.table[scene]).split([2 * M * r, 2 * N * r, r], -1)
+    S, order = torch.sort(nn.functional.softplus(s) + 1e-6, dim=-1, descending=True, stable=True)
+    factors = []
+    for columns, n, step in ((u, M, w.scalars[0]), (v, N, w.scalars[1])):
+        U = torch.view_as_complex(columns.contiguous().view(-1, n, r, 2))
+        U = column_normalize(U.gather(-1, order[:, None].expand_as(U)))
+        factors.append(ortho_refine(U, step.to(w.pos.dtype)))
+    U, V = factors
+    S = spectral_calibrate(U, Hd, V, S, w.scalars[2].to(w.pos.dtype))
+    # one factor after the other: their product may overflow where S does not
+    S = torch.where(size[:, None] > 0, S, 0) * size[:, None] * scale[:, None]
+    return U, S, V

@@ -1,0 +1,209 @@
+"""The frozen network: equal to the network at the channel's own scale, saved as plain arrays, refusing bad input."""
+
+import numpy as np
+import pytest
+import torch
+
+import lomacs_fast
+from lomacs_fast import FrozenSVDNet, freeze, reference
+from lomacs_fast.inference import decompose
+from lomacs_fast.pruning import prune
+
+EPS = torch.finfo(torch.float32).eps
+SIZES = {
+    "M": 12,
+    "N": 10,
+    "r": 4,
+    "n_scene": 3,
+    "dim": 16,
+    "depth": 3,
+    "groups": 2,
+    "k_len": 5,
+    "gate_hidden": 6,
+}
+
+
+def network(seed=0, dtype=torch.float64, kind=lomacs_fast.LoMACSSVDNet, **changes):
+    torch.manual_seed(seed)
+    net = kind(**SIZES | changes)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net.to(dtype)
+
+
+def channels(B=6, M=12, N=10, seed=1, dtype=torch.complex128):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(B, M, N, dtype=dtype, generator=generator)
+
+
+def product(U, S, V):
+    return (U * S[:, None].to(U.dtype)) @ V.mH
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"depth": 0},
+        {"depth": 1, "groups": 1},
+        {"M": 9, "N": 14},
+        {"M": 7, "N": 5, "r": 1},
+        {"k_len": [3, 9], "kernel_size": 5, "temperature": 0.7, "tau_s": 0.35},
+    ],
+    ids=str,
+)
+def test_equal_to_the_network_at_unit_norm(changes):
+    net = network(**changes)
+    H, sid = channels(M=net.M, N=net.N), torch.arange(6) % 3
+    frozen = freeze(net)
+    for x, y in zip(frozen(H, sid), decompose(net, H, sid), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+def test_single_precision_by_the_rule():
+    errors = np.zeros(2)
+    for seed in range(3):
+        net = network(seed, dtype=torch.float32)
+        H, sid = channels(12, seed=seed), torch.arange(12) % 3
+        exact = product(*decompose(network(seed, dtype=torch.float32).double(), H, sid))
+        single = H.to(torch.complex64)
+        for i, got in enumerate((decompose(net, single, sid), freeze(net)(single, sid))):
+            errors[i] += float(torch.linalg.vector_norm(product(*got) - exact).square())
+        size = float(torch.linalg.vector_norm(exact))
+    eager, frozen = np.sqrt(errors) / size
+    assert frozen <= 2 * eager + 4 * EPS
+
+
+@pytest.mark.parametrize("factor", [1e-200, 1e-30, 1.0, 1e30, 1e200])
+def test_any_scale(factor):
+    net = network()
+    H, frozen = channels(), freeze(net)
+    U, S, V = frozen(H, 1)
+    for x, y in zip(frozen(H * factor, 1), (U, S * factor, V), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=0)
+
+
+def test_zero_channels_and_nan_stay_in_their_sample():
+    frozen = freeze(network())
+    H = channels()
+    want = frozen(H, 0)
+    H[1], H[4, 0, 0] = 0, torch.nan
+    U, S, V = frozen(H, 0)
+    assert not S[1].any()
+    assert U[1].isfinite().all()
+    assert S[4].isnan().any()
+    keep = [0, 2, 3, 5]
+    for x, y in zip((U, S, V), want, strict=True):
+        torch.testing.assert_close(x[keep], y[keep])
+
+
+def test_no_scene_is_the_mean_scene():
+    net = network()
+    H = channels()
+    got = freeze(net)(H)
+    with torch.no_grad():
+        net.scene_emb.weight[0] = net.scene_emb.weight.mean(0)
+    for x, y in zip(got, decompose(net, H, 0), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+def test_scenes_and_layouts():
+    frozen, H = freeze(network()), channels()
+    sid = torch.tensor([0, 2, 1, 1, 0, 2])
+    want = frozen(H, sid)
+    for i, s in enumerate(sid.tolist()):
+        for x, y in zip(frozen(H[i : i + 1], s), want, strict=True):
+            torch.testing.assert_close(x[0], y[i])
+    for same in (torch.view_as_real(H), H.conj().resolve_conj().conj(), H.mT.contiguous().mT):
+        for x, y in zip(frozen(same, sid.int()), want, strict=True):
+            torch.testing.assert_close(x, y)
+    assert [x.shape[0] for x in frozen(H[:0], sid[:0])] == [0, 0, 0]
+
+
+def test_the_network_is_left_as_it_is_and_no_graph_is_recorded():
+    net = network()
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    frozen = freeze(net)
+    assert not list(frozen.parameters())
+    assert not any(x.requires_grad for x in frozen(channels().requires_grad_(), 0))
+    with torch.no_grad():
+        out = frozen(channels(), 0)
+        for p in net.parameters():
+            p.zero_()
+    assert all(torch.equal(x, y) for x, y in zip(frozen(channels(), 0), out, strict=True))
+    assert list(before) == list(net.state_dict())
+
+
+def test_a_pruned_network_freezes():
+    net = network()
+    smaller, _ = prune(net, k_len=3, gate_hidden=2)
+    H, sid = channels(), torch.arange(6) % 3
+    for x, y in zip(freeze(smaller)(H, sid), decompose(smaller, H, sid), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+def test_saved_as_plain_arrays(tmp_path):
+    net = network(dtype=torch.float32)
+    frozen = freeze(net, scenarios=(1, 3, 4))
+    frozen.save(tmp_path / "net.npz")
+    with np.load(tmp_path / "net.npz", allow_pickle=False) as file:
+        assert all(file[name].dtype != object for name in file.files)
+    again = FrozenSVDNet.load(tmp_path / "net.npz")
+    H = channels(dtype=torch.complex64)
+    assert all(torch.equal(x, y) for x, y in zip(again(H, 2), frozen(H, 2), strict=True))
+    assert (again.config, again.scenarios) == (net.config, (1, 3, 4))
+    with pytest.raises(FileExistsError):
+        frozen.save(tmp_path / "net.npz")
+    frozen.save(tmp_path / "net.npz", overwrite=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nothing", b"text"])
+def test_a_file_that_is_none_is_refused(tmp_path, content):
+    path = tmp_path / "net.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"net\.npz is not a frozen network"):
+        FrozenSVDNet.load(path)
+    np.savez(path, a=np.ones(3))
+    with pytest.raises(ValueError, match=r"net\.npz is not a frozen network"):
+        FrozenSVDNet.load(path)
+    with pytest.raises(FileNotFoundError):
+        FrozenSVDNet.load(tmp_path / "nothing.npz")
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "words"),
+    [
+        ((3,), TypeError, "H must be a tensor"),
+        ((torch.ones(2, 12, 9, dtype=torch.complex128),), ValueError, r"H must be complex \(B, 12, 10\)"),
+        ((torch.ones(2, 12, 10),), ValueError, "H must be complex"),
+        ((channels(dtype=torch.complex64),), TypeError, "H must be torch.complex128"),
+        ((channels(), 3), ValueError, "sid must lie between 0 and 2, got 3 to 3"),
+        ((channels(), -1), ValueError, "sid must lie"),
+        ((channels(), torch.zeros(5, dtype=torch.int64)), ValueError, r"sid must have shape \(6,\)"),
+        ((channels(), torch.zeros(6)), TypeError, "sid must be an integer tensor"),
+        ((channels(), "a"), TypeError, "sid must be an integer"),
+    ],
+)
+def test_bad_input_is_named(args, error, words):
+    with pytest.raises(error, match=words):
+        freeze(network())(*args)
+
+
+def test_what_cannot_be_frozen_is_refused():
+    with pytest.raises(TypeError, match="net must be a LoMACSSVDNet, got Linear"):
+        freeze(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="scenarios must name 3 scenes"):
+        freeze(network(), scenarios=(1,))
+    net = network()
+    net.norm.eps = 1e-3
+    with pytest.raises(ValueError, match="one epsilon"):
+        freeze(net)
+
+
+def test_upsampling_is_torch_s():
+    for n in (2, 3, 5, 8, 63):
+        x = torch.randn(1, 1, n // 2, dtype=torch.float64)
+        want = torch.nn.functional.interpolate(x, size=n, mode="linear", align_corners=False)
+        got = reference.frozen.upsampling(n, torch.float64) @ x[0, 0]
+        torch.testing.assert_close(got, want[0, 0])
