@@ -524,6 +524,7 @@ def _predict(args: Any) -> None:
     from .data.layouts import open_channels
     from .data.output import PredictionWriter
     from .evaluation import check_size
+    from .freezing import freeze
     from .inference import decompose
     from .metrics import contest_macs
     from .training import load_network
@@ -546,12 +547,12 @@ def _predict(args: Any) -> None:
             f"{args.input}: holds {source.M}x{source.N} channels, the checkpoint takes {net.M}x{net.N}"
         )
     macs = contest_macs(net) / 1e6
-    n = len(source)
+    n, frozen = len(source), freeze(net)
     with PredictionWriter(args.out, n, net.M, net.N, net.r, macs=macs, overwrite=args.overwrite) as writer:
         starts = range(0, n, args.batch_size)
         for start in _progress(starts, len(starts), "predict", args.progress):
             H = source.read(slice(start, min(start + args.batch_size, n)))
-            writer.write(start, *decompose(net, H, sid, first=start, name=str(source.path)))
+            writer.write(start, *decompose(frozen, H, sid, first=start, name=str(source.path)))
     print(f"{args.out}: {n} samples, U {net.M}x{net.r}, S {net.r}, V {net.N}x{net.r}")
 
 

@@ -17,7 +17,7 @@ def decompose(
     """`U, S, V` with `H ~ U diag(S) V^H`: the network at `H / |H|_F`, S times `|H|_F`.
 
     Args:
-        net: a `LoMACSSVDNet`, of either precision.
+        net: a `LoMACSSVDNet` or a `FrozenSVDNet`, of either precision.
         H: complex64 or complex128 `(B, M, N)`, of any scale and on any device. It is normalised in its own
             precision, then cast to that of the network.
         sid: scenes, integer `(B,)` or one integer for all.
@@ -43,9 +43,9 @@ def decompose(
         sample = first + int((~finite).nonzero()[0])
         raise ValueError(f"{name} must be finite, sample {sample} holds NaN or Inf")
     X, size, scale = unit_channels(H)
-    parameter: Any = next(net.parameters())
-    X = X.to(parameter.device, torch.promote_types(parameter.dtype, torch.complex32))
-    U, S, V, _ = net(X, sid.to(parameter.device) if isinstance(sid, Tensor) else sid)
+    pos: Any = net.pos
+    X = X.to(pos.device, torch.promote_types(pos.dtype, torch.complex32))
+    U, S, V, *_ = net(X, sid.to(pos.device) if isinstance(sid, Tensor) else sid)
     # one factor after the other: their product may overflow where S does not
     S = S.to(H.device, H.real.dtype) * size[:, None] * scale[:, None]
     return U.to(H.device, H.dtype), S, V.to(H.device, H.dtype)

@@ -75,6 +75,13 @@ def test_single_precision_by_the_rule():
     assert frozen <= 2 * eager + 4 * EPS
 
 
+def test_decompose_takes_a_frozen_network():
+    net = network(dtype=torch.float32)
+    H = channels() * 1e200
+    for x, y in zip(decompose(freeze(net), H, 1), decompose(net, H, 1), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("factor", [1e-200, 1e-30, 1.0, 1e30, 1e200])
 def test_any_scale(factor):
     net = network()

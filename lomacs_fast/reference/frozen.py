@@ -178,5 +178,5 @@ def frozen_svd(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor
     U, V = factors
     S = spectral_calibrate(U, Hd, V, S, w.scalars[2].to(w.pos.dtype))
     # one factor after the other: their product may overflow where S does not
-    S = torch.where(size[:, None] > 0, S, 0) * size[:, None] * scale[:, None]
+    S = S * size[:, None] * scale[:, None]
     return U, S, V
