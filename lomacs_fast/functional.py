@@ -108,10 +108,29 @@ def _weight(
     name: str, value: Any, other: tuple[str, Tensor], shape: Sequence[int | str | None], mixed: bool = False
 ) -> Tensor:
     """Check a real weight that must have the precision of `other`, unless `mixed` precisions are in order."""
+    dtype = other[1].dtype
+    # what fits is said quickly
+    if isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype in REAL + HALF:
+        return value
     _tensor(name, value, REAL + HALF, shape)
     if not mixed:
-        _like(name, value, other[0], REAL_OF.get(other[1].dtype, other[1].dtype))
+        _like(name, value, other[0], REAL_OF.get(dtype, dtype))
     return value
+
+
+def _norm(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, mixed: bool) -> None:
+    """Check the layer normalisation of a residual block."""
+    if norm_weight is None:
+        if norm_bias is not None:
+            raise ValueError("norm_bias must be left out where norm_weight is")
+        return
+    d = x.shape[-1]
+    _weight("norm_weight", norm_weight, ("x", x), (d,), mixed)
+    if norm_bias is not None:
+        _weight("norm_bias", norm_bias, ("x", x), (d,), mixed)
+    _number("eps", eps)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
 
 
 def _autocast(x: Tensor) -> bool:
@@ -162,10 +181,9 @@ def dual_view_project(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> 
 
 
 def _grouped(
-    name: str, value: Any, x: Tensor, G: int | None, shape: tuple[int | None, int | None]
+    name: str, value: Any, x: Tensor, G: int | None, shape: tuple[int | None, int | None], mixed: bool
 ) -> tuple[int, ...]:
     """Check one weight a group, stacked or in a list; the shape that they have stacked."""
-    mixed = _autocast(x)
     if isinstance(value, Tensor):
         return tuple(_weight(name, value, ("x", x), (G, *shape), mixed).shape)
     if not isinstance(value, Sequence):
@@ -174,8 +192,11 @@ def _grouped(
         wanted = "at least one group" if G is None else f"{G} groups as wq does"
         raise ValueError(f"{name} must hold {wanted}, got {len(value)}")
     sizes: Sequence[int | None] = shape
+    dtype = x.dtype
     for i, weight in enumerate(value):
-        sizes = _weight(f"{name}[{i}]", weight, ("x", x), sizes, mixed).shape
+        # a name for every group would cost more than the look
+        if not (isinstance(weight, Tensor) and weight.shape == sizes and weight.dtype == dtype):
+            sizes = _weight(f"{name}[{i}]", weight, ("x", x), sizes, mixed).shape
     return (len(value), *value[0].shape)
 
 
@@ -188,24 +209,43 @@ def projected_attention(
     wo: Tensor | Sequence[Tensor],
     pk: Tensor | Sequence[Tensor],
     pv: Tensor | Sequence[Tensor],
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
+    y = ops.projected_attention_at_once(x, wq, wk, wv, wo, pk, pv, norm_weight, norm_bias, eps)
+    if y is not None:
+        return y
     _tensor("x", x, REAL + HALF, ("B", None, None))
-    T, d = x.shape[-2:]
-    G, att_dim, _ = _grouped("wq", wq, x, None, (None, None))
+    (T, d), mixed = x.shape[-2:], _autocast(x)
+    G, att_dim, _ = _grouped("wq", wq, x, None, (None, None), mixed)
     if d % G:
         raise ValueError(f"wq must hold a number of groups that divides d = {d}, got {G}")
     g = d // G
-    _grouped("wq", wq, x, G, (att_dim, g))
-    _grouped("wk", wk, x, G, (att_dim, g))
-    _grouped("wv", wv, x, G, (g, g))
-    _grouped("wo", wo, x, G, (g, g))
-    k_len = _grouped("pk", pk, x, G, (T, None))[-1]
-    _grouped("pv", pv, x, G, (T, k_len))
-    return reference.projected_attention(x, wq, wk, wv, wo, pk, pv)
+    _grouped("wq", wq, x, G, (att_dim, g), mixed)
+    _grouped("wk", wk, x, G, (att_dim, g), mixed)
+    _grouped("wv", wv, x, G, (g, g), mixed)
+    _grouped("wo", wo, x, G, (g, g), mixed)
+    k_len = _grouped("pk", pk, x, G, (T, None), mixed)[-1]
+    _grouped("pv", pv, x, G, (T, k_len), mixed)
+    _norm(x, norm_weight, norm_bias, eps, mixed)
+    return ops.projected_attention(x, wq, wk, wv, wo, pk, pv, norm_weight, norm_bias, eps)
 
 
 @_specified_by(reference.gated_conv1d)
-def gated_conv1d(x: Tensor, dw_weight: Tensor, dw_bias: Tensor, pw_weight: Tensor, pw_bias: Tensor) -> Tensor:
+def gated_conv1d(
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor,
+    pw_weight: Tensor,
+    pw_bias: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    y = ops.gated_conv1d_at_once(x, dw_weight, dw_bias, pw_weight, pw_bias, norm_weight, norm_bias, eps)
+    if y is not None:
+        return y
     _tensor("x", x, REAL + HALF, ("B", None, None))
     d, mixed = x.shape[-1], _autocast(x)
     _weight("dw_weight", dw_weight, ("x", x), (2 * d, 1, None), mixed)
@@ -214,7 +254,8 @@ def gated_conv1d(x: Tensor, dw_weight: Tensor, dw_bias: Tensor, pw_weight: Tenso
     _weight("dw_bias", dw_bias, ("x", x), (2 * d,), mixed)
     _weight("pw_weight", pw_weight, ("x", x), (d, d, 1), mixed)
     _weight("pw_bias", pw_bias, ("x", x), (d,), mixed)
-    return reference.gated_conv1d(x, dw_weight, dw_bias, pw_weight, pw_bias)
+    _norm(x, norm_weight, norm_bias, eps, mixed)
+    return ops.gated_conv1d(x, dw_weight, dw_bias, pw_weight, pw_bias, norm_weight, norm_bias, eps)
 
 
 @_specified_by(reference.column_normalize)

@@ -477,6 +477,53 @@ def _aeplus(
 register_macs("lomacs::aeplus", _aeplus)
 
 
+def _attention(x: Sequence[int], k: int, G: int, norm: bool, backward: bool, gx: bool, gw: bool) -> float:
+    """The native op's own products: tokens reduced first, weights folded to g x g, nothing else per token."""
+    B, T, d = x
+    g = d // G
+    tokens, rows = B * G * T * k * g, B * G * k * g * g
+    shares = _macs(B * G * T * (15 + 10 * backward) * k) + _macs(B * T * (7 + 15 * backward) * d) * norm
+    if not backward:
+        return 4 * tokens + 2 * rows + shares
+    return (5 + 3 * gx + 3 * gw) * tokens + (4 + 2 * gw) * rows + shares
+
+
+def _projected_attention(x: Tensor, *rest: Any, out: Any) -> float:
+    w, pk = rest[0], rest[4]
+    return _attention(x.shape, pk[0].shape[-1], len(w), rest[6] is not None, False, False, False)
+
+
+def _projected_attention_backward(gy: Tensor, x: Tensor, *rest: Any, out: Any) -> float:
+    w, pk = rest[0], rest[4]
+    return _attention(x.shape, pk.shape[-1], len(w), rest[6] is not None, True, *rest[-2:])
+
+
+def _conv(x: Sequence[int], taps: int, norm: bool) -> tuple[float, float, float]:
+    """Multiply-adds of the taps, of the pointwise product, and of gate and norm."""
+    B, T, d = x
+    return 2.0 * B * T * d * taps, float(B * T * d * d), _macs(B * T * d * (15 + 7 * norm))
+
+
+def _gated_conv(x: Tensor, *rest: Any, out: Any) -> float:
+    return sum(_conv(x.shape, rest[0].shape[-1], rest[4] is not None))
+
+
+def _gated_conv_backward(gy: Tensor, x: Tensor, *rest: Any, out: Any) -> float:
+    taps, product, gate = _conv(x.shape, rest[0].shape[-1], rest[4] is not None)
+    gx, gw = rest[-2:]
+    return (1 + gx + gw) * taps + (1 + gw) * product + 2 * gate
+
+
+for _name, _formula in (
+    ("projected_attention", _projected_attention),
+    ("projected_attention_groups", _projected_attention),
+    ("projected_attention_backward", _projected_attention_backward),
+    ("gated_conv1d", _gated_conv),
+    ("gated_conv1d_backward", _gated_conv_backward),
+):
+    register_macs(f"lomacs::{_name}", _formula)
+
+
 class TrueMacCounter(TorchDispatchMode):
     """Counts the real multiply-adds of every op that runs inside it, forward or backward.
 

@@ -50,6 +50,10 @@ class Maker:
         shapes = {"dw_weight": (2 * d, 1, k), "dw_bias": (2 * d,), "pw_weight": (d, d, 1), "pw_bias": (d,)}
         return {"x": self.real(self.B, self.M, d)} | {n: self.real(*s) for n, s in shapes.items()}
 
+    def norm(self, block):
+        d = block["x"].shape[-1]
+        return block | {"norm_weight": self.real(d), "norm_bias": self.real(d)}
+
     def dual(self):
         d = 4
         weights = {"weight": (d, 4 * self.N), "bias": (d,), "pos": (1, self.M, d)}
@@ -73,7 +77,9 @@ CASES = {
     "freq_gate": lambda m: {"H": m.complex(m.B, m.M, m.N)} | m.gate(),
     "dual_view_project": Maker.dual,
     "projected_attention": Maker.attention,
+    "projected_attention/norm": lambda m: m.norm(m.attention()),
     "gated_conv1d": Maker.conv,
+    "gated_conv1d/norm": lambda m: m.norm(m.conv()),
     "column_normalize": lambda m: tall(m, m.complex),
     "column_normalize/real": lambda m: tall(m, m.real),
     "ortho_refine": lambda m: tall(m, m.complex) | {"step": m.scalar(0.3)},

@@ -2,5 +2,16 @@
 
 from .aeplus import aeplus_loss
 from .dispatch import BackendError, backend_table, use_backend
+from .gated_conv import gated_conv1d, gated_conv1d_at_once
+from .projected_attention import projected_attention, projected_attention_at_once
 
-__all__ = ["BackendError", "aeplus_loss", "backend_table", "use_backend"]
+__all__ = [
+    "BackendError",
+    "aeplus_loss",
+    "backend_table",
+    "gated_conv1d",
+    "gated_conv1d_at_once",
+    "projected_attention",
+    "projected_attention_at_once",
+    "use_backend",
+]

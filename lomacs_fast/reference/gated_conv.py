@@ -12,20 +12,35 @@ from torch import Tensor, nn
 from .arguments import integer
 
 
-def gated_conv1d(x: Tensor, dw_weight: Tensor, dw_bias: Tensor, pw_weight: Tensor, pw_bias: Tensor) -> Tensor:
+def gated_conv1d(
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor,
+    pw_weight: Tensor,
+    pw_bias: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
     """`pointwise(a * sigmoid(b))` with `[a, b]` the halves of a depthwise convolution over tokens.
 
     The depthwise convolution has two outputs an input channel: output j reads input `j // 2`, so value c
     reads input `c // 2` and its gate reads `(d + c) // 2`. Zero padding of `k // 2` on both sides.
+    With a norm the whole residual block, `x + pointwise(...)` of `layer_norm(x)`.
 
     Args:
         x: `(B, T, d)`.
         dw_weight, dw_bias: `(2d, 1, k)` with k odd, `(2d,)`.
         pw_weight, pw_bias: `(d, d, 1)`, `(d,)`.
+        norm_weight, norm_bias, eps: of a layer normalisation over d before the taps, `(d,)`; its bias may be
+            left out.
 
     Returns:
         `(B, T, d)`.
     """
+    if norm_weight is not None:
+        normed = nn.functional.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+        return x + gated_conv1d(normed, dw_weight, dw_bias, pw_weight, pw_bias)
     d = x.shape[-1]
     y = nn.functional.conv1d(x.mT, dw_weight, dw_bias, padding=dw_weight.shape[-1] // 2, groups=d)
     value, gate = y.chunk(2, dim=1)

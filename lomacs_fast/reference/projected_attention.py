@@ -16,23 +16,39 @@ Grouped = Tensor | Sequence[Tensor]
 
 
 def projected_attention(
-    x: Tensor, wq: Grouped, wk: Grouped, wv: Grouped, wo: Grouped, pk: Grouped, pv: Grouped
+    x: Tensor,
+    wq: Grouped,
+    wk: Grouped,
+    wv: Grouped,
+    wo: Grouped,
+    pk: Grouped,
+    pv: Grouped,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     """Projected attention, group by group, the groups concatenated.
 
     With X the g columns of one group: `Q = X Wq^T`, `K = X Wk^T`, `V = X Wv^T`, `K_red = P_k^T K`,
-    `V_red = P_v^T V`, `softmax(Q K_red^T / sqrt(a)) V_red Wo^T`.
+    `V_red = P_v^T V`, `softmax(Q K_red^T / sqrt(a)) V_red Wo^T`. With a norm the whole residual block,
+    `x + attention(layer_norm(x))`.
 
     Args:
         x: `(B, T, d)` with `d = G g`.
         wq, wk: `(G, a, g)`.
         wv, wo: `(G, g, g)`.
         pk, pv: `(G, T, k_len)`.
-        Each weight is stacked over groups in its first dimension, or a sequence of one tensor a group.
+        norm_weight, norm_bias, eps: of a layer normalisation over d before the attention, `(d,)`; its bias
+            may be left out.
+        Each weight but the norm's is stacked over groups in its first dimension, or a sequence of one tensor
+        a group.
 
     Returns:
         `(B, T, d)`.
     """
+    if norm_weight is not None:
+        normed = nn.functional.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+        return x + projected_attention(normed, wq, wk, wv, wo, pk, pv)
     groups = []
     for xg, q, k, v, o, p, s in zip(x.chunk(len(wq), -1), wq, wk, wv, wo, pk, pv, strict=True):
         query, key, value = xg @ q.mT, xg @ k.mT, xg @ v.mT
