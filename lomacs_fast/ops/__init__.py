@@ -2,5 +2,15 @@
 
 from .aeplus import aeplus_loss
 from .dispatch import BackendError, backend_table, use_backend
+from .dual_view import dual_view_project, gate_project
+from .freq_gate import freq_gate
 
-__all__ = ["BackendError", "aeplus_loss", "backend_table", "use_backend"]
+__all__ = [
+    "BackendError",
+    "aeplus_loss",
+    "backend_table",
+    "dual_view_project",
+    "freq_gate",
+    "gate_project",
+    "use_backend",
+]
