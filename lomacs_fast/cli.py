@@ -495,15 +495,16 @@ def _evaluate(args: Any) -> None:
     if args.json is not None:
         _write_json(result, args.json, args.overwrite)
     if folder is not None:
-        from .plots import plot_channels, plot_gram, plot_spectrum, save_figure
+        from .plots import plot_channels, plot_gate, plot_gram, plot_spectrum, save_figure
 
         samples = sample_of_each(net, info, scenarios, part=part)
         save_figure(plot_channels(samples), folder / "channels.png")
+        save_figure(plot_gate(samples), folder / "gate.png")
         save_figure(plot_gram(samples[0]["U"], samples[0]["V"]), folder / "gram.png")
         predicted, true = ([s[key] for s in samples] for key in ("S", "S_true"))
         names = [f"scenario {s['scenario']}" for s in samples]
         save_figure(plot_spectrum(predicted, true, names), folder / "spectrum.png")
-        print(f"{folder}: channels.png, gram.png, spectrum.png")
+        print(f"{folder}: channels.png, gate.png, gram.png, spectrum.png")
 
 
 def _add_predict(parser: Any) -> None:

@@ -76,11 +76,6 @@ def _figures(
     tuned = read_history(out / "pruned" / "finetune")
     whole = {key: [*history[key], *tuned[key]] for key in history}
     whole["epoch"] = [float(k) for k in range(len(whole["epoch"]))]
-    gates = []
-    for s in samples:
-        Hf = torch.fft.fft2(s["input"] / torch.linalg.matrix_norm(s["input"]), norm="ortho")
-        with torch.no_grad():
-            gates.append({"scenario": s["scenario"], "input": s["input"], "gate": net.freq_gate(Hf)})
     medians = {
         name: tuple(1e3 * t["batch_256"][key] for key in ("median", "q25", "q75"))
         for name, t in facts["milliseconds_a_channel"].items()
@@ -104,7 +99,7 @@ def _figures(
             "AE against MACs of pruned networks, before finetuning",
             plot_pareto(facts["sweep"], baseline=facts["results"]["torch.linalg.svd"]["ae"]),
         ),
-        "gate": ("The frequency gate", plot_gate(gates)),
+        "gate": ("The frequency gate", plot_gate(samples)),
         "time": ("Time a channel at batch 256, two variants of the network and LAPACK", plot_time(medians)),
     }
     for name, (_, figure) in figures.items():

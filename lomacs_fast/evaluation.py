@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .data.augmentation import unit_channels
 from .data.contest import ContestScenario
 from .data.layouts import ChannelSource
 from .inference import decompose
@@ -98,10 +99,19 @@ def evaluate_svd(
     return evaluate(lambda H, _: truncated_svd(H, r), source())
 
 
+@torch.no_grad()
+def gate_of(net: LoMACSSVDNet, H: Tensor) -> Tensor:
+    """The frequency gate of one channel, complex `(M, N)` of any scale; real `(M, N)`, as `fft2` orders."""
+    X, _, _ = unit_channels(H[None])
+    X = X.to(net.pos.device, torch.promote_types(net.pos.dtype, torch.complex32))
+    return net.freq_gate(torch.fft.fft2(X[0], norm="ortho"))
+
+
 def sample_of_each(
     net: LoMACSSVDNet, info: NetworkInfo, scenarios: Sequence[ContestScenario], *, part: str = "test"
 ) -> list[dict[str, Any]]:
-    """First sample of every scenario: `scenario`, `input`, `label`, `estimate`, `U`, `S`, `V`, `S_true`."""
+    """First sample of every scenario: `scenario`, `input`, `label`, `estimate`, `gate`, `U`, `S`, `V`,
+    `S_true`."""
     samples = []
     for s in scenarios:
         input, label = (source.read([0]) for source in labelled_part(s, part))
@@ -112,6 +122,7 @@ def sample_of_each(
                 "input": input[0],
                 "label": label[0],
                 "estimate": U * S @ V.mH,
+                "gate": gate_of(net, input[0]),
                 "U": U,
                 "S": S,
                 "V": V,

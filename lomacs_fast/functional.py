@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ __all__ = [
     "column_normalize",
     "dual_view_project",
     "freq_gate",
+    "gate_project",
     "gated_conv1d",
     "low_rank_loss",
     "ortho_refine",
@@ -160,24 +161,87 @@ def spectral_gate(
     return reference.spectral_gate(Hf, row_w1, row_w2, col_w1, col_w2, temperature)
 
 
+def _boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
+@overload
+def freq_gate(
+    H: Tensor,
+    row_w1: Tensor,
+    row_w2: Tensor,
+    col_w1: Tensor,
+    col_w2: Tensor,
+    temperature: float,
+    *,
+    normalize: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def freq_gate(
+    H: Tensor,
+    row_w1: Tensor,
+    row_w2: Tensor,
+    col_w1: Tensor,
+    col_w2: Tensor,
+    temperature: float,
+    *,
+    normalize: bool,
+) -> Any: ...
+
+
 @_specified_by(reference.freq_gate)
 def freq_gate(
-    H: Tensor, row_w1: Tensor, row_w2: Tensor, col_w1: Tensor, col_w2: Tensor, temperature: float
-) -> Tensor:
+    H: Tensor,
+    row_w1: Tensor,
+    row_w2: Tensor,
+    col_w1: Tensor,
+    col_w2: Tensor,
+    temperature: float,
+    *,
+    normalize: bool = False,
+) -> Any:
     _gate_weights("H", H, row_w1, row_w2, col_w1, col_w2, temperature)
-    return reference.freq_gate(H, row_w1, row_w2, col_w1, col_w2, temperature)
+    _boolean("normalize", normalize)
+    return ops.freq_gate(H, row_w1, row_w2, col_w1, col_w2, temperature, normalize)
+
+
+def _projection_weights(name: str, Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> None:
+    _tensor(name, Hd, COMPLEX, ("B", None, None))
+    M, N = Hd.shape[-2:]
+    if min(M, N) < 2:
+        raise ValueError(f"{name} must be at least 2 x 2 (the coarse map pools 2x2), got {M} x {N}")
+    _weight("weight", weight, (name, Hd), (None, 4 * N))
+    _weight("bias", bias, (name, Hd), (weight.shape[0],))
+    _weight("pos", pos, (name, Hd), (1, M, weight.shape[0]))
 
 
 @_specified_by(reference.dual_view_project)
 def dual_view_project(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
-    _tensor("Hd", Hd, COMPLEX, ("B", None, None))
-    M, N = Hd.shape[-2:]
-    if min(M, N) < 2:
-        raise ValueError(f"Hd must be at least 2 x 2 (the coarse map pools 2x2), got {M} x {N}")
-    _weight("weight", weight, ("Hd", Hd), (None, 4 * N))
-    _weight("bias", bias, ("Hd", Hd), (weight.shape[0],))
-    _weight("pos", pos, ("Hd", Hd), (1, M, weight.shape[0]))
-    return reference.dual_view_project(Hd, weight, bias, pos)
+    _projection_weights("Hd", Hd, weight, bias, pos)
+    return ops.dual_view_project(Hd, weight, bias, pos)
+
+
+@_specified_by(reference.gate_project)
+def gate_project(
+    H: Tensor,
+    row_w1: Tensor,
+    row_w2: Tensor,
+    col_w1: Tensor,
+    col_w2: Tensor,
+    temperature: float,
+    weight: Tensor,
+    bias: Tensor,
+    pos: Tensor,
+    *,
+    normalize: bool = False,
+) -> tuple[Tensor, ...]:
+    _projection_weights("H", H, weight, bias, pos)
+    _gate_weights("H", H, row_w1, row_w2, col_w1, col_w2, temperature)
+    _boolean("normalize", normalize)
+    return ops.gate_project(H, row_w1, row_w2, col_w1, col_w2, temperature, weight, bias, pos, normalize)
 
 
 def _grouped(

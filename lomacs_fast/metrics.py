@@ -524,6 +524,52 @@ for _name, _formula in (
     register_macs(f"lomacs::{_name}", _formula)
 
 
+def _gate_macs(H: Tensor, row_w1: Tensor, col_w1: Tensor, transforms: int, layers: int, flops: int) -> float:
+    """Transforms of a sample, products with so many layers of both perceptrons, flops a frequency."""
+    B, M, N = H.shape[:3]
+    transform = _macs(5 * M * N * math.log2(M * N))
+    layer = row_w1.numel() + col_w1.numel()
+    return B * (transforms * transform + layers * layer + _macs(flops * M * N))
+
+
+def _freq_gate(H: Tensor, *args: Any, out: Any) -> float:
+    """The native op's own: two transforms, both perceptrons; a frequency takes 3 flops for the square of
+    its magnitude, 4 for the root, 2 for the means, 7 for the gate (two products, one sum, one division), 2
+    for the product with it. The norm of `normalize` takes 4 more.
+    """
+    row_w1, _, col_w1, _, _, normalize = args
+    return _gate_macs(H, row_w1, col_w1, 2, 2, 18 + 4 * normalize)
+
+
+def _freq_gate_backward(gHd: Tensor, gnorms: Tensor | None, H: Tensor, *args: Any, out: Any) -> float:
+    """Three transforms, the perceptrons forward again and back; a frequency takes 16 flops for magnitude,
+    means and gate, 8 for the gradient of the gate and its sums, 10 for that of the channel.
+    """
+    row_w1, _, col_w1, _, _, normalize, gh, gw = args
+    return _gate_macs(H, row_w1, col_w1, 2 + gh, 3 + gh + 2 * gw, 24 + 10 * gh + 4 * normalize)
+
+
+def _project_macs(Hd: Tensor, weight: Tensor, products: int) -> float:
+    """Products of the channel and of the sums of its 2x2 blocks; 6 flops a block, 4 a token's blend."""
+    (B, M, N), d = Hd.shape[:3], weight.shape[0]
+    low = (M // 2) * (N // 2)
+    return B * products * (2 * (M * N + low) * d + _macs(6 * low + 4 * M * d))
+
+
+def _gate_project(H: Tensor, *args: Any, out: Any) -> float:
+    return _freq_gate(H, *args[:6], out=out) + _project_macs(H, args[6], 1)
+
+
+register_macs("lomacs::freq_gate", _freq_gate)
+register_macs("lomacs::freq_gate_backward", _freq_gate_backward)
+register_macs("lomacs::dual_view_project", lambda Hd, weight, *_, **__: _project_macs(Hd, weight, 1))
+register_macs(
+    "lomacs::dual_view_project_backward",
+    lambda gX, Hd, weight, gh, gw, **_: _project_macs(Hd, weight, gh + gw),
+)
+register_macs("lomacs::gate_project", _gate_project)
+
+
 class TrueMacCounter(TorchDispatchMode):
     """Counts the real multiply-adds of every op that runs inside it, forward or backward.
 

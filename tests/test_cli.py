@@ -134,7 +134,12 @@ def test_evaluate_writes_the_promised_keys(trained, data, tmp_path, capsys):
     assert set(result["scenarios"]) == {"1", "2"}
     assert result["ae"] == pytest.approx(sum(s["ae"] for s in result["scenarios"].values()) / 2)
     assert result["svd"]["ae"] < 0.3
-    assert sorted(os.listdir(tmp_path / "figures")) == ["channels.png", "gram.png", "spectrum.png"]
+    assert sorted(os.listdir(tmp_path / "figures")) == [
+        "channels.png",
+        "gate.png",
+        "gram.png",
+        "spectrum.png",
+    ]
     assert "| all " in capsys.readouterr().out
     assert "exists" in refused(capsys, *words, "--json", target)
 

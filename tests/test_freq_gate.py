@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lomacs_fast
-from lomacs_fast import functional, reference
+from lomacs_fast import functional, reference, use_backend
 
 SIZES = [(1, 1, 1), (1, 7, 2), (8, 8, 4), (11, 6, 5), (63, 11, 3)]
 
@@ -148,7 +148,9 @@ def test_module(namespace):
     weights = list(module.state_dict().values())
     Hf = torch.fft.fft2(H, norm="ortho")
     assert torch.equal(module(Hf), reference.spectral_gate(Hf, *weights, 0.4))
-    assert torch.equal(module.filter(H), reference.freq_gate(H, *weights, 0.4))
+    with use_backend("eager"):
+        assert torch.equal(module.filter(H), reference.freq_gate(H, *weights, 0.4))
+    torch.testing.assert_close(module.filter(H), reference.freq_gate(H, *weights, 0.4))
     default = namespace.AxialLowRankFreqGate(6, 5)
     assert default.row_mlp[0].weight.shape == (32, 6)
     assert default.temperature == 0.2

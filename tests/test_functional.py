@@ -59,6 +59,10 @@ class Maker:
         weights = {"weight": (d, 4 * self.N), "bias": (d,), "pos": (1, self.M, d)}
         return {"Hd": self.complex(self.B, self.M, self.N)} | {n: self.real(*s) for n, s in weights.items()}
 
+    def front(self):
+        dual = self.dual()
+        return {"H": dual.pop("Hd")} | self.gate() | dual
+
     def low_rank(self, of):
         factors = self.factors(of)
         return {"F": factors["V"], "G": factors["U"], "H": factors["H"]}
@@ -75,7 +79,10 @@ def spectrum(m):
 CASES = {
     "spectral_gate": lambda m: {"Hf": m.complex(m.B, m.M, m.N)} | m.gate(),
     "freq_gate": lambda m: {"H": m.complex(m.B, m.M, m.N)} | m.gate(),
+    "freq_gate/normalize": lambda m: {"H": m.complex(m.B, m.M, m.N)} | m.gate() | {"normalize": True},
     "dual_view_project": Maker.dual,
+    "gate_project": Maker.front,
+    "gate_project/normalize": lambda m: m.front() | {"normalize": True},
     "projected_attention": Maker.attention,
     "projected_attention/norm": lambda m: m.norm(m.attention()),
     "gated_conv1d": Maker.conv,
@@ -110,7 +117,10 @@ def function(case):
 
 def flat(result):
     """The differentiable output, then the rest."""
-    return [result] if isinstance(result, torch.Tensor) else [result[0], *result[1]]
+    if isinstance(result, torch.Tensor):
+        return [result]
+    first, second, *rest = result
+    return [first, second, *rest] if isinstance(second, torch.Tensor) else [first, *second]
 
 
 def project(out):

@@ -2,6 +2,8 @@
 
 from .aeplus import aeplus_loss
 from .dispatch import BackendError, backend_table, use_backend
+from .dual_view import dual_view_project, gate_project
+from .freq_gate import freq_gate
 from .gated_conv import gated_conv1d, gated_conv1d_at_once
 from .projected_attention import projected_attention, projected_attention_at_once
 
@@ -9,6 +11,9 @@ __all__ = [
     "BackendError",
     "aeplus_loss",
     "backend_table",
+    "dual_view_project",
+    "freq_gate",
+    "gate_project",
     "gated_conv1d",
     "gated_conv1d_at_once",
     "projected_attention",

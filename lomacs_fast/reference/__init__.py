@@ -1,8 +1,8 @@
 """The specification in plain PyTorch: correctness, not speed; float32 and float64. One file a stem."""
 
 from .aeplus import AEPlusLoss, AEPlusTerms, aeplus_loss, aeplus_terms
-from .dual_view import coarse_map, dual_view_project
-from .freq_gate import AxialLowRankFreqGate, freq_gate, spectral_gate
+from .dual_view import coarse_map, dual_view_project, gate_project
+from .freq_gate import AxialLowRankFreqGate, freq_gate, spectral_gate, unit_norm
 from .frozen import FrozenWeights, fold_network, frozen_svd
 from .gated_conv import GatedConv1D, gated_conv1d
 from .low_rank import low_rank_loss
@@ -32,10 +32,12 @@ __all__ = [
     "fold_network",
     "freq_gate",
     "frozen_svd",
+    "gate_project",
     "gated_conv1d",
     "low_rank_loss",
     "ortho_refine",
     "projected_attention",
     "spectral_calibrate",
     "spectral_gate",
+    "unit_norm",
 ]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from .freq_gate import freq_gate
 
 
 def real_view(z: Tensor) -> Tensor:
@@ -41,3 +45,31 @@ def dual_view_project(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> 
     raw = real_view(Hd).flatten(-2)
     coarse = coarse_map(Hd).permute(0, 2, 3, 1).flatten(-2)
     return nn.functional.linear(torch.cat([raw, coarse], -1), weight, bias) + pos
+
+
+def gate_project(
+    H: Tensor,
+    row_w1: Tensor,
+    row_w2: Tensor,
+    col_w1: Tensor,
+    col_w2: Tensor,
+    temperature: float,
+    weight: Tensor,
+    bias: Tensor,
+    pos: Tensor,
+    *,
+    normalize: bool = False,
+) -> tuple[Tensor, ...]:
+    """From a channel to its tokens: `Hd = freq_gate(H)`, `X = dual_view_project(Hd)`, the network's front.
+
+    Args:
+        H: complex `(B, M, N)`, M, N >= 2.
+        row_w1, row_w2, col_w1, col_w2, temperature, normalize: as in `freq_gate`.
+        weight, bias, pos: as in `dual_view_project`.
+
+    Returns:
+        X real `(B, M, d)` and Hd complex `(B, M, N)`; with `normalize` also the norms, real `(B,)`.
+    """
+    gated: Any = freq_gate(H, row_w1, row_w2, col_w1, col_w2, temperature, normalize=normalize)
+    Hd, *norms = gated if normalize else (gated,)
+    return dual_view_project(Hd, weight, bias, pos), Hd, *norms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +47,74 @@ def spectral_gate(
     return torch.sigmoid((row.unsqueeze(-1) + col.unsqueeze(-2)) / temperature)
 
 
+def unit_norm(H: Tensor) -> tuple[Tensor, Tensor]:
+    """`X = H / |H|_F` a sample and the norms, as exact at any scale of H; a zero sample is divided by 1.
+
+    H and X complex `(..., M, N)`, the norms real `(...)`.
+    """
+    parts = torch.view_as_real(H.resolve_conj().resolve_neg())
+    dims = (-3, -2, -1)
+    if parts.numel() == 0:
+        return H * 1, parts.sum(dims)
+    peak = parts.detach().abs().amax(dims, keepdim=True)
+    peak = torch.where(peak > 0, peak, 1)
+    # the power of two at or below the peak: dividing by it rounds nothing
+    scale = peak / (2 * torch.frexp(peak).mantissa)
+    parts = parts / scale
+    size = torch.linalg.vector_norm(parts, dim=dims, keepdim=True)
+    X = parts / torch.where(size > 0, size, 1)
+    return torch.view_as_complex(X), (size * scale)[..., 0, 0, 0]
+
+
+@overload
 def freq_gate(
-    H: Tensor, row_w1: Tensor, row_w2: Tensor, col_w1: Tensor, col_w2: Tensor, temperature: float
-) -> Tensor:
+    H: Tensor,
+    row_w1: Tensor,
+    row_w2: Tensor,
+    col_w1: Tensor,
+    col_w2: Tensor,
+    temperature: float,
+    *,
+    normalize: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def freq_gate(
+    H: Tensor,
+    row_w1: Tensor,
+    row_w2: Tensor,
+    col_w1: Tensor,
+    col_w2: Tensor,
+    temperature: float,
+    *,
+    normalize: bool,
+) -> Any: ...
+
+
+def freq_gate(
+    H: Tensor,
+    row_w1: Tensor,
+    row_w2: Tensor,
+    col_w1: Tensor,
+    col_w2: Tensor,
+    temperature: float,
+    *,
+    normalize: bool = False,
+) -> Any:
     """Gated channel `Hd = IFFT2(FFT2(H) * gate(FFT2(H)))`, both transforms orthonormal.
 
-    Shapes as in `spectral_gate`; H and Hd complex `(..., M, N)`.
+    Args:
+        H: complex `(..., M, N)`.
+        row_w1, row_w2, col_w1, col_w2, temperature: as in `spectral_gate`.
+        normalize: gate `H / |H|_F` in place of H; a zero sample stays zero, as if its norm were 1.
+
+    Returns:
+        Hd, like H; with `normalize` also the norms `|H|_F`, real `(...)`.
     """
+    if normalize:
+        X, norms = unit_norm(H)
+        return freq_gate(X, row_w1, row_w2, col_w1, col_w2, temperature), norms
     if H.numel() == 0:  # MKL refuses an empty batch; its transform is itself
         return H * spectral_gate(H, row_w1, row_w2, col_w1, col_w2, temperature)
     Hf = torch.fft.fft2(H, norm="ortho")

@@ -1,0 +1,158 @@
+// The projection of both views, sample by sample. Included inside isa.inl.
+#include "matmul.inl"
+
+namespace lomacs {
+namespace LOMACS_ISA {
+
+template <typename T>
+struct ProjectionScratch {
+  std::vector<T> pooled, low, wide;
+
+  explicit ProjectionScratch(const Projection<T>& job)
+      : pooled(static_cast<std::size_t>(job.low() * job.narrow())),
+        low(static_cast<std::size_t>(job.low() * job.d)),
+        wide(static_cast<std::size_t>(job.low() * job.narrow())) {}
+};
+
+template <typename T, int... I>
+LOMACS_INLINE Vec<T> sum_of_neighbours(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return LOMACS_SHUFFLE(T, a, b, (I / 2 * 4 + I % 2)...) + LOMACS_SHUFFLE(T, a, b, (I / 2 * 4 + I % 2 + 2)...);
+}
+
+// sums of the 2x2 blocks of an interleaved matrix
+template <typename T>
+LOMACS_TARGET void pool(const Projection<T>& job, const T* x, T* to) {
+  const std::int64_t narrow = job.narrow();
+  for (std::int64_t m = 0; m < job.low(); ++m, to += narrow) {
+    const T *p = x + 4 * m * job.N, *q = p + 2 * job.N;
+    std::int64_t j = 0;
+    for (; j + lanes<T> <= narrow; j += lanes<T>) {
+      const Vec<T> a = load(p + 2 * j) + load(q + 2 * j);
+      const Vec<T> b = load(p + 2 * j + lanes<T>) + load(q + 2 * j + lanes<T>);
+      store(to + j, sum_of_neighbours<T>(a, b, Lanes<T>{}));
+    }
+    for (; j < narrow; ++j) {
+      const std::int64_t i = 4 * (j / 2) + j % 2;
+      to[j] = (p[i] + q[i]) + (p[i + 2] + q[i + 2]);
+    }
+  }
+}
+
+template <typename T, int... I>
+LOMACS_INLINE Vec<T> doubled(Vec<T> a, std::integer_sequence<int, I...>) {
+  return LOMACS_SHUFFLE(T, a, a, (I / 4 * 2 + I % 2)...);
+}
+
+template <typename T, int... I>
+LOMACS_INLINE Vec<T> doubled_high(Vec<T> a, std::integer_sequence<int, I...>) {
+  return LOMACS_SHUFFLE(T, a, a, (I / 4 * 2 + I % 2 + lanes<T> / 2)...);
+}
+
+// the adjoint of `pool`: every number to its four places, zero where no block reaches
+template <typename T>
+LOMACS_TARGET void spread(const Projection<T>& job, const T* from, T* x) {
+  const std::int64_t narrow = job.narrow(), row = 2 * job.N;
+  for (std::int64_t m = 0; m < job.M; ++m, x += row) {
+    if (m >= 2 * job.low()) {
+      std::memset(x, 0, sizeof(T) * static_cast<std::size_t>(row));
+      continue;
+    }
+    const T* p = from + m / 2 * narrow;
+    std::int64_t j = 0;
+    if constexpr (lanes<T> >= 4)
+      for (; j + lanes<T> <= narrow; j += lanes<T>) {
+        const Vec<T> v = load(p + j);
+        store(x + 2 * j, doubled<T>(v, Lanes<T>{}));
+        store(x + 2 * j + lanes<T>, doubled_high<T>(v, Lanes<T>{}));
+      }
+    for (; j < narrow; ++j) {
+      const std::int64_t i = 4 * (j / 2) + j % 2;
+      x[i] = x[i + 2] = p[j];
+    }
+    for (j = 2 * narrow; j < row; ++j) x[j] = 0;
+  }
+}
+
+// to = a + x u + y v
+template <typename T>
+LOMACS_TARGET void blend(const T* a, T x, const T* u, T y, const T* v, std::int64_t n, T* to) {
+  std::int64_t j = 0;
+  for (; j + lanes<T> <= n; j += lanes<T>)
+    store(to + j, load(a + j) + splat(x) * load(u + j) + splat(y) * load(v + j));
+  for (; j < n; ++j) to[j] = a[j] + x * u[j] + y * v[j];
+}
+
+// to += x u
+template <typename T>
+LOMACS_TARGET void add_times(T x, const T* u, std::int64_t n, T* to) {
+  std::int64_t j = 0;
+  for (; j + lanes<T> <= n; j += lanes<T>) store(to + j, load(to + j) + splat(x) * load(u + j));
+  for (; j < n; ++j) to[j] += x * u[j];
+}
+
+template <typename T>
+LOMACS_TARGET void project_sample(const Projection<T>& job, const T* Hd, T* X, ProjectionScratch<T>& s) {
+  const std::int64_t d = job.d, narrow = job.narrow();
+  pool(job, Hd, s.pooled.data());
+  matmul<T>({s.pooled.data(), narrow, 1}, {job.w2t.data(), d}, s.low.data(), d, job.low(), d, narrow);
+  for (std::int64_t m = 0; m < job.M; ++m) {
+    const std::size_t i = static_cast<std::size_t>(m);
+    const T share = static_cast<T>(job.rows.share[i]);
+    blend(job.base.data() + m * d, 1 - share, s.low.data() + job.rows.low[i] * d, share,
+          s.low.data() + job.rows.high[i] * d, d, X + m * d);
+  }
+  matmul<T>({Hd, 2 * job.N, 1}, {job.w1t.data(), d}, X, d, job.M, d, 2 * job.N, true);
+}
+
+// gHd where it is wanted, and this sample's part of the sums where they are
+template <typename T>
+LOMACS_TARGET void project_sample_back(const Projection<T>& job, const T* gX, const T* Hd, T* gHd, T* sums,
+                                       ProjectionScratch<T>& s) {
+  const std::int64_t M = job.M, N = job.N, d = job.d, narrow = job.narrow(), low = job.low();
+  std::memset(s.low.data(), 0, sizeof(T) * static_cast<std::size_t>(low * d));
+  for (std::int64_t m = 0; m < M; ++m) {
+    const std::size_t i = static_cast<std::size_t>(m);
+    const T share = static_cast<T>(job.rows.share[i]);
+    add_times<T>(1 - share, gX + m * d, d, s.low.data() + job.rows.low[i] * d);
+    add_times<T>(share, gX + m * d, d, s.low.data() + job.rows.high[i] * d);
+  }
+  if (gHd != nullptr) {
+    matmul<T>({s.low.data(), d, 1}, {job.w2.data(), narrow}, s.wide.data(), narrow, low, narrow, d);
+    spread(job, s.wide.data(), gHd);
+    matmul<T>({gX, d, 1}, {job.weight, 4 * N}, gHd, 2 * N, M, 2 * N, d, true);
+  }
+  if (sums != nullptr) {
+    pool(job, Hd, s.pooled.data());
+    matmul<T>({gX, 1, d}, {Hd, 2 * N}, sums, 2 * N, d, 2 * N, M, true);
+    sums += d * 2 * N;
+    matmul<T>({s.low.data(), 1, d}, {s.pooled.data(), narrow}, sums, narrow, d, narrow, low, true);
+    sums += d * narrow;
+    add_times<T>(1, gX, M * d, sums);
+  }
+}
+
+template <typename T>
+LOMACS_TARGET void project_samples(const Projection<T>& job, const T* Hd, T* X, std::int64_t begin,
+                                   std::int64_t end) {
+  ProjectionScratch<T> scratch(job);
+  for (std::int64_t b = begin; b < end; ++b)
+    project_sample(job, Hd + 2 * b * job.M * job.N, X + b * job.M * job.d, scratch);
+}
+
+template <typename T>
+LOMACS_TARGET void project_chunks_back(const Projection<T>& job, const T* gX, const T* Hd, T* gHd, T* sums,
+                                       std::int64_t B, std::int64_t begin, std::int64_t end) {
+  ProjectionScratch<T> scratch(job);
+  for (std::int64_t c = begin; c < end; ++c) {
+    T* own = sums ? sums + c * job.sums() : nullptr;
+    if (own) std::memset(own, 0, sizeof(T) * static_cast<std::size_t>(job.sums()));
+    const std::int64_t stop = std::min(B, (c + 1) * job.chunk);
+    for (std::int64_t b = c * job.chunk; b < stop; ++b) {
+      const std::int64_t at = 2 * b * job.M * job.N;
+      project_sample_back(job, gX + b * job.M * job.d, Hd + at, gHd ? gHd + at : nullptr, own, scratch);
+    }
+  }
+}
+
+}  // namespace LOMACS_ISA
+}  // namespace lomacs

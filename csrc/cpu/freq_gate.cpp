@@ -1,0 +1,272 @@
+// lomacs::freq_gate on CPU, its gradients, and lomacs::gate_project, which goes on to the tokens of both views
+// while a gated channel is in the cache.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "dual_view.h"
+#include "fft.h"
+#include "simd.h"
+#include "sums.h"
+#include "tensors.h"
+
+namespace lomacs {
+namespace {
+
+// whole vectors of any instruction set
+std::int64_t padded(std::int64_t n) { return (n + 15) / 16 * 16; }
+
+// One perceptron, its side in the order of the spectrum: row k of w1t belongs to frequency[k].
+template <typename T>
+struct Perceptron {
+  std::int64_t n, hidden;
+  // rows padded to whole vectors: (n, hidden), (hidden, n), and for the gradients (hidden, n), (n, hidden)
+  std::vector<T> w1t, w2t, w1, w2;
+
+  Perceptron(const T* first, const T* second, std::int64_t hidden, const std::vector<std::int64_t>& frequency)
+      : n(static_cast<std::int64_t>(frequency.size())), hidden(hidden) {
+    const std::int64_t np = padded(n), hp = padded(hidden);
+    for (auto* x : {&w1t, &w2}) x->resize(static_cast<std::size_t>(n * hp));
+    for (auto* x : {&w2t, &w1}) x->resize(static_cast<std::size_t>(hidden * np));
+    for (std::int64_t p = 0; p < n; ++p)
+      for (std::int64_t k = 0; k < hidden; ++k) {
+        const std::int64_t f = frequency[static_cast<std::size_t>(p)];
+        const auto tall = static_cast<std::size_t>(p * hp + k), wide = static_cast<std::size_t>(k * np + p);
+        w1t[tall] = w1[wide] = first[k * n + f];
+        w2[tall] = w2t[wide] = second[f * hidden + k];
+      }
+  }
+  std::int64_t sums() const { return hidden * padded(n) + n * padded(hidden); }
+};
+
+// Where a chunk adds the gradients of the weights, in the perceptrons' padded order; null where not wanted.
+template <typename T>
+struct GateSums {
+  T *row_w1, *row_w2, *col_w1, *col_w2;
+};
+
+// Pointers to contiguous batches; what is not wanted is null.
+template <typename T>
+struct Gate {
+  const T *H, *gHd, *gnorms;
+  T *Hd, *norms, *gH, *sums;
+  std::int64_t M, N, hidden, chunk;
+  double temperature, ortho;
+  bool normalize;
+  const FftPlan<T> *rows, *cols;
+  const Perceptron<T> *row_mlp, *col_mlp;
+
+  GateSums<T> sums_of(std::int64_t chunk) const {
+    if (sums == nullptr) return {};
+    T* p = sums + chunk * (row_mlp->sums() + col_mlp->sums());
+    T* q = p + row_mlp->sums();
+    return {p, p + row_mlp->hidden * padded(M), q, q + col_mlp->hidden * padded(N)};
+  }
+};
+
+}  // namespace
+}  // namespace lomacs
+
+#define LOMACS_KERNELS "freq_gate.inl"
+#include "isa.inl"
+
+namespace lomacs {
+namespace {
+
+struct Weights {
+  const Tensor &row_w1, &row_w2, &col_w1, &col_w2;
+};
+
+struct Sizes {
+  std::int64_t B, M, N, row_hidden, col_hidden;
+};
+
+Sizes sizes_of(const Checks& checks, const Tensor& H, const Weights& w, double temperature) {
+  checks.expect(H.dim() == 4, "H must have shape (B, M, N, 2)");
+  checks.expect(w.row_w1.dim() == 2 && w.col_w1.dim() == 2,
+                "row_w1 must have shape (hidden, M), col_w1 (hidden, N)");
+  const Sizes z{H.size(0), H.size(1), H.size(2), w.row_w1.size(0), w.col_w1.size(0)};
+  const ScalarType dtype = H.scalar_type();
+  checks.expect(z.M > 0 && z.N > 0 && z.row_hidden > 0 && z.col_hidden > 0,
+                "no dimension but the batch may be empty");
+  checks.expect(temperature > 0, "temperature must be positive");
+  checks.real("H", dtype);
+  checks.tensor("H", H, dtype, {z.B, z.M, z.N, 2});
+  checks.tensor("row_w1", w.row_w1, dtype, {z.row_hidden, z.M});
+  checks.tensor("row_w2", w.row_w2, dtype, {z.M, z.row_hidden});
+  checks.tensor("col_w1", w.col_w1, dtype, {z.col_hidden, z.N});
+  checks.tensor("col_w2", w.col_w2, dtype, {z.N, z.col_hidden});
+  return z;
+}
+
+// What a call holds for all its samples.
+template <typename T>
+struct Front {
+  FftPlan<T> rows, cols;
+  Perceptron<T> row_mlp, col_mlp;
+  Gate<T> job{};
+
+  Front(const Sizes& z, const Tensor& H, const Weights& w, double temperature, bool normalize)
+      : rows(z.M),
+        cols(z.N),
+        row_mlp(pointer<T>(w.row_w1), pointer<T>(w.row_w2), z.row_hidden, rows.frequency),
+        col_mlp(pointer<T>(w.col_w1), pointer<T>(w.col_w2), z.col_hidden, cols.frequency) {
+    job.H = pointer<T>(H);
+    job.M = z.M, job.N = z.N, job.hidden = std::max(z.row_hidden, z.col_hidden), job.chunk = chunk_of(z.B);
+    job.temperature = temperature, job.normalize = normalize;
+    job.ortho = 1 / std::sqrt(static_cast<double>(z.M) * static_cast<double>(z.N));
+    job.rows = &rows, job.cols = &cols, job.row_mlp = &row_mlp, job.col_mlp = &col_mlp;
+  }
+  Front(const Front&) = delete;
+};
+
+// about 30 operations a number for each of the transforms
+std::int64_t operations(const Sizes& z) { return 60 * z.M * z.N; }
+
+template <typename T>
+void forward(const Sizes& z, Front<T>& front, Tensor& Hd, Tensor& norms, bool normalize) {
+  Gate<T>& job = front.job;
+  job.Hd = output<T>(Hd), job.norms = output<T>(norms, normalize);
+  const Isa isa = choose_isa();
+  torch::stable::parallel_for(0, z.B, share_of(operations(z)), [&](std::int64_t begin, std::int64_t end) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return avx512::gate_samples(job, begin, end);
+    if (isa == Isa::avx2) return avx2::gate_samples(job, begin, end);
+#endif
+    portable::gate_samples(job, begin, end);
+  });
+}
+
+template <typename T>
+void unpack(const double* sums, const Perceptron<T>& p, const std::vector<std::int64_t>& frequency, T* gw1,
+            T* gw2) {
+  const std::int64_t np = padded(p.n), hp = padded(p.hidden);
+  const double* second = sums + p.hidden * np;
+  for (std::int64_t i = 0; i < p.n; ++i)
+    for (std::int64_t k = 0; k < p.hidden; ++k) {
+      const std::int64_t f = frequency[static_cast<std::size_t>(i)];
+      gw1[k * p.n + f] = static_cast<T>(sums[k * np + i]);
+      gw2[f * p.hidden + k] = static_cast<T>(second[i * hp + k]);
+    }
+}
+
+template <typename T>
+void backward(const Sizes& z, Front<T>& front, Tensor& gH, const std::vector<Tensor>& gw, bool gh,
+              bool weights) {
+  Gate<T>& job = front.job;
+  const std::int64_t chunks = (z.B + job.chunk - 1) / job.chunk;
+  const std::int64_t count = front.row_mlp.sums() + front.col_mlp.sums();
+  std::vector<T> partial(static_cast<std::size_t>(weights ? chunks * count : 0));
+  job.gH = output<T>(gH, gh), job.sums = weights ? partial.data() : nullptr;
+  const Isa isa = choose_isa();
+  const std::int64_t grain = share_of(2 * job.chunk * operations(z));
+  torch::stable::parallel_for(0, chunks, grain, [&](std::int64_t begin, std::int64_t end) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return avx512::gate_chunks_back(job, z.B, begin, end);
+    if (isa == Isa::avx2) return avx2::gate_chunks_back(job, z.B, begin, end);
+#endif
+    portable::gate_chunks_back(job, z.B, begin, end);
+  });
+  if (!weights) return;
+  const std::vector<double> total = sum_of_chunks(partial, count);
+  unpack(total.data(), front.row_mlp, front.rows.frequency, output<T>(gw[0]), output<T>(gw[1]));
+  unpack(total.data() + front.row_mlp.sums(), front.col_mlp, front.cols.frequency, output<T>(gw[2]),
+         output<T>(gw[3]));
+}
+
+std::tuple<Tensor, Tensor> freq_gate(const Tensor& H, const Tensor& row_w1, const Tensor& row_w2,
+                                     const Tensor& col_w1, const Tensor& col_w2, double temperature,
+                                     bool normalize) {
+  constexpr Checks checks{"freq_gate"};
+  const Weights w{row_w1, row_w2, col_w1, col_w2};
+  const Sizes z = sizes_of(checks, H, w, temperature);
+  Tensor Hd = torch::stable::new_empty(H, {z.B, z.M, z.N, 2});
+  Tensor norms = torch::stable::new_empty(H, {normalize ? z.B : 0});
+  const auto run = [&]<typename T>(T) {
+    Front<T> front(z, H, w, temperature, normalize);
+    forward(z, front, Hd, norms, normalize);
+  };
+  if (H.scalar_type() == ScalarType::Float) run(float{});
+  else run(double{});
+  return {Hd, norms};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> freq_gate_backward(
+    const Tensor& gHd, const std::optional<Tensor>& gnorms, const Tensor& H, const Tensor& row_w1,
+    const Tensor& row_w2, const Tensor& col_w1, const Tensor& col_w2, double temperature, bool normalize,
+    bool gh, bool gw) {
+  constexpr Checks checks{"freq_gate_backward"};
+  const Weights w{row_w1, row_w2, col_w1, col_w2};
+  const Sizes z = sizes_of(checks, H, w, temperature);
+  const ScalarType dtype = H.scalar_type();
+  checks.tensor("gHd", gHd, dtype, {z.B, z.M, z.N, 2});
+  const bool of_norms = normalize && gnorms.has_value();
+  if (of_norms) checks.tensor("gnorms", *gnorms, dtype, {z.B});
+  const auto make = [&](bool wanted, const std::vector<std::int64_t>& sizes) {
+    return wanted ? torch::stable::new_empty(H, sizes) : torch::stable::new_empty(H, {0});
+  };
+  Tensor gH = make(gh, {z.B, z.M, z.N, 2});
+  const std::vector<Tensor> of_weights{make(gw, {z.row_hidden, z.M}), make(gw, {z.M, z.row_hidden}),
+                                       make(gw, {z.col_hidden, z.N}), make(gw, {z.N, z.col_hidden})};
+  const auto run = [&]<typename T>(T) {
+    Front<T> front(z, H, w, temperature, normalize);
+    front.job.gHd = pointer<T>(gHd), front.job.gnorms = of_norms ? pointer<T>(*gnorms) : nullptr;
+    backward(z, front, gH, of_weights, gh, gw);
+  };
+  if (dtype == ScalarType::Float) run(float{});
+  else run(double{});
+  return {gH, of_weights[0], of_weights[1], of_weights[2], of_weights[3]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gate_project(const Tensor& H, const Tensor& row_w1, const Tensor& row_w2,
+                                                const Tensor& col_w1, const Tensor& col_w2, double temperature,
+                                                bool normalize, const Tensor& weight, const Tensor& bias,
+                                                const Tensor& pos) {
+  constexpr Checks checks{"gate_project"};
+  const Weights w{row_w1, row_w2, col_w1, col_w2};
+  const Sizes z = sizes_of(checks, H, w, temperature);
+  const ScalarType dtype = H.scalar_type();
+  checks.expect(z.M > 1 && z.N > 1, "M and N must be at least 2");
+  checks.expect(weight.dim() == 2 && weight.size(0) > 0, "weight must have shape (d, 4N)");
+  const std::int64_t d = weight.size(0);
+  checks.tensor("weight", weight, dtype, {d, 4 * z.N});
+  checks.tensor("bias", bias, dtype, {d});
+  checks.tensor("pos", pos, dtype, {1, z.M, d});
+  Tensor X = torch::stable::new_empty(H, {z.B, z.M, d});
+  Tensor Hd = torch::stable::new_empty(H, {z.B, z.M, z.N, 2});
+  Tensor norms = torch::stable::new_empty(H, {normalize ? z.B : 0});
+  const Isa isa = choose_isa();
+  const auto run = [&]<typename T>(T) {
+    Front<T> front(z, H, w, temperature, normalize);
+    Gate<T>& job = front.job;
+    job.Hd = output<T>(Hd), job.norms = output<T>(norms, normalize);
+    Projection<T> projection(pointer<T>(weight), z.M, z.N, d);
+    projection.forward(pointer<T>(bias), pointer<T>(pos));
+    T* x = output<T>(X);
+    torch::stable::parallel_for(0, z.B, share_of(operations(z)), [&](std::int64_t begin, std::int64_t end) {
+#if defined(__x86_64__)
+      if (isa == Isa::avx512) return avx512::gate_and_project_samples(job, projection, x, begin, end);
+      if (isa == Isa::avx2) return avx2::gate_and_project_samples(job, projection, x, begin, end);
+#endif
+      portable::gate_and_project_samples(job, projection, x, begin, end);
+    });
+  };
+  if (dtype == ScalarType::Float) run(float{});
+  else run(double{});
+  return {X, Hd, norms};
+}
+
+}  // namespace
+}  // namespace lomacs
+
+STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) {
+  m.impl("freq_gate", TORCH_BOX(&lomacs::freq_gate));
+  m.impl("freq_gate_backward", TORCH_BOX(&lomacs::freq_gate_backward));
+  m.impl("gate_project", TORCH_BOX(&lomacs::gate_project));
+}

@@ -1,0 +1,27 @@
+// Sums over the samples of a batch, in an order that no number of threads changes: chunks of a fixed size,
+// each summed in order, then the chunks in order.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace lomacs {
+
+// samples of a chunk: few enough chunks that their sums stay small, enough for many threads
+inline std::int64_t chunk_of(std::int64_t B) { return std::max<std::int64_t>(1, (B + 31) / 32); }
+
+// tasks of this many operations that are worth a thread: about 20 us
+inline std::int64_t share_of(std::int64_t operations) {
+  return std::max<std::int64_t>(1, (1 << 19) / std::max<std::int64_t>(1, operations));
+}
+
+template <typename T>
+std::vector<double> sum_of_chunks(const std::vector<T>& partial, std::int64_t count) {
+  std::vector<double> total(static_cast<std::size_t>(count));
+  for (std::size_t at = 0; at < partial.size(); at += total.size())
+    for (std::size_t i = 0; i < total.size(); ++i) total[i] += static_cast<double>(partial[at + i]);
+  return total;
+}
+
+}  // namespace lomacs

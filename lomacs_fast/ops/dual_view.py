@@ -1,0 +1,277 @@
+"""The dual view's projection, and the gate with it: schema, shapes, autograd, autocast, FLOPs, backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import reference
+from . import common, freq_gate
+from .common import REAL, library
+from .dispatch import Backend, Op
+
+PROJECTION = "Tensor weight, Tensor bias, Tensor pos"
+library.define(f"dual_view_project(Tensor Hd, {PROJECTION}) -> Tensor X", tags=common.TAGS)
+library.define(
+    "dual_view_project_backward(Tensor gX, Tensor Hd, Tensor weight, bool gh, bool gw) -> "
+    "(Tensor gHd, Tensor gweight, Tensor gbias, Tensor gpos)",
+    tags=common.TAGS,
+)
+library.define(
+    f"gate_project(Tensor H, {freq_gate.WEIGHTS}, {PROJECTION}) -> (Tensor X, Tensor Hd, Tensor norms)",
+    tags=common.TAGS,
+)
+
+
+def _check(name: str, Hd: Tensor, weight: Tensor, *others: Tensor) -> tuple[int, int, int]:
+    """B, M and d of a projection's arguments, checked; in traced code too."""
+    torch._check(
+        Hd.ndim == 4 and Hd.shape[3] == 2,
+        lambda: f"{name} must have shape (B, M, N, 2), got {tuple(Hd.shape)}",
+    )
+    torch._check(Hd.dtype in REAL, lambda: f"{name} must be float32 or float64, got {Hd.dtype}")
+    B, M, N = Hd.shape[:3]
+    torch._check(M > 1 and N > 1, lambda: f"{name} must be at least 2 x 2, got {M} x {N}")
+    torch._check(weight.ndim == 2, lambda: f"weight must have 2 dimensions, got {tuple(weight.shape)}")
+    d = weight.shape[0]
+    shapes = {"weight": (d, 4 * N), "bias": (d,), "pos": (1, M, d)}
+    for (own, shape), x in zip(shapes.items(), (weight, *others), strict=False):
+        torch._check(x.shape == shape, lambda n=own, x=x, s=shape: f"{n} must be {s}, got {tuple(x.shape)}")
+        torch._check(x.dtype == Hd.dtype, lambda n=own, x=x: f"{n} must be {Hd.dtype}, got {x.dtype}")
+    return B, M, d
+
+
+@torch.library.register_fake("lomacs::dual_view_project", lib=library)
+def _fake(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
+    return Hd.new_empty(_check("Hd", Hd, weight, bias, pos))
+
+
+@torch.library.register_fake("lomacs::dual_view_project_backward", lib=library)
+def _fake_backward(gX: Tensor, Hd: Tensor, weight: Tensor, gh: bool, gw: bool) -> tuple[Tensor, ...]:
+    B, M, d = _check("Hd", Hd, weight)
+    torch._check(gX.shape == (B, M, d), lambda: f"gX must be {(B, M, d)}, got {tuple(gX.shape)}")
+    shapes = (weight.shape, (d,), (1, M, d))
+    return Hd.new_empty(Hd.shape if gh else (0,)), *(Hd.new_empty(s if gw else (0,)) for s in shapes)
+
+
+@torch.library.register_fake("lomacs::gate_project", lib=library)
+def _fake_front(
+    H: Tensor,
+    row_w1: Tensor,
+    row_w2: Tensor,
+    col_w1: Tensor,
+    col_w2: Tensor,
+    temperature: float,
+    normalize: bool,
+    weight: Tensor,
+    bias: Tensor,
+    pos: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    freq_gate.check_gate(H, row_w1, row_w2, col_w1, col_w2, temperature)
+    shape = _check("H", H, weight, bias, pos)
+    return H.new_empty(shape), H.new_empty(H.shape), H.new_empty((H.shape[0] if normalize else 0,))
+
+
+@torch.library.impl("lomacs::dual_view_project", "CUDA", lib=library)
+def _on_cuda(*args: Any) -> Tensor:
+    from ..kernels import dual_view as kernels
+
+    return kernels.dual_view_project(*args)
+
+
+@torch.library.impl("lomacs::dual_view_project_backward", "CUDA", lib=library)
+def _backward_on_cuda(*args: Any) -> tuple[Tensor, ...]:
+    from ..kernels import dual_view as kernels
+
+    return kernels.dual_view_project_backward(*args)
+
+
+@torch.library.impl("lomacs::gate_project", "CUDA", lib=library)
+def _front_on_cuda(*args: Any) -> tuple[Tensor, ...]:
+    from ..kernels import dual_view as kernels
+
+    return kernels.gate_project(*args)
+
+
+def _project_backward(
+    needs: Sequence[bool], gX: Tensor | None, Hd: Tensor, weight: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of Hd, weight, bias and pos, None where `needs` wants none."""
+    gh, gw = needs[0], any(needs[1:4])
+    if gX is None or not (gh or gw):
+        return (None,) * 4
+    gradients = torch.ops.lomacs.dual_view_project_backward(gX.contiguous(), Hd, weight, gh, gw)
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    Hd, weight, *_ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(Hd, weight)
+
+
+def _backward(ctx: Any, gX: Tensor | None) -> tuple[Tensor | None, ...]:
+    common.refuse_second_derivatives("the fused projection of both views")
+    return _project_backward(ctx.needs_input_grad[:4], gX, *ctx.saved_tensors)
+
+
+def _front_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *gate, ctx.temperature, ctx.normalize, weight, _, _ = inputs
+    if not ctx.normalize:
+        ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*gate, weight, output[1])
+
+
+def _front_backward(
+    ctx: Any, gX: Tensor | None, gHd: Tensor | None, gnorms: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    common.refuse_second_derivatives("the fused front")
+    H, *weights, weight, Hd = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    through, *of_projection = _project_backward((any(needs[:5]), *needs[7:10]), gX, Hd, weight)
+    if through is not None and gHd is not None:
+        through = through + gHd
+    whole = gHd if through is None else through
+    of_gate = freq_gate.gate_backward(needs[:5], whole, gnorms, H, weights, ctx.temperature, ctx.normalize)
+    return (*of_gate, None, None, *of_projection)
+
+
+torch.library.register_autograd("lomacs::dual_view_project", _backward, setup_context=_setup, lib=library)
+torch.library.register_autograd(
+    "lomacs::gate_project", _front_backward, setup_context=_front_setup, lib=library
+)
+# Hd is complex: half precision of the caller's becomes single
+for _device in ("cpu", "cuda"):
+    for _name in ("dual_view_project", "dual_view_project_backward", "gate_project"):
+        torch.library.register_autocast(f"lomacs::{_name}", _device, torch.float32, lib=library)
+
+
+@register_flop_formula(torch.ops.lomacs.dual_view_project)
+def _flops(Hd: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """What `FlopCounterMode` counts on the reference: the product with the weight."""
+    return 2 * Hd[0] * Hd[1] * weight[0] * weight[1]
+
+
+@register_flop_formula(torch.ops.lomacs.dual_view_project_backward)
+def _backward_flops(gX: Any, Hd: Any, weight: Any, gh: bool, gw: bool, *_: Any, **__: Any) -> int:
+    return _flops(Hd, weight) * (gh + gw)
+
+
+@register_flop_formula(torch.ops.lomacs.gate_project)
+def _front_flops(
+    H: Any,
+    row_w1: Any,
+    row_w2: Any,
+    col_w1: Any,
+    col_w2: Any,
+    temperature: float,
+    normalize: bool,
+    weight: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return freq_gate.gate_flops(H, row_w1, col_w1, 2) + _flops(H, weight)
+
+
+def _call_reasons(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> list[str]:
+    found = [] if Hd.is_complex() else [f"Hd is {Hd.dtype}, only complex64 and complex128 are served"]
+    found += common.mixed_reasons(Hd=Hd, weight=weight, bias=bias, pos=pos)
+    return found + common.transform_reasons()
+
+
+def _cpp_reasons(*args: Tensor) -> list[str]:
+    return _call_reasons(*args) or freq_gate.cpp_reasons(args[0].device)
+
+
+def _triton_reasons(*args: Tensor) -> list[str]:
+    return _call_reasons(*args) or common.triton_reasons(args[0].device)
+
+
+def _run(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
+    return torch.ops.lomacs.dual_view_project.default(common.planes(Hd), *freq_gate.dense(weight, bias, pos))
+
+
+def _nominal_projection(device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.ones(shape, device=device) for shape in ((64, 256), (64,), (1, 64, 64)))
+
+
+dual_view_project = Op(
+    "dual_view_project",
+    [
+        Backend("triton", _triton_reasons, _run),
+        Backend("cpp", _cpp_reasons, _run),
+        Backend("eager", lambda *_: (), reference.dual_view_project),
+    ],
+    ("Hd", "weight", "bias", "pos"),
+    lambda device: (freq_gate.nominal_gate(device)[0], *_nominal_projection(device)),
+)
+
+
+def _front_call_reasons(
+    H: Tensor,
+    row_w1: Tensor,
+    row_w2: Tensor,
+    col_w1: Tensor,
+    col_w2: Tensor,
+    temperature: float,
+    weight: Tensor,
+    bias: Tensor,
+    pos: Tensor,
+    *_: Any,
+) -> list[str]:
+    gate = {"row_w1": row_w1, "row_w2": row_w2, "col_w1": col_w1, "col_w2": col_w2}
+    return freq_gate.gate_call_reasons(H, **gate, weight=weight, bias=bias, pos=pos)
+
+
+def _front_cpp_reasons(H: Tensor, *args: Any) -> list[str]:
+    found = _front_call_reasons(H, *args) + freq_gate.cpu_gate_reasons(H)
+    return found or freq_gate.cpp_reasons(H.device)
+
+
+def _front_triton_reasons(H: Tensor, *args: Any) -> list[str]:
+    return _front_call_reasons(H, *args) or common.triton_reasons(H.device)
+
+
+def _front(
+    H: Tensor,
+    row_w1: Tensor,
+    row_w2: Tensor,
+    col_w1: Tensor,
+    col_w2: Tensor,
+    temperature: float,
+    weight: Tensor,
+    bias: Tensor,
+    pos: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, ...]:
+    gate = freq_gate.dense(row_w1, row_w2, col_w1, col_w2)
+    projection = freq_gate.dense(weight, bias, pos)
+    X, Hd, norms = torch.ops.lomacs.gate_project.default(
+        common.planes(H), *gate, float(temperature), normalize, *projection
+    )
+    Hd = torch.view_as_complex(Hd)
+    return (X, Hd, norms) if normalize else (X, Hd)
+
+
+def _front_eager(*args: Any) -> tuple[Tensor, ...]:
+    return reference.gate_project(*args[:-1], normalize=args[-1])
+
+
+gate_project = Op(
+    "gate_project",
+    [
+        Backend("triton", _front_triton_reasons, _front),
+        Backend("cpp", _front_cpp_reasons, _front),
+        Backend("eager", lambda *_: (), _front_eager),
+    ],
+    (
+        *("H", "row_w1", "row_w2", "col_w1", "col_w2"),
+        *("temperature", "weight", "bias", "pos", "normalize"),
+    ),
+    lambda device: (*freq_gate.nominal_gate(device), *_nominal_projection(device), False),
+)
