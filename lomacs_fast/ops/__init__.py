@@ -2,5 +2,16 @@
 
 from .aeplus import aeplus_loss
 from .dispatch import BackendError, backend_table, use_backend
+from .ortho import bjorck, ortho_refine
+from .spectral import spectral_calibrate, svd_tail
 
-__all__ = ["BackendError", "aeplus_loss", "backend_table", "use_backend"]
+__all__ = [
+    "BackendError",
+    "aeplus_loss",
+    "backend_table",
+    "bjorck",
+    "ortho_refine",
+    "spectral_calibrate",
+    "svd_tail",
+    "use_backend",
+]
