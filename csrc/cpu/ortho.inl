@@ -130,7 +130,14 @@ LOMACS_TARGET T bjorck_iterate(const Bjorck<T>& job, const Iterates<T>& x, const
                                Ahead& ahead) {
   const std::int64_t M = job.M, r = job.r;
   pack(u, M, r, x.U);
-  gram_matrix(u, x.U, M, r, x.gram(0), ahead);
+  if (job.backward) {
+    // all of it: the halves round differently, and equal columns must have equal sums to share a gradient
+    const Term<T> terms[] = {{{u, 1, r}, x.U, M}};
+    ToPanels<T> sink{x.gram(0)};
+    product<true>(terms, sink, r, r, ahead);
+  } else {
+    gram_matrix(u, x.U, M, r, x.gram(0), ahead);
+  }
   largest = row_sums(x, x.gram(0));
   const double bound = job.bound;
   // NaN fails every comparison and passes on
