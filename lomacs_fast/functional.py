@@ -24,9 +24,11 @@ __all__ = [
     "gated_conv1d",
     "low_rank_loss",
     "ortho_refine",
+    "ortho_refine_pair",
     "projected_attention",
     "spectral_calibrate",
     "spectral_gate",
+    "svd_tail",
 ]
 
 REAL = (torch.float32, torch.float64)
@@ -328,12 +330,28 @@ def column_normalize(U: Tensor) -> Tensor:
     return reference.column_normalize(U)
 
 
+def _step(name: str, value: Any) -> None:
+    if _scalar(name, value) and not 0 < value <= 0.5:
+        raise ValueError(f"{name} must lie in (0, 0.5], got {value}")
+
+
 @_specified_by(reference.ortho_refine)
 def ortho_refine(U: Tensor, step: Tensor | float) -> Tensor:
     _tensor("U", U, REAL + COMPLEX, ("...", None, None))
-    if _scalar("step", step) and not 0 < step <= 0.5:
-        raise ValueError(f"step must lie in (0, 0.5], got {step}")
-    return reference.ortho_refine(U, step)
+    _step("step", step)
+    return ops.ortho_refine(U, None, step, None)[0]
+
+
+@_specified_by(reference.ortho_refine_pair)
+def ortho_refine_pair(U: Tensor, V: Tensor, a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
+    _tensor("U", U, REAL + COMPLEX, ("...", None, None))
+    _tensor("V", V, REAL + COMPLEX, ("...", None, U.shape[-1]))
+    _like("V", V, "U", U.dtype)
+    if U.shape[:-2] != V.shape[:-2]:
+        raise ValueError(f"V must have the batch of U, {tuple(U.shape[:-2])}, got shape {tuple(V.shape)}")
+    _step("a", a)
+    _step("b", b)
+    return ops.ortho_refine(U, V, a, b)
 
 
 @_specified_by(reference.bjorck)
@@ -349,7 +367,7 @@ def bjorck(U: Tensor, steps: int, order: int = 1) -> Tensor:
         raise ValueError(f"steps must be at least 0, got {steps}")
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order}")
-    return reference.bjorck(U, steps, order)
+    return ops.bjorck(U, steps, order)
 
 
 def _matrix(name: str, value: Any, H: Tensor, rows: int, cols: int | None) -> Tensor:
@@ -363,21 +381,44 @@ def _matrix(name: str, value: Any, H: Tensor, rows: int, cols: int | None) -> Te
     return value
 
 
-def _factors(U: Tensor, V: Tensor, H: Tensor, name: str, S: Tensor) -> None:
+def _factors(
+    U: Tensor, V: Tensor, H: Tensor, name: str, S: Tensor, names: tuple[str, str] = ("U", "V")
+) -> None:
     """Check `U (..., M, r)`, `V (..., N, r)` and the spectrum `S (..., r)` against `H (..., M, N)`."""
     _tensor("H", H, REAL + COMPLEX, ("...", None, None))
     M, N = H.shape[-2:]
-    r = _matrix("U", U, H, M, None).shape[-1]
-    _matrix("V", V, H, N, r)
+    r = _matrix(names[0], U, H, M, None).shape[-1]
+    _matrix(names[1], V, H, N, r)
     _weight(name, S, ("H", H), (*H.shape[:-2], r))
+
+
+def _share(name: str, value: Any) -> None:
+    if _scalar(name, value) and not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
 @_specified_by(reference.spectral_calibrate)
 def spectral_calibrate(U: Tensor, H: Tensor, V: Tensor, S_pred: Tensor, tau: Tensor | float) -> Tensor:
     _factors(U, V, H, "S_pred", S_pred)
-    if _scalar("tau", tau) and not 0 <= tau <= 1:
-        raise ValueError(f"tau must lie in [0, 1], got {tau}")
-    return reference.spectral_calibrate(U, H, V, S_pred, tau)
+    _share("tau", tau)
+    return ops.spectral_calibrate(U, H, V, S_pred, tau)
+
+
+@_specified_by(reference.svd_tail)
+def svd_tail(
+    U_raw: Tensor,
+    V_raw: Tensor,
+    S_pred: Tensor,
+    H: Tensor,
+    a: Tensor | float,
+    b: Tensor | float,
+    tau: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _factors(U_raw, V_raw, H, "S_pred", S_pred, ("U_raw", "V_raw"))
+    _step("a", a)
+    _step("b", b)
+    _share("tau", tau)
+    return ops.svd_tail(U_raw, V_raw, S_pred, H, a, b, tau)
 
 
 @_specified_by(reference.aeplus_loss)

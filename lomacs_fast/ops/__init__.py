@@ -5,18 +5,24 @@ from .dispatch import BackendError, backend_table, use_backend
 from .dual_view import dual_view_project, gate_project
 from .freq_gate import freq_gate
 from .gated_conv import gated_conv1d, gated_conv1d_at_once
+from .ortho import bjorck, ortho_refine
 from .projected_attention import projected_attention, projected_attention_at_once
+from .spectral import spectral_calibrate, svd_tail
 
 __all__ = [
     "BackendError",
     "aeplus_loss",
     "backend_table",
+    "bjorck",
     "dual_view_project",
     "freq_gate",
     "gate_project",
     "gated_conv1d",
     "gated_conv1d_at_once",
+    "ortho_refine",
     "projected_attention",
     "projected_attention_at_once",
+    "spectral_calibrate",
+    "svd_tail",
     "use_backend",
 ]

@@ -7,9 +7,9 @@ from .frozen import FrozenWeights, fold_network, frozen_svd
 from .gated_conv import GatedConv1D, gated_conv1d
 from .low_rank import low_rank_loss
 from .network import LoMACSSVDNet
-from .ortho import NeuralOrthoRefiner, bjorck, column_normalize, ortho_refine
+from .ortho import NeuralOrthoRefiner, bjorck, column_normalize, ortho_refine, ortho_refine_pair
 from .projected_attention import GroupedProjectedAttention, projected_attention
-from .spectral import spectral_calibrate
+from .spectral import spectral_calibrate, svd_tail
 
 LowMACS_SVDNet = LoMACSSVDNet
 
@@ -36,8 +36,10 @@ __all__ = [
     "gated_conv1d",
     "low_rank_loss",
     "ortho_refine",
+    "ortho_refine_pair",
     "projected_attention",
     "spectral_calibrate",
     "spectral_gate",
+    "svd_tail",
     "unit_norm",
 ]

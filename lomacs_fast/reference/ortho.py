@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .arguments import number
+from .arguments import integer, number
 
 # (coefficients of I, G, G^2; bound on |U|_2 that the scaling guarantees): converges below sqrt(3), sqrt(7/3)
 BJORCK = {1: ((1.5, -0.5), 1.6), 2: ((1.875, -1.25, 0.375), 1.5)}
@@ -32,6 +32,15 @@ def ortho_refine(U: Tensor, step: Tensor | float) -> Tensor:
     """
     residual = gram_residual(U)
     return column_normalize(U - step * (U @ (0.5 * (residual + residual.mH))))
+
+
+def ortho_refine_pair(U: Tensor, V: Tensor, a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
+    """One step of `ortho_refine` on both factors, U by `a` and V by `b`.
+
+    U, V real or complex `(..., M, r)` and `(..., N, r)` of one batch, rank and dtype; a, b real scalars in
+    (0, 0.5].
+    """
+    return ortho_refine(U, a), ortho_refine(V, b)
 
 
 def bjorck(U: Tensor, steps: int, order: int = 1) -> Tensor:
@@ -61,21 +70,23 @@ def bjorck(U: Tensor, steps: int, order: int = 1) -> Tensor:
 
 
 class NeuralOrthoRefiner(nn.Module):
-    """One refinement step on each factor with learned sizes; `forward(U, V)` returns both.
+    """Refinement steps on each factor with learned sizes; `forward(U, V)` returns both.
 
-    `a = max_scale * sigmoid(a_raw)` for U and `b` from `b_raw` for V, both in (0, max_scale).
+    `a = max_scale * sigmoid(a_raw)` for U and `b` from `b_raw` for V, all in (0, max_scale). The parameters
+    are 0-d for one step, the published module, and `(steps,)` for more, one size a step in order.
 
     Args:
-        init_scale: first value of both sizes, in (0, max_scale).
+        init_scale: first value of all sizes, in (0, max_scale).
         max_scale: their upper bound, at most 0.5.
+        steps: refinement steps, at least 1.
 
     Raises:
         TypeError, ValueError: for another type or value of an argument, naming it.
     """
 
-    functions: ClassVar[Any] = SimpleNamespace(ortho_refine=ortho_refine)
+    functions: ClassVar[Any] = SimpleNamespace(ortho_refine_pair=ortho_refine_pair)
 
-    def __init__(self, init_scale: float = 0.1, max_scale: float = 0.5) -> None:
+    def __init__(self, init_scale: float = 0.1, max_scale: float = 0.5, steps: int = 1) -> None:
         super().__init__()
         init_scale, max_scale = number("init_scale", init_scale), number("max_scale", max_scale)
         if not 0 < max_scale <= 0.5:
@@ -83,24 +94,29 @@ class NeuralOrthoRefiner(nn.Module):
         if not 0 < init_scale < max_scale:
             raise ValueError(f"init_scale must lie in (0, max_scale={max_scale}), got {init_scale}")
         self.init_scale, self.max_scale = init_scale, max_scale
-        self.a_raw = nn.Parameter(torch.empty(()))
-        self.b_raw = nn.Parameter(torch.empty(()))
+        steps = integer("steps", steps, 1)
+        shape = () if steps == 1 else (steps,)
+        self.a_raw = nn.Parameter(torch.empty(shape))
+        self.b_raw = nn.Parameter(torch.empty(shape))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Both sizes at `init_scale`."""
+        """All sizes at `init_scale`."""
         share = self.init_scale / self.max_scale
         for raw in (self.a_raw, self.b_raw):
             nn.init.constant_(raw, math.log(share / (1 - share)))
 
     @property
     def steps(self) -> tuple[Tensor, Tensor]:
-        """The two step sizes, a and b."""
+        """The step sizes a and b, each of its parameter's shape."""
         return self.max_scale * torch.sigmoid(self.a_raw), self.max_scale * torch.sigmoid(self.b_raw)
 
     def forward(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = self.steps
-        return self.functions.ortho_refine(U, a), self.functions.ortho_refine(V, b)
+        a, b = (sizes.reshape(-1).unbind() for sizes in self.steps)
+        for of_u, of_v in zip(a, b, strict=True):
+            U, V = self.functions.ortho_refine_pair(U, V, of_u, of_v)
+        return U, V
 
     def extra_repr(self) -> str:
-        return f"init_scale={self.init_scale}, max_scale={self.max_scale}"
+        more = f", steps={self.a_raw.numel()}" if self.a_raw.ndim else ""
+        return f"init_scale={self.init_scale}, max_scale={self.max_scale}{more}"

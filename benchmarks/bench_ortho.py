@@ -1,0 +1,97 @@
+"""Refinement of both factors and Björck's iteration: ours against the eager reference, and both against the floor.
+
+`python benchmarks/bench_ortho.py [--json FILE] [--threads 2]` checks values and gradients against float64, then
+times interleaved variants in one process. The floor is the arithmetic, half of every Gram matrix, over the
+measured rate of a float32 matrix product in the same process; what the backward computes again is not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor
+
+from lomacs_fast import functional, reference
+
+SIZES = ((64, 32, 256), (128, 64, 64), (64, 32, 1))
+STEPS = 5
+
+
+def refine_macs(M: int, r: int, backward: bool) -> int:
+    """Real multiply-adds a sample, both factors: `U^H U`, `U P`; backward `g^H U`, `g P`, `U C`."""
+    return 2 * (2 + 4 + (4 + 4 + 4) * backward) * M * r * r
+
+
+def bjorck_macs(M: int, r: int, backward: bool) -> int:
+    """Real multiply-adds a sample, first order: a step's `U^H U`, `U P`; backward `U^H g`, `g P`, `U C`."""
+    return STEPS * (2 + 4 + (4 + 4 + 4) * backward) * M * r * r
+
+
+def columns(M: int, r: int, batch: int, seed: int) -> Tensor:
+    """Normalised columns some way from orthonormal: what the refinement sees in training."""
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(2, batch, M, r, dtype=torch.complex128, generator=generator)
+    U = torch.linalg.qr(X[0])[0] + 0.02 * X[1]
+    return reference.column_normalize(U).to(torch.complex64).contiguous()
+
+
+def refine(module: Any, U: Tensor, V: Tensor, gU: Tensor, gV: Tensor, backward: bool) -> tuple[Tensor, ...]:
+    """Both factors and, with backward, their gradients and those of the two sizes."""
+    sizes = [torch.tensor(x, dtype=torch.float64, requires_grad=backward) for x in (0.1, 0.2)]
+    if not backward:
+        with torch.no_grad():
+            return tuple(module.ortho_refine_pair(U, V, *sizes))
+    leaves = [x.detach().requires_grad_() for x in (U, V)] + sizes
+    out = module.ortho_refine_pair(*leaves)
+    return (*(x.detach() for x in out), *torch.autograd.grad(out, leaves[:2], (gU, gV)))
+
+
+def bjorck(module: Any, U: Tensor, g: Tensor, backward: bool) -> tuple[Tensor, ...]:
+    if not backward:
+        with torch.no_grad():
+            return (module.bjorck(U, STEPS),)
+    leaf = U.detach().requires_grad_()
+    out = module.bjorck(leaf, STEPS)
+    return out.detach(), *torch.autograd.grad(out, leaf, g)
+
+
+def cases(rate: float, budget: float) -> Iterator[dict[str, Any]]:
+    for M, r, batch in SIZES:
+        X = [columns(M, r, batch, seed) for seed in range(4)]
+        double = [x.to(torch.complex128) for x in X]
+        for backward in (False, True):
+            yield harness.measure(
+                stem="ortho",
+                op="refine both",
+                backward=backward,
+                size=f"{M}x{r}",
+                batch=batch,
+                eager=partial(refine, reference, *X, backward),
+                ours=partial(refine, functional, *X, backward),
+                exact=refine(reference, *double, backward),
+                macs=refine_macs(M, r, backward),
+                rate=rate,
+                budget=budget,
+            )
+        for backward in (False, True):
+            yield harness.measure(
+                stem="ortho",
+                op=f"bjorck {STEPS}",
+                backward=backward,
+                size=f"{M}x{r}",
+                batch=batch,
+                eager=partial(bjorck, reference, X[0], X[1], backward),
+                ours=partial(bjorck, functional, X[0], X[1], backward),
+                exact=bjorck(reference, double[0], double[1], backward),
+                macs=bjorck_macs(M, r, backward),
+                rate=rate,
+                budget=budget,
+            )
+
+
+if __name__ == "__main__":
+    harness.run(__doc__, cases)

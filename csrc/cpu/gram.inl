@@ -1,0 +1,281 @@
+// One factor of tall columns: its Gram matrix, one refinement step and the step's gradient.
+// Included inside isa.inl by the files that need it.
+#include "cmatmul.inl"
+
+namespace lomacs {
+namespace LOMACS_ISA {
+// internal: other libraries of kernels may use the same names for other things
+namespace {
+
+constexpr double normal_eps = 1e-8;
+
+// The scratch of one thread. `plan` is run twice, to measure and to hand out.
+template <typename T>
+class Arena {
+ public:
+  template <typename Plan>
+  explicit Arena(bool zeros, Plan&& plan) {
+    plan(*this);
+    memory_ = next_ = allocate<T>(size_);
+    plan(*this);
+    // columns and rows beyond the matrices enter transposed squares
+    if (zeros) std::memset(static_cast<void*>(memory_), 0, sizeof(T) * static_cast<std::size_t>(size_));
+  }
+  ~Arena() { release(memory_); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  T* take(std::int64_t n) {
+    // odd multiples of a cache line keep equal offsets of two matrices apart
+    const std::int64_t padded = (n + 31) / 32 * 32 + 16;
+    T* p = next_;
+    if (memory_ != nullptr) next_ += padded;
+    else size_ += padded;
+    return p;
+  }
+  Panels<T> panels(std::int64_t rows, std::int64_t columns) {
+    return Panels<T>{take(Panels<T>::size(rows, columns)), rows};
+  }
+  // in whole squares of vectors, as transposing takes them
+  Panels<T> squares(std::int64_t rows, std::int64_t columns) {
+    return panels((rows + lanes<T> - 1) / lanes<T> * lanes<T>, columns);
+  }
+  T* row(std::int64_t n) { return take((n + lanes<T> - 1) / lanes<T> * lanes<T>); }
+
+ private:
+  T *memory_ = nullptr, *next_ = nullptr;
+  std::int64_t size_ = 0;
+};
+
+template <typename T>
+struct ToRowsAndPanels {
+  ToRows<T> rows;
+  ToPanels<T> panels;
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+    rows.template take<R, V>(re, im, i0, vec);
+    panels.template take<R, V>(re, im, i0, vec);
+  }
+};
+
+// rows, and the square sums of their columns in chains of a block's height
+template <typename T>
+struct ToRowsAndSquares {
+  ToRows<T> rows;
+  T* squares;
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      Vec<T> part{};
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) part += re[i][j] * re[i][j] + im[i][j] * im[i][j];
+      T* s = squares + (vec + j) * lanes<T>;
+      store(s, load(s) + part);
+    }
+    rows.template take<R, V>(re, im, i0, vec);
+  }
+};
+
+// x to panels, with the square sums of its columns in short chains: they have one sign and their error would show
+template <typename T>
+LOMACS_TARGET void pack_squares(const T* x, std::int64_t rows, std::int64_t columns, Panels<T> to, T* squares) {
+  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+    T* p = to.at(0, j / lanes<T>);
+    Vec<T> total{};
+    for (std::int64_t i = 0; i < rows;) {
+      Vec<T> part{};
+      for (const std::int64_t stop = std::min<std::int64_t>(i + 8, rows); i < stop; ++i, p += Panels<T>::step) {
+        Vec<T> re, im;
+        load_complex(x + 2 * (i * columns + j), columns - j, re, im);
+        store(p, re);
+        store(p + Panels<T>::imag, im);
+        part += re * re + im * im;
+      }
+      total += part;
+    }
+    store(squares + j, total);
+  }
+}
+
+// to = x diag(s), which may be x itself
+template <typename T>
+LOMACS_TARGET void times_real(const T* x, const T* s, std::int64_t rows, std::int64_t columns, T* to) {
+  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+    const std::int64_t count = columns - j;
+    const Vec<T> weight = load(s + j);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const std::int64_t at = 2 * (i * columns + j);
+      Vec<T> re, im;
+      load_complex(x + at, count, re, im);
+      store_complex(to + at, count, re * weight, im * weight);
+    }
+  }
+}
+
+// a planar square matrix as interleaved rows
+template <typename T>
+LOMACS_TARGET void rows_of(Panels<T> X, std::int64_t n, T* to) {
+  for (std::int64_t j = 0; j < n; j += lanes<T>)
+    for (std::int64_t i = 0; i < n; ++i) {
+      const T* p = X.at(i, j / lanes<T>);
+      store_complex(to + 2 * (i * n + j), n - j, load(p), load(p + Panels<T>::imag));
+    }
+}
+
+// to = x X + y Y
+template <typename T>
+LOMACS_TARGET void combine(Panels<T> X, T x, Panels<T> Y, T y, std::int64_t n, Panels<T> to) {
+  for (std::int64_t vec = 0; vec * lanes<T> < n; ++vec)
+    for (std::int64_t i = 0; i < n; ++i) {
+      const T *p = X.at(i, vec), *q = Y.at(i, vec);
+      T* o = to.at(i, vec);
+      store(o, x * load(p) + y * load(q));
+      store(o + Panels<T>::imag, x * load(p + Panels<T>::imag) + y * load(q + Panels<T>::imag));
+    }
+}
+
+// to = x X
+template <typename T>
+LOMACS_TARGET void multiple(Panels<T> X, T x, std::int64_t n, Panels<T> to) {
+  for (std::int64_t vec = 0; vec * lanes<T> < n; ++vec)
+    for (std::int64_t i = 0; i < n; ++i) {
+      const T* p = X.at(i, vec);
+      T* o = to.at(i, vec);
+      store(o, x * load(p));
+      store(o + Panels<T>::imag, x * load(p + Panels<T>::imag));
+    }
+}
+
+template <typename T>
+LOMACS_TARGET void add_identity(Panels<T> X, T x, std::int64_t n) {
+  for (std::int64_t k = 0; k < n; ++k) *X.element(k, k) += x;
+}
+
+// to = x (X + X^H)
+template <typename T>
+LOMACS_TARGET void hermitian_sum(Panels<T> X, T x, std::int64_t n, Panels<T> to) {
+  adjoint(X, n, n, to);
+  combine(X, x, to, x, n, to);
+}
+
+// sum of Re(X_ij conj(Y_ij))
+template <typename T>
+LOMACS_TARGET double inner(Panels<T> X, Panels<T> Y, std::int64_t n) {
+  double total = 0;
+  for (std::int64_t vec = 0; vec * lanes<T> < n; ++vec)
+    for (std::int64_t i = 0; i < n;) {
+      Vec<T> part{};
+      for (const std::int64_t stop = std::min<std::int64_t>(i + 8, n); i < stop; ++i) {
+        const T *p = X.at(i, vec), *q = Y.at(i, vec);
+        part += load(p) * load(q) + load(p + Panels<T>::imag) * load(q + Panels<T>::imag);
+      }
+      total += sum<T>(part);
+    }
+  return total;
+}
+
+// to = x^H x by its upper half; `planar` is x
+template <typename T>
+LOMACS_TARGET void gram_matrix(const T* x, Panels<T> planar, std::int64_t rows, std::int64_t r, Panels<T> to,
+                               Ahead& ahead) {
+  const Term<T> terms[] = {{{x, 1, r}, planar, rows}};
+  ToPanels<T> sink{to};
+  product<true>(terms, sink, r, r, ahead, Part::upper);
+  mirror(to, r);
+}
+
+// Gradient of columns x that were divided by (norm + eps), given that of the quotients, g:
+// to = g diag(a) - x diag(q Re(x^H g)); to may be x or g
+template <typename T>
+LOMACS_TARGET void normal_gradient(const T* x, const T* g, const T* a, const T* q, std::int64_t rows,
+                                   std::int64_t columns, T* to) {
+  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+    const std::int64_t count = columns - j;
+    Vec<T> dot{};
+    for (std::int64_t i = 0; i < rows;) {
+      Vec<T> part{};
+      for (const std::int64_t stop = std::min<std::int64_t>(i + 8, rows); i < stop; ++i) {
+        const std::int64_t at = 2 * (i * columns + j);
+        Vec<T> xr, xi, gr, gi;
+        load_complex(x + at, count, xr, xi);
+        load_complex(g + at, count, gr, gi);
+        part += xr * gr + xi * gi;
+      }
+      dot += part;
+    }
+    const Vec<T> of_g = load(a + j), of_x = dot * load(q + j);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const std::int64_t at = 2 * (i * columns + j);
+      Vec<T> xr, xi, gr, gi;
+      load_complex(x + at, count, xr, xi);
+      load_complex(g + at, count, gr, gi);
+      store_complex(to + at, count, of_g * gr - of_x * xr, of_g * gi - of_x * xi);
+    }
+  }
+}
+
+// Scratch of a factor: U, U^H U - I, I - step (U^H U - I) and two more r x r, planar; U P, interleaved.
+template <typename T>
+struct Factor {
+  Panels<T> U, G, P, K, C;
+  T *Y, *squares, *scale, *slope;
+
+  void plan(Arena<T>& arena, std::int64_t rows, std::int64_t r, bool backward) {
+    U = arena.panels(rows, r);
+    G = arena.squares(r, r);
+    P = arena.squares(r, r);
+    squares = arena.row(r);
+    scale = arena.row(r);
+    slope = arena.row(r);
+    if (!backward) return;
+    K = arena.squares(r, r);
+    C = arena.squares(r, r);
+    Y = arena.take(2 * rows * r);
+  }
+};
+
+// Y = U - step U (U^H U - I); leaves 1 / (norm + eps) of its columns in x.scale
+template <typename T>
+LOMACS_TARGET void refine_columns(const T* u, const Factor<T>& x, std::int64_t rows, std::int64_t r, double step,
+                                  T* Y, Ahead& ahead) {
+  pack_squares(u, rows, r, x.U, x.squares);
+  gram_matrix(u, x.U, rows, r, x.G, ahead);
+  for (std::int64_t k = 0; k < r; ++k) {
+    T* g = x.G.element(k, k);
+    g[0] = x.squares[k] - 1;
+    g[Panels<T>::imag] = 0;
+    x.squares[k] = 0;
+  }
+  multiple(x.G, static_cast<T>(-step), r, x.P);
+  add_identity(x.P, static_cast<T>(1), r);
+  const Term<T> terms[] = {{{u, r, 1}, x.P, r}};
+  ToRowsAndSquares<T> sink{{Y, r}, x.squares};
+  product<false>(terms, sink, rows, r, ahead);
+  for (std::int64_t k = 0; k < r; ++k) {
+    const double n = std::sqrt(static_cast<double>(x.squares[k])), a = 1 / (n + normal_eps);
+    x.scale[k] = static_cast<T>(a);
+    x.slope[k] = static_cast<T>(n != 0 ? a * a / n : 0.0);
+  }
+}
+
+// After refine_columns into x.Y: gU from the gradient g of the normalised columns; returns that of the step.
+template <typename T>
+LOMACS_TARGET double refine_gradient(const T* u, const T* g, const Factor<T>& x, std::int64_t rows, std::int64_t r,
+                                     double step, T* gU, Ahead& ahead) {
+  normal_gradient(x.Y, g, x.scale, x.slope, rows, r, x.Y);
+  const Term<T> cross[] = {{{x.Y, 1, r}, x.U, rows}};
+  ToPanels<T> of_gram{x.K};
+  product<true>(cross, of_gram, r, r, ahead);
+  hermitian_sum(x.K, static_cast<T>(-step), r, x.C);
+  const Term<T> terms[] = {{{x.Y, r, 1}, x.P, r}, {{u, r, 1}, x.C, r}};
+  ToRows<T> sink{gU, r};
+  product<false>(terms, sink, rows, r, ahead);
+  return -inner(x.K, x.G, r);
+}
+
+}  // namespace
+}  // namespace LOMACS_ISA
+}  // namespace lomacs

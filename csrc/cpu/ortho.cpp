@@ -1,0 +1,204 @@
+// lomacs::ortho_refine and lomacs::bjorck on CPU: columns brought towards orthonormal ones, and the gradients.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "simd.h"
+#include "tensors.h"
+
+namespace lomacs {
+namespace {
+
+// A batch of one factor; g and gsteps, one a sample, are there for the backward alone.
+template <typename T>
+struct FactorOf {
+  const T *x, *g;
+  T* out;
+  double* gsteps;
+  std::int64_t rows;
+  double step;
+};
+
+template <typename T>
+struct OrthoRefine {
+  FactorOf<T> factors[2];
+  std::int64_t batch, r;
+  bool backward;
+};
+
+template <typename T>
+struct Bjorck {
+  const T *U, *g;
+  T* out;
+  std::int64_t M, r, steps;
+  int order;
+  double bound, c[3];
+  bool backward;
+};
+
+}  // namespace
+}  // namespace lomacs
+
+#define LOMACS_KERNELS "ortho.inl"
+#include "isa.inl"
+
+namespace lomacs {
+namespace {
+
+// a share of less than about 20 us is not worth a thread
+std::int64_t grain(std::int64_t macs) { return std::max<std::int64_t>(1, (1 << 20) / std::max<std::int64_t>(macs, 1)); }
+
+template <typename T>
+void run(const OrthoRefine<T>& job, std::int64_t count) {
+  const Isa isa = choose_isa();
+  const std::int64_t rows = std::max(job.factors[0].rows, job.factors[1].rows);
+  torch::stable::parallel_for(0, count, grain(6 * rows * job.r * job.r), [&](std::int64_t begin, std::int64_t end) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return avx512::ortho_refine_factors(job, begin, end);
+    if (isa == Isa::avx2) return avx2::ortho_refine_factors(job, begin, end);
+#endif
+    portable::ortho_refine_factors(job, begin, end);
+  });
+}
+
+template <typename T>
+void run(const Bjorck<T>& job, std::int64_t count) {
+  const Isa isa = choose_isa();
+  const std::int64_t macs = 6 * job.M * job.r * job.r * (job.steps + 1);
+  torch::stable::parallel_for(0, count, grain(macs), [&](std::int64_t begin, std::int64_t end) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return avx512::bjorck_samples(job, begin, end);
+    if (isa == Isa::avx2) return avx2::bjorck_samples(job, begin, end);
+#endif
+    portable::bjorck_samples(job, begin, end);
+  });
+}
+
+Tensor shaped_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+
+void check_factor(const Checks& checks, const Tensor& U) {
+  checks.real("U", U.scalar_type());
+  checks.expect(U.dim() == 4 && U.size(3) == 2, "U must have shape (B, M, r, 2)");
+  checks.expect(U.size(1) > 0 && U.size(2) > 0, "no dimension but the batch may be empty");
+  checks.tensor("U", U, U.scalar_type(), {U.size(0), U.size(1), U.size(2), 2});
+}
+
+void check_refine(const Checks& checks, const Tensor& U, const std::optional<Tensor>& V, const Tensor& steps) {
+  check_factor(checks, U);
+  if (V.has_value()) {
+    checks.expect(V->dim() == 4 && V->size(1) > 0, "V must have shape (B, N, r, 2)");
+    checks.tensor("V", *V, U.scalar_type(), {U.size(0), V->size(1), U.size(2), 2});
+  }
+  checks.tensor("steps", steps, ScalarType::Double, {V.has_value() ? 2 : 1});
+}
+
+template <typename T>
+OrthoRefine<T> refine_job(const Tensor& U, const std::optional<Tensor>& V, const Tensor& steps, Tensor& outU,
+                          Tensor& outV) {
+  OrthoRefine<T> job{};
+  const double* step = pointer<double>(steps);
+  job.batch = U.size(0), job.r = U.size(2);
+  job.factors[0] = {pointer<T>(U), nullptr, output<T>(outU), nullptr, U.size(1), step[0]};
+  if (V.has_value())
+    job.factors[1] = {pointer<T>(*V), nullptr, output<T>(outV), nullptr, V->size(1), step[1]};
+  return job;
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> refine(const Tensor& U, const std::optional<Tensor>& V, const Tensor& steps) {
+  Tensor outU = shaped_like(U), outV = V.has_value() ? shaped_like(*V) : torch::stable::new_empty(U, {0});
+  const OrthoRefine<T> job = refine_job<T>(U, V, steps, outU, outV);
+  if (job.batch > 0) run(job, job.batch * (V.has_value() ? 2 : 1));
+  return {outU, outV};
+}
+
+std::tuple<Tensor, Tensor> ortho_refine(const Tensor& U, const std::optional<Tensor>& V, const Tensor& steps) {
+  check_refine(Checks{"ortho_refine"}, U, V, steps);
+  return U.scalar_type() == ScalarType::Float ? refine<float>(U, V, steps) : refine<double>(U, V, steps);
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> refine_backward(const Tensor& gU, const std::optional<Tensor>& gV,
+                                                   const Tensor& U, const std::optional<Tensor>& V,
+                                                   const Tensor& steps) {
+  Tensor outU = shaped_like(U), outV = V.has_value() ? shaped_like(*V) : torch::stable::new_empty(U, {0});
+  Tensor gsteps = shaped_like(steps);
+  OrthoRefine<T> job = refine_job<T>(U, V, steps, outU, outV);
+  const std::int64_t factors = V.has_value() ? 2 : 1;
+  std::vector<double> samples(static_cast<std::size_t>(factors * job.batch));
+  job.backward = true;
+  job.factors[0].g = pointer<T>(gU);
+  job.factors[0].gsteps = samples.data();
+  if (V.has_value()) {
+    job.factors[1].g = pointer<T>(*gV);
+    job.factors[1].gsteps = samples.data() + job.batch;
+  }
+  if (job.batch > 0) run(job, factors * job.batch);
+  // in the order of the samples, whatever thread had them
+  for (std::int64_t f = 0; f < factors; ++f) {
+    double total = 0;
+    for (std::int64_t b = 0; b < job.batch; ++b) total += job.factors[f].gsteps[b];
+    output<double>(gsteps)[f] = total;
+  }
+  return {outU, outV, gsteps};
+}
+
+std::tuple<Tensor, Tensor, Tensor> ortho_refine_backward(const Tensor& gU, const std::optional<Tensor>& gV,
+                                                         const Tensor& U, const std::optional<Tensor>& V,
+                                                         const Tensor& steps) {
+  constexpr Checks checks{"ortho_refine_backward"};
+  check_refine(checks, U, V, steps);
+  checks.expect(gV.has_value() == V.has_value(), "gV must be given where V is, and nowhere else");
+  checks.tensor("gU", gU, U.scalar_type(), {U.size(0), U.size(1), U.size(2), 2});
+  if (V.has_value()) checks.tensor("gV", *gV, U.scalar_type(), {U.size(0), V->size(1), U.size(2), 2});
+  if (U.scalar_type() == ScalarType::Float) return refine_backward<float>(gU, gV, U, V, steps);
+  return refine_backward<double>(gU, gV, U, V, steps);
+}
+
+template <typename T>
+Tensor iterate(const Tensor* g, const Tensor& U, std::int64_t steps, std::int64_t order) {
+  Tensor out = shaped_like(U);
+  Bjorck<T> job{};
+  job.U = pointer<T>(U), job.g = g ? pointer<T>(*g) : nullptr, job.out = output<T>(out);
+  job.M = U.size(1), job.r = U.size(2), job.steps = steps, job.order = static_cast<int>(order);
+  job.backward = g != nullptr;
+  if (order == 1) job.bound = 1.6, job.c[0] = 1.5, job.c[1] = -0.5;
+  else job.bound = 1.5, job.c[0] = 1.875, job.c[1] = -1.25, job.c[2] = 0.375;
+  if (U.size(0) > 0) run(job, U.size(0));
+  return out;
+}
+
+void check_bjorck(const Checks& checks, const Tensor& U, std::int64_t steps, std::int64_t order) {
+  check_factor(checks, U);
+  checks.expect(U.size(1) >= U.size(2), "U must have at least as many rows as columns");
+  checks.expect(steps >= 0, "steps must be at least 0, got " + std::to_string(steps));
+  checks.expect(order == 1 || order == 2, "order must be 1 or 2, got " + std::to_string(order));
+}
+
+Tensor bjorck(const Tensor& U, std::int64_t steps, std::int64_t order) {
+  check_bjorck(Checks{"bjorck"}, U, steps, order);
+  const bool single = U.scalar_type() == ScalarType::Float;
+  return single ? iterate<float>(nullptr, U, steps, order) : iterate<double>(nullptr, U, steps, order);
+}
+
+Tensor bjorck_backward(const Tensor& g, const Tensor& U, std::int64_t steps, std::int64_t order) {
+  constexpr Checks checks{"bjorck_backward"};
+  check_bjorck(checks, U, steps, order);
+  checks.tensor("g", g, U.scalar_type(), {U.size(0), U.size(1), U.size(2), 2});
+  const bool single = U.scalar_type() == ScalarType::Float;
+  return single ? iterate<float>(&g, U, steps, order) : iterate<double>(&g, U, steps, order);
+}
+
+}  // namespace
+}  // namespace lomacs
+
+STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) {
+  m.impl("ortho_refine", TORCH_BOX(&lomacs::ortho_refine));
+  m.impl("ortho_refine_backward", TORCH_BOX(&lomacs::ortho_refine_backward));
+  m.impl("bjorck", TORCH_BOX(&lomacs::bjorck));
+  m.impl("bjorck_backward", TORCH_BOX(&lomacs::bjorck_backward));
+}

@@ -1,0 +1,232 @@
+// lomacs::spectral_calibrate and lomacs::svd_tail on CPU: the spectrum measured in the factors, and the network's
+// tail of normalisation, sort, refinement and calibration in one visit of every sample.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "simd.h"
+#include "tensors.h"
+
+namespace lomacs {
+namespace {
+
+// Forward where S is there; else gradients of what is there, from g.
+template <typename T>
+struct Calibrate {
+  const T *U, *H, *V, *S_pred, *g;
+  T *S, *gU, *gH, *gV, *gS;
+  double* gtau;
+  std::int64_t M, N, r;
+  double tau;
+};
+
+// Raw factors, and the results oU, oS, oV; where gU, gS and gV are there, the gradients of the inputs instead.
+template <typename T>
+struct Tail {
+  const T *U, *V, *S_pred, *H, *gU, *gS, *gV;
+  T *oU, *oS, *oV, *oH;
+  double* gscalars;
+  std::int64_t M, N, r;
+  double a, b, tau;
+};
+
+}  // namespace
+}  // namespace lomacs
+
+#define LOMACS_KERNELS "spectral.inl"
+#include "isa.inl"
+
+namespace lomacs {
+namespace {
+
+template <typename T>
+void run(const Calibrate<T>& job, std::int64_t B) {
+  const Isa isa = choose_isa();
+  // a share of less than about 20 us is not worth a thread
+  const std::int64_t grain = std::max<std::int64_t>(1, (1 << 18) / (job.M * job.N * job.r));
+  torch::stable::parallel_for(0, B, grain, [&](std::int64_t begin, std::int64_t end) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return avx512::calibrate_samples(job, begin, end);
+    if (isa == Isa::avx2) return avx2::calibrate_samples(job, begin, end);
+#endif
+    portable::calibrate_samples(job, begin, end);
+  });
+}
+
+template <typename T>
+void run(const Tail<T>& job, std::int64_t B) {
+  const Isa isa = choose_isa();
+  const std::int64_t grain = std::max<std::int64_t>(1, (1 << 17) / (job.M * job.N * job.r));
+  torch::stable::parallel_for(0, B, grain, [&](std::int64_t begin, std::int64_t end) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return avx512::tail_samples(job, begin, end);
+    if (isa == Isa::avx2) return avx2::tail_samples(job, begin, end);
+#endif
+    portable::tail_samples(job, begin, end);
+  });
+}
+
+void check_problem(const Checks& checks, const char* left, const Tensor& U, const char* right, const Tensor& V,
+                   const Tensor& S_pred, const Tensor& H) {
+  const ScalarType dtype = S_pred.scalar_type();
+  checks.real("S_pred", dtype);
+  checks.expect(S_pred.dim() == 2, "S_pred must have shape (B, r)");
+  checks.expect(H.dim() == 4, "H must have shape (B, M, N, 2)");
+  const std::int64_t B = S_pred.size(0), r = S_pred.size(1), M = H.size(1), N = H.size(2);
+  checks.expect(M > 0 && N > 0 && r > 0, "no dimension but the batch may be empty");
+  checks.tensor(left, U, dtype, {B, M, r, 2});
+  checks.tensor(right, V, dtype, {B, N, r, 2});
+  checks.tensor("S_pred", S_pred, dtype, {B, r});
+  checks.tensor("H", H, dtype, {B, M, N, 2});
+}
+
+void check_tau(const Checks& checks, const Tensor& tau) {
+  checks.tensor("tau", tau, ScalarType::Double, std::vector<std::int64_t>(tau.dim() == 0 ? 0 : 1, 1));
+}
+
+template <typename T>
+Calibrate<T> calibrate_job(const Tensor& U, const Tensor& H, const Tensor& V, const Tensor& S_pred,
+                           const Tensor& tau) {
+  Calibrate<T> job{};
+  job.U = pointer<T>(U), job.H = pointer<T>(H), job.V = pointer<T>(V), job.S_pred = pointer<T>(S_pred);
+  job.M = H.size(1), job.N = H.size(2), job.r = S_pred.size(1);
+  job.tau = *pointer<double>(tau);
+  return job;
+}
+
+template <typename T>
+Tensor calibrate(const Tensor& U, const Tensor& H, const Tensor& V, const Tensor& S_pred, const Tensor& tau) {
+  Tensor S = torch::stable::new_empty(S_pred, S_pred.sizes());
+  Calibrate<T> job = calibrate_job<T>(U, H, V, S_pred, tau);
+  job.S = output<T>(S);
+  if (S_pred.size(0) > 0) run(job, S_pred.size(0));
+  return S;
+}
+
+Tensor spectral_calibrate(const Tensor& U, const Tensor& H, const Tensor& V, const Tensor& S_pred,
+                          const Tensor& tau) {
+  constexpr Checks checks{"spectral_calibrate"};
+  check_problem(checks, "U", U, "V", V, S_pred, H);
+  check_tau(checks, tau);
+  if (S_pred.scalar_type() == ScalarType::Float) return calibrate<float>(U, H, V, S_pred, tau);
+  return calibrate<double>(U, H, V, S_pred, tau);
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> calibrate_backward(const Tensor& g, const Tensor& U,
+                                                                      const Tensor& H, const Tensor& V,
+                                                                      const Tensor& S_pred, const Tensor& tau,
+                                                                      bool gu, bool gh, bool gv) {
+  const std::int64_t B = S_pred.size(0);
+  const auto like = [&](const Tensor& x, bool wanted) {
+    return wanted ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, {0});
+  };
+  Tensor gU = like(U, gu), gH = like(H, gh), gV = like(V, gv), gS = like(S_pred, true), gtau = like(tau, true);
+  std::vector<double> samples(static_cast<std::size_t>(B));
+  Calibrate<T> job = calibrate_job<T>(U, H, V, S_pred, tau);
+  job.g = pointer<T>(g);
+  job.gU = output<T>(gU, gu), job.gH = output<T>(gH, gh), job.gV = output<T>(gV, gv), job.gS = output<T>(gS);
+  job.gtau = samples.data();
+  if (B > 0) run(job, B);
+  // in the order of the samples, whatever thread had them
+  double total = 0;
+  for (const double part : samples) total += part;
+  *output<double>(gtau) = total;
+  return {gU, gH, gV, gS, gtau};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spectral_calibrate_backward(
+    const Tensor& g, const Tensor& U, const Tensor& H, const Tensor& V, const Tensor& S_pred, const Tensor& tau,
+    bool gu, bool gh, bool gv) {
+  constexpr Checks checks{"spectral_calibrate_backward"};
+  check_problem(checks, "U", U, "V", V, S_pred, H);
+  check_tau(checks, tau);
+  checks.tensor("g", g, S_pred.scalar_type(), {S_pred.size(0), S_pred.size(1)});
+  if (S_pred.scalar_type() == ScalarType::Float)
+    return calibrate_backward<float>(g, U, H, V, S_pred, tau, gu, gh, gv);
+  return calibrate_backward<double>(g, U, H, V, S_pred, tau, gu, gh, gv);
+}
+
+template <typename T>
+Tail<T> tail_job(const Tensor& U, const Tensor& V, const Tensor& S_pred, const Tensor& H, const Tensor& scalars) {
+  Tail<T> job{};
+  job.U = pointer<T>(U), job.V = pointer<T>(V), job.S_pred = pointer<T>(S_pred), job.H = pointer<T>(H);
+  job.M = H.size(1), job.N = H.size(2), job.r = S_pred.size(1);
+  const double* values = pointer<double>(scalars);
+  job.a = values[0], job.b = values[1], job.tau = values[2];
+  return job;
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> tail(const Tensor& U, const Tensor& V, const Tensor& S_pred, const Tensor& H,
+                                        const Tensor& scalars) {
+  Tensor oU = torch::stable::new_empty(U, U.sizes()), oV = torch::stable::new_empty(V, V.sizes());
+  Tensor oS = torch::stable::new_empty(S_pred, S_pred.sizes());
+  Tail<T> job = tail_job<T>(U, V, S_pred, H, scalars);
+  job.oU = output<T>(oU), job.oS = output<T>(oS), job.oV = output<T>(oV);
+  if (S_pred.size(0) > 0) run(job, S_pred.size(0));
+  return {oU, oS, oV};
+}
+
+std::tuple<Tensor, Tensor, Tensor> svd_tail(const Tensor& U_raw, const Tensor& V_raw, const Tensor& S_pred,
+                                            const Tensor& H, const Tensor& scalars) {
+  constexpr Checks checks{"svd_tail"};
+  check_problem(checks, "U_raw", U_raw, "V_raw", V_raw, S_pred, H);
+  checks.tensor("scalars", scalars, ScalarType::Double, {3});
+  if (S_pred.scalar_type() == ScalarType::Float) return tail<float>(U_raw, V_raw, S_pred, H, scalars);
+  return tail<double>(U_raw, V_raw, S_pred, H, scalars);
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_backward(const Tensor& gU, const Tensor& gS,
+                                                                 const Tensor& gV, const Tensor& U,
+                                                                 const Tensor& V, const Tensor& S_pred,
+                                                                 const Tensor& H, const Tensor& scalars, bool gh) {
+  const std::int64_t B = S_pred.size(0);
+  Tensor oU = torch::stable::new_empty(U, U.sizes()), oV = torch::stable::new_empty(V, V.sizes());
+  Tensor oS = torch::stable::new_empty(S_pred, S_pred.sizes());
+  Tensor oH = gh ? torch::stable::new_empty(H, H.sizes()) : torch::stable::new_empty(H, {0});
+  Tensor gscalars = torch::stable::new_empty(scalars, scalars.sizes());
+  std::vector<double> samples(static_cast<std::size_t>(3 * B));
+  Tail<T> job = tail_job<T>(U, V, S_pred, H, scalars);
+  job.gU = pointer<T>(gU), job.gS = pointer<T>(gS), job.gV = pointer<T>(gV);
+  job.oU = output<T>(oU), job.oS = output<T>(oS), job.oV = output<T>(oV), job.oH = output<T>(oH, gh);
+  job.gscalars = samples.data();
+  if (B > 0) run(job, B);
+  // in the order of the samples, whatever thread had them
+  double total[3] = {};
+  for (std::size_t i = 0; i < samples.size(); ++i) total[i % 3] += samples[i];
+  std::copy(total, total + 3, output<double>(gscalars));
+  return {oU, oV, oS, oH, gscalars};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> svd_tail_backward(const Tensor& gU, const Tensor& gS,
+                                                                     const Tensor& gV, const Tensor& U_raw,
+                                                                     const Tensor& V_raw, const Tensor& S_pred,
+                                                                     const Tensor& H, const Tensor& scalars,
+                                                                     bool gh) {
+  constexpr Checks checks{"svd_tail_backward"};
+  check_problem(checks, "U_raw", U_raw, "V_raw", V_raw, S_pred, H);
+  checks.tensor("scalars", scalars, ScalarType::Double, {3});
+  const ScalarType dtype = S_pred.scalar_type();
+  const std::int64_t B = S_pred.size(0), r = S_pred.size(1);
+  checks.tensor("gU", gU, dtype, {B, H.size(1), r, 2});
+  checks.tensor("gS", gS, dtype, {B, r});
+  checks.tensor("gV", gV, dtype, {B, H.size(2), r, 2});
+  if (dtype == ScalarType::Float)
+    return tail_backward<float>(gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh);
+  return tail_backward<double>(gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh);
+}
+
+}  // namespace
+}  // namespace lomacs
+
+STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) {
+  m.impl("spectral_calibrate", TORCH_BOX(&lomacs::spectral_calibrate));
+  m.impl("spectral_calibrate_backward", TORCH_BOX(&lomacs::spectral_calibrate_backward));
+  m.impl("svd_tail", TORCH_BOX(&lomacs::svd_tail));
+  m.impl("svd_tail_backward", TORCH_BOX(&lomacs::svd_tail_backward));
+}

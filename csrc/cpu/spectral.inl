@@ -1,0 +1,311 @@
+// Spectral calibration and the tail of the network with their gradients, sample by sample. Included inside isa.inl.
+#include "gram.inl"
+
+namespace lomacs {
+namespace LOMACS_ISA {
+namespace {
+
+// re + i im += column dots of x, conjugated, with the product; both arrays hold whole vectors
+template <typename T>
+struct ToDots {
+  const T* x;
+  std::int64_t columns;
+  T *re, *im;
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&wr)[R][V], Vec<T> (&wi)[R][V], std::int64_t i0, std::int64_t vec) {
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      const std::int64_t column = (vec + j) * lanes<T>;
+      Vec<T> rr{}, ii{}, ri{}, ir{};
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        Vec<T> xr, xi;
+        load_complex(x + 2 * ((i0 + i) * columns + column), columns - column, xr, xi);
+        rr += xr * wr[i][j];
+        ii += xi * wi[i][j];
+        ri += xr * wi[i][j];
+        ir += xi * wr[i][j];
+      }
+      store(re + column, load(re + column) + (rr + ii));
+      store(im + column, load(im + column) + (ri - ir));
+    }
+  }
+};
+
+template <typename T>
+struct ToRowsAndDots {
+  ToRows<T> rows;
+  ToDots<T> dots;
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+    dots.template take<R, V>(re, im, i0, vec);
+    rows.template take<R, V>(re, im, i0, vec);
+  }
+};
+
+// product diag(s), and more where it is given
+template <typename T>
+struct ToScaledRows {
+  T* c;
+  const T* more;
+  std::int64_t columns;
+  const T *re, *im;
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&wr)[R][V], Vec<T> (&wi)[R][V], std::int64_t i0, std::int64_t vec) {
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      const std::int64_t column = (vec + j) * lanes<T>;
+      const Vec<T> sr = load(re + column), si = load(im + column);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        const std::int64_t at = 2 * ((i0 + i) * columns + column);
+        Vec<T> mr{}, mi{};
+        if (more != nullptr) load_complex(more + at, columns - column, mr, mi);
+        mr += wr[i][j] * sr - wi[i][j] * si;
+        mi += wr[i][j] * si + wi[i][j] * sr;
+        store_complex(c + at, columns - column, mr, mi);
+      }
+    }
+  }
+};
+
+// to = x diag(re + i im), the diagonal conjugated or not, and more where it is given
+template <bool CONJ, typename T>
+LOMACS_TARGET void times_complex(const T* x, const T* re, const T* im, const T* more, std::int64_t rows,
+                                 std::int64_t columns, T* to) {
+  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+    const std::int64_t count = columns - j;
+    const Vec<T> sr = load(re + j), si = CONJ ? -load(im + j) : load(im + j);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const std::int64_t at = 2 * (i * columns + j);
+      Vec<T> xr, xi, mr{}, mi{};
+      load_complex(x + at, count, xr, xi);
+      if (more != nullptr) load_complex(more + at, count, mr, mi);
+      store_complex(to + at, count, mr + (xr * sr - xi * si), mi + (xr * si + xi * sr));
+    }
+  }
+}
+
+// z_k = (U^H H V)_kk on its way through S = (1 - tau) S_pred + tau |z| + 1e-6
+template <typename T>
+struct Diagonal {
+  T *re, *im;
+
+  void plan(Arena<T>& arena, std::int64_t r) {
+    re = arena.row(r);
+    im = arena.row(r);
+  }
+  void clear(std::int64_t r) const {
+    const std::int64_t padded = (r + lanes<T> - 1) / lanes<T> * lanes<T>;
+    std::fill(re, re + padded, T(0));
+    std::fill(im, im + padded, T(0));
+  }
+  // `order` names the element of S_pred that stands k-th
+  void calibrate(const T* S_pred, const std::int64_t* order, double tau, std::int64_t r, T* S) const {
+    for (std::int64_t k = 0; k < r; ++k) {
+      const double a = re[k], b = im[k];
+      S[k] = static_cast<T>((1 - tau) * S_pred[order ? order[k] : k] + tau * std::sqrt(a * a + b * b) + 1e-6);
+    }
+  }
+  // z becomes the gradient of z, with subgradient 0 at 0; returns that of tau
+  double gradient(const T* gS, const T* S_pred, const std::int64_t* order, double tau, std::int64_t r,
+                  T* gS_pred) const {
+    double gtau = 0;
+    for (std::int64_t k = 0; k < r; ++k) {
+      const std::int64_t at = order ? order[k] : k;
+      const double a = re[k], b = im[k], size = std::sqrt(a * a + b * b), g = gS[k];
+      const double weight = size != 0 ? tau * g / size : 0.0;
+      gtau += g * (size - S_pred[at]);
+      gS_pred[at] = static_cast<T>((1 - tau) * g);
+      re[k] = static_cast<T>(weight * a);
+      im[k] = static_cast<T>(weight * b);
+    }
+    return gtau;
+  }
+};
+
+template <typename T>
+LOMACS_TARGET void calibrate_samples(const Calibrate<T>& job, std::int64_t begin, std::int64_t end) {
+  const std::int64_t M = job.M, N = job.N, r = job.r;
+  Panels<T> U, V, Vh;
+  Diagonal<T> z;
+  T* Uz = nullptr;
+  const bool ragged = r % lanes<T> != 0 || N % lanes<T> != 0;
+  const Arena<T> arena(ragged, [&](Arena<T>& a) {
+    V = a.squares(N, r);
+    z.plan(a, r);
+    if (job.gV) U = a.panels(M, r);
+    if (!job.gH) return;
+    Vh = a.squares(r, (N + lanes<T> - 1) / lanes<T> * lanes<T>);
+    Uz = a.take(2 * M * r);
+  });
+  for (std::int64_t b = begin; b < end; ++b) {
+    const T *u = job.U + 2 * b * M * r, *h = job.H + 2 * b * M * N, *v = job.V + 2 * b * N * r;
+    const T* s = job.S_pred + b * r;
+    Ahead ahead;
+    if (b + 1 < end) {
+      ahead.add(u + 2 * M * r, sizeof(T) * static_cast<std::size_t>(2 * M * r));
+      ahead.add(h + 2 * M * N, sizeof(T) * static_cast<std::size_t>(2 * M * N));
+      ahead.add(v + 2 * N * r, sizeof(T) * static_cast<std::size_t>(2 * N * r));
+    }
+    z.clear(r);
+    pack(v, N, r, V);
+    const Term<T> measured[] = {{{h, N, 1}, V, N}};
+    ToDots<T> dots{u, r, z.re, z.im};
+    T* gU = job.gU ? job.gU + 2 * b * M * r : nullptr;
+    if (gU) {
+      ToRowsAndDots<T> both{{gU, r}, dots};
+      product<false>(measured, both, M, r, ahead);
+    } else {
+      product<false>(measured, dots, M, r, ahead);
+    }
+    if (job.S) {
+      z.calibrate(s, nullptr, job.tau, r, job.S + b * r);
+      continue;
+    }
+    job.gtau[b] = z.gradient(job.g + b * r, s, nullptr, job.tau, r, job.gS + b * r);
+    if (gU) times_complex<true>(gU, z.re, z.im, static_cast<const T*>(nullptr), M, r, gU);
+    if (job.gV) {
+      pack(u, M, r, U);
+      const Term<T> terms[] = {{{h, 1, N}, U, M}};
+      ToScaledRows<T> sink{job.gV + 2 * b * N * r, nullptr, r, z.re, z.im};
+      product<true>(terms, sink, N, r, ahead);
+    }
+    if (job.gH) {
+      times_complex<false>(u, z.re, z.im, static_cast<const T*>(nullptr), M, r, Uz);
+      adjoint(V, N, r, Vh);
+      const Term<T> terms[] = {{{Uz, r, 1}, Vh, r}};
+      ToRows<T> sink{job.gH + 2 * b * M * N, N};
+      product<false>(terms, sink, M, N, ahead);
+    }
+  }
+}
+
+// Scratch of one factor of the tail, and where its columns come from and go to.
+template <typename T>
+struct TailFactor {
+  Factor<T> x;
+  T *columns, *g, *scale, *slope;
+
+  void plan(Arena<T>& arena, std::int64_t rows, std::int64_t r, bool backward) {
+    x.plan(arena, rows, r, backward);
+    columns = arena.take(2 * rows * r);
+    scale = arena.row(r);
+    slope = arena.row(r);
+    if (backward) g = arena.take(2 * rows * r);
+  }
+};
+
+// The raw columns in this order, divided by (norm + eps); then refined: Y and the scale of its columns.
+template <typename T>
+LOMACS_TARGET void tail_columns(const T* raw, const std::int64_t* order, const TailFactor<T>& f, std::int64_t rows,
+                                std::int64_t r, double step, T* Y, Ahead& ahead) {
+  struct Pair {
+    T re, im;
+  };
+  Pair* to = reinterpret_cast<Pair*>(f.columns);
+  for (std::int64_t i = 0; i < rows; ++i, raw += 2 * r)
+    for (std::int64_t k = 0; k < r; ++k) *to++ = Pair{raw[2 * order[k]], raw[2 * order[k] + 1]};
+  pack_squares(f.columns, rows, r, f.x.U, f.scale);
+  for (std::int64_t k = 0; k < r; ++k) {
+    const double n = std::sqrt(static_cast<double>(f.scale[k]));
+    f.scale[k] = static_cast<T>(1 / (n + normal_eps));
+    f.slope[k] = static_cast<T>(n != 0 ? 1 / n : 0.0);
+  }
+  times_real(f.columns, f.scale, rows, r, f.columns);
+  refine_columns(f.columns, f.x, rows, r, step, Y, ahead);
+}
+
+// The gradient g of the tail's columns back to the raw ones; returns that of the step.
+template <typename T>
+LOMACS_TARGET double tail_gradient(const std::int64_t* order, const TailFactor<T>& f, std::int64_t rows,
+                                   std::int64_t r, double step, T* graw, Ahead& ahead) {
+  const double gstep = refine_gradient(f.columns, f.g, f.x, rows, r, step, f.g, ahead);
+  normal_gradient(f.columns, f.g, f.scale, f.slope, rows, r, f.g);
+  const T* from = f.g;
+  for (std::int64_t i = 0; i < rows; ++i, graw += 2 * r)
+    for (std::int64_t k = 0; k < r; ++k, from += 2) {
+      graw[2 * order[k]] = from[0];
+      graw[2 * order[k] + 1] = from[1];
+    }
+  return gstep;
+}
+
+template <typename T>
+LOMACS_TARGET void tail_samples(const Tail<T>& job, std::int64_t begin, std::int64_t end) {
+  const std::int64_t M = job.M, N = job.N, r = job.r;
+  const bool backward = job.gU != nullptr, ragged = r % lanes<T> != 0 || N % lanes<T> != 0;
+  TailFactor<T> fu, fv;
+  Panels<T> U, V, Vh;
+  Diagonal<T> z;
+  T *u_rows = nullptr, *v_rows = nullptr, *W = nullptr;
+  const Arena<T> arena(ragged, [&](Arena<T>& a) {
+    fu.plan(a, M, r, backward);
+    fv.plan(a, N, r, backward);
+    V = a.squares(N, r);
+    z.plan(a, r);
+    if (!backward) return;
+    U = a.panels(M, r);
+    u_rows = a.take(2 * M * r);
+    v_rows = a.take(2 * N * r);
+    W = a.take(2 * M * r);
+    if (job.oH) Vh = a.squares(r, (N + lanes<T> - 1) / lanes<T> * lanes<T>);
+  });
+  std::vector<std::int64_t> order(static_cast<std::size_t>(r));
+  for (std::int64_t b = begin; b < end; ++b) {
+    const std::int64_t left = 2 * b * M * r, right = 2 * b * N * r, square = 2 * b * M * N;
+    const T *h = job.H + square, *s = job.S_pred + b * r;
+    Ahead ahead;
+    if (b + 1 < end) {
+      ahead.add(h + 2 * M * N, sizeof(T) * static_cast<std::size_t>(2 * M * N));
+      ahead.add(job.V + right + 2 * N * r, sizeof(T) * static_cast<std::size_t>(2 * N * r));
+      ahead.add(job.U + left + 2 * M * r, sizeof(T) * static_cast<std::size_t>(2 * M * r));
+    }
+    // largest first, NaN before all, equal ones as they come: torch's order
+    for (std::int64_t k = 0; k < r; ++k) order[static_cast<std::size_t>(k)] = k;
+    std::stable_sort(order.begin(), order.end(),
+                     [s](std::int64_t i, std::int64_t j) { return s[i] > s[j] || (s[i] != s[i] && s[j] == s[j]); });
+    T *u = backward ? u_rows : job.oU + left, *v = backward ? v_rows : job.oV + right;
+    T *uy = backward ? fu.x.Y : u, *vy = backward ? fv.x.Y : v;
+    tail_columns(job.U + left, order.data(), fu, M, r, job.a, uy, ahead);
+    times_real(uy, fu.x.scale, M, r, u);
+    tail_columns(job.V + right, order.data(), fv, N, r, job.b, vy, ahead);
+    times_real(vy, fv.x.scale, N, r, v);
+    z.clear(r);
+    pack(v, N, r, V);
+    const Term<T> measured[] = {{{h, N, 1}, V, N}};
+    ToDots<T> dots{u, r, z.re, z.im};
+    if (!backward) {
+      product<false>(measured, dots, M, r, ahead);
+      z.calibrate(s, order.data(), job.tau, r, job.oS + b * r);
+      continue;
+    }
+    ToRowsAndDots<T> both{{W, r}, dots};
+    product<false>(measured, both, M, r, ahead);
+    double* scalars = job.gscalars + 3 * b;
+    scalars[2] = z.gradient(job.gS + b * r, s, order.data(), job.tau, r, job.oS + b * r);
+    times_complex<true>(W, z.re, z.im, job.gU + left, M, r, fu.g);
+    pack(u, M, r, U);
+    {
+      const Term<T> terms[] = {{{h, 1, N}, U, M}};
+      ToScaledRows<T> sink{fv.g, job.gV + right, r, z.re, z.im};
+      product<true>(terms, sink, N, r, ahead);
+    }
+    if (job.oH) {
+      times_complex<false>(u, z.re, z.im, static_cast<const T*>(nullptr), M, r, W);
+      adjoint(V, N, r, Vh);
+      const Term<T> terms[] = {{{W, r, 1}, Vh, r}};
+      ToRows<T> sink{job.oH + square, N};
+      product<false>(terms, sink, M, N, ahead);
+    }
+    scalars[0] = tail_gradient(order.data(), fu, M, r, job.a, job.oU + left, ahead);
+    scalars[1] = tail_gradient(order.data(), fv, N, r, job.b, job.oV + right, ahead);
+  }
+}
+
+}  // namespace
+}  // namespace LOMACS_ISA
+}  // namespace lomacs

@@ -1,0 +1,308 @@
+"""Refinement and Björck's iteration as ops: schema, shapes, autograd, autocast, FLOPs, backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import reference
+from . import common, native
+from .common import REAL, library
+from .dispatch import Backend, Op
+
+library.define("ortho_refine(Tensor U, Tensor? V, Tensor steps) -> (Tensor, Tensor)", tags=common.TAGS)
+library.define(
+    "ortho_refine_backward(Tensor gU, Tensor? gV, Tensor U, Tensor? V, Tensor steps) "
+    "-> (Tensor gU, Tensor gV, Tensor gsteps)",
+    tags=common.TAGS,
+)
+library.define("bjorck(Tensor U, int steps, int order) -> Tensor", tags=common.TAGS)
+library.define("bjorck_backward(Tensor g, Tensor U, int steps, int order) -> Tensor", tags=common.TAGS)
+
+
+def check_like(name: str, x: Tensor, shape: tuple[Any, ...], other_name: str, other: Tensor) -> None:
+    """For fakes: shape, and the dtype of another argument."""
+    torch._check(x.shape == shape, lambda: f"{name} must be {tuple(shape)}, got {tuple(x.shape)}")
+    torch._check(
+        x.dtype == other.dtype, lambda: f"{name} must be {other.dtype} as {other_name} is, got {x.dtype}"
+    )
+
+
+def _check_factor(U: Tensor) -> None:
+    torch._check(U.ndim == 4 and U.shape[-1] == 2, lambda: f"U must be (B, M, r, 2), got {tuple(U.shape)}")
+    torch._check(U.dtype in REAL, lambda: f"U must be float32 or float64, got {U.dtype}")
+
+
+def _check_refine(U: Tensor, V: Tensor | None, steps: Tensor) -> None:
+    _check_factor(U)
+    if V is not None:
+        torch._check(V.ndim == 4, lambda: f"V must be (B, N, r, 2), got {tuple(V.shape)}")
+        check_like("V", V, (U.shape[0], V.shape[1], U.shape[2], 2), "U", U)
+    count = 1 if V is None else 2
+    right = steps.shape == (count,) and steps.dtype == torch.float64
+    torch._check(right, lambda: f"steps must be float64 ({count},), got {steps.dtype} {tuple(steps.shape)}")
+
+
+@torch.library.register_fake("lomacs::ortho_refine", lib=library)
+def _fake_refine(U: Tensor, V: Tensor | None, steps: Tensor) -> tuple[Tensor, Tensor]:
+    _check_refine(U, V, steps)
+    return U.new_empty(U.shape), U.new_empty((0,) if V is None else V.shape)
+
+
+@torch.library.register_fake("lomacs::ortho_refine_backward", lib=library)
+def _fake_refine_backward(
+    gU: Tensor, gV: Tensor | None, U: Tensor, V: Tensor | None, steps: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_refine(U, V, steps)
+    check_like("gU", gU, U.shape, "U", U)
+    torch._check((gV is None) == (V is None), lambda: "gV must be given where V is, and nowhere else")
+    if gV is not None and V is not None:
+        check_like("gV", gV, V.shape, "U", U)
+    return U.new_empty(U.shape), U.new_empty((0,) if V is None else V.shape), steps.new_empty(steps.shape)
+
+
+def _check_bjorck(U: Tensor, steps: int, order: int) -> None:
+    _check_factor(U)
+    torch._check(
+        U.shape[1] >= U.shape[2],
+        lambda: f"U must have at least as many rows as columns, got {tuple(U.shape)}",
+    )
+    torch._check(steps >= 0, lambda: f"steps must be at least 0, got {steps}")
+    torch._check(order in (1, 2), lambda: f"order must be 1 or 2, got {order}")
+
+
+@torch.library.register_fake("lomacs::bjorck", lib=library)
+def _fake_bjorck(U: Tensor, steps: int, order: int) -> Tensor:
+    _check_bjorck(U, steps, order)
+    return U.new_empty(U.shape)
+
+
+@torch.library.register_fake("lomacs::bjorck_backward", lib=library)
+def _fake_bjorck_backward(g: Tensor, U: Tensor, steps: int, order: int) -> Tensor:
+    _check_bjorck(U, steps, order)
+    check_like("g", g, U.shape, "U", U)
+    return U.new_empty(U.shape)
+
+
+def gradient(g: Tensor | None, like: Tensor) -> Tensor:
+    """An incoming gradient as the kernels take it; zeros where there is none."""
+    return torch.zeros_like(like) if g is None else g.resolve_neg().contiguous()
+
+
+def _setup_refine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    if inputs[1] is None:
+        ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_refine(ctx: Any, gU: Tensor | None, gV: Tensor | None) -> tuple[Tensor | None, ...]:
+    common.refuse_second_derivatives("the fused refinement")
+    U, V, steps = ctx.saved_tensors
+    found = torch.ops.lomacs.ortho_refine_backward.default(
+        gradient(gU, U), None if V is None else gradient(gV, V), U, V, steps
+    )
+    return tuple(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=True))
+
+
+def _setup_bjorck(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    U, ctx.steps, ctx.order = inputs
+    ctx.save_for_backward(U)
+
+
+def _backward_bjorck(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    common.refuse_second_derivatives("the fused iteration of Björck")
+    (U,) = ctx.saved_tensors
+    found = torch.ops.lomacs.bjorck_backward.default(gradient(g, U), U, ctx.steps, ctx.order)
+    return found, None, None
+
+
+torch.library.register_autograd(
+    "lomacs::ortho_refine", _backward_refine, setup_context=_setup_refine, lib=library
+)
+torch.library.register_autograd("lomacs::bjorck", _backward_bjorck, setup_context=_setup_bjorck, lib=library)
+for _name in ("ortho_refine", "ortho_refine_backward", "bjorck", "bjorck_backward"):
+    # half precision of the caller's becomes single; float64 stays
+    for _device in ("cpu", "cuda"):
+        torch.library.register_autocast(f"lomacs::{_name}", _device, torch.float32, lib=library)
+
+
+@register_flop_formula(torch.ops.lomacs.ortho_refine)
+def flops_of_refine(
+    U: Sequence[int], V: Sequence[int] | None, steps: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """What `FlopCounterMode` counts on the reference: `U^H U` and `U G`, a complex product as one."""
+    (B, M, r, _two), N = U, 0 if V is None else V[1]
+    return 2 * B * 2 * (M + N) * r * r
+
+
+@register_flop_formula(torch.ops.lomacs.ortho_refine_backward)
+def flops_of_refine_backward(
+    gU: Sequence[int],
+    gV: Sequence[int] | None,
+    U: Sequence[int],
+    V: Sequence[int] | None,
+    steps: Sequence[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """What `FlopCounterMode` counts on the reference where both factors ask: every product twice."""
+    return 2 * flops_of_refine(U, V, steps)
+
+
+@register_flop_formula(torch.ops.lomacs.bjorck)
+def _flops_bjorck(U: Sequence[int], steps: int, order: int, *_: Any, **__: Any) -> int:
+    """What `FlopCounterMode` counts on the reference: the scale's Gram matrix; a step's, and `U G ..`."""
+    B, M, r, _two = U
+    return 2 * B * M * r * r * (1 + steps * (1 + order))
+
+
+@register_flop_formula(torch.ops.lomacs.bjorck_backward)
+def _flops_bjorck_backward(
+    g: Sequence[int], U: Sequence[int], steps: int, order: int, *_: Any, **__: Any
+) -> int:
+    """What `FlopCounterMode` counts on the reference: every product of the forward twice."""
+    return 2 * _flops_bjorck(U, steps, order)
+
+
+@torch.library.impl("lomacs::ortho_refine", "CUDA", lib=library)
+def _cuda_refine(U: Tensor, V: Tensor | None, steps: Tensor) -> Any:
+    from ..kernels import ortho
+
+    return ortho.ortho_refine(U, V, steps)
+
+
+@torch.library.impl("lomacs::ortho_refine_backward", "CUDA", lib=library)
+def _cuda_refine_backward(gU: Tensor, gV: Tensor | None, U: Tensor, V: Tensor | None, steps: Tensor) -> Any:
+    from ..kernels import ortho
+
+    return ortho.ortho_refine_backward(gU, gV, U, V, steps)
+
+
+@torch.library.impl("lomacs::bjorck", "CUDA", lib=library)
+def _cuda_bjorck(U: Tensor, steps: int, order: int) -> Any:
+    from ..kernels import ortho
+
+    return ortho.bjorck(U, steps, order)
+
+
+@torch.library.impl("lomacs::bjorck_backward", "CUDA", lib=library)
+def _cuda_bjorck_backward(g: Tensor, U: Tensor, steps: int, order: int) -> Any:
+    from ..kernels import ortho
+
+    return ortho.bjorck_backward(g, U, steps, order)
+
+
+# numbers a sample of the largest problem that one thread takes; a larger one has its products to spread
+LARGEST = 1 << 20
+# numbers that the gradient of Björck's iteration keeps of a sample
+LARGEST_KEPT = 1 << 24
+
+
+def _complex_reasons(x: Tensor) -> list[str]:
+    if x.is_complex():
+        return []
+    return [f"U is {str(x.dtype).removeprefix('torch.')}, only complex64 and complex128 are served"]
+
+
+def native_reasons(size: int, **tensors: Tensor) -> list[str]:
+    """Why the C++ kernels cannot take complex tensors of `size` numbers a sample; U decides the dtype."""
+    first = next(iter(tensors.values()))
+    found = _complex_reasons(first) + common.mixed_reasons(**tensors)
+    if size > LARGEST:
+        found.append(f"a sample of more than {LARGEST} numbers is too large for one thread")
+    found += common.transform_reasons()
+    if first.device.type != "cpu":
+        found.append(f"the C++ kernels run on CPUs, the tensors are on {first.device.type}")
+    return found or list(native.reasons("cpu"))
+
+
+def triton_reasons(**tensors: Tensor) -> list[str]:
+    """Why the Triton kernels cannot take complex tensors; U decides the dtype."""
+    first = next(iter(tensors.values()))
+    found = _complex_reasons(first) + common.mixed_reasons(**tensors)
+    if first.dtype == torch.complex128:
+        found.append("the Triton kernels are single precision, U is complex128")
+    return found + common.transform_reasons() + common.triton_reasons(first.device)
+
+
+Size = Tensor | float
+
+
+def _refine(U: Tensor, V: Tensor | None, a: Size, b: Size | None) -> tuple[Tensor, Tensor]:
+    sizes = (a,) if b is None else (a, b)
+    u, v = common.planes(U), None if V is None else common.planes(V)
+    u, v = torch.ops.lomacs.ortho_refine.default(u, v, common.scalars(sizes, U.device))
+    return complex_of(u, U.shape), v if V is None else complex_of(v, V.shape)
+
+
+def complex_of(x: Tensor, shape: torch.Size) -> Tensor:
+    """Real `(B, m, n, 2)` as complex, with the batch dimensions of `shape`."""
+    x = torch.view_as_complex(x)
+    return x if len(shape) == 3 else x.reshape(shape)
+
+
+def _given(U: Tensor, V: Tensor | None) -> dict[str, Tensor]:
+    return {"U": U} if V is None else {"U": U, "V": V}
+
+
+def _refine_native_reasons(U: Tensor, V: Tensor | None, *_: Any) -> list[str]:
+    r, rows = U.shape[-1], max(x.shape[-2] for x in _given(U, V).values())
+    return native_reasons(rows * r + r * r, **_given(U, V))
+
+
+def _refine_triton_reasons(U: Tensor, V: Tensor | None, *_: Any) -> list[str]:
+    return triton_reasons(**_given(U, V))
+
+
+def _refine_eager(U: Tensor, V: Tensor | None, a: Size, b: Size | None) -> tuple[Tensor, ...]:
+    if V is None or b is None:
+        return (reference.ortho_refine(U, a),)
+    return reference.ortho_refine_pair(U, V, a, b)
+
+
+def _bjorck(U: Tensor, steps: int, order: int) -> Tensor:
+    return complex_of(torch.ops.lomacs.bjorck.default(common.planes(U), steps, order), U.shape)
+
+
+def _bjorck_native_reasons(U: Tensor, steps: int, order: int) -> list[str]:
+    M, r = U.shape[-2:]
+    found = native_reasons(M * r + r * r, U=U)
+    if torch.is_grad_enabled() and U.requires_grad and steps * (M * r + 2 * r * r) > LARGEST_KEPT:
+        found.append(f"the gradient would keep more than {LARGEST_KEPT} numbers of a sample")
+    return found
+
+
+def _nominal_refine(device: torch.device) -> tuple[Any, ...]:
+    U = torch.ones(1, 64, 32, dtype=torch.complex64, device=device)
+    return U, U, 0.1, 0.1
+
+
+def _nominal_bjorck(device: torch.device) -> tuple[Any, ...]:
+    return torch.ones(1, 64, 32, dtype=torch.complex64, device=device), 5, 1
+
+
+ortho_refine = Op(
+    "ortho_refine",
+    [
+        Backend("triton", _refine_triton_reasons, _refine),
+        Backend("cpp", _refine_native_reasons, _refine),
+        Backend("eager", lambda *_: (), _refine_eager),
+    ],
+    ("U", "V", "a", "b"),
+    _nominal_refine,
+)
+bjorck = Op(
+    "bjorck",
+    [
+        Backend("triton", lambda U, *_: triton_reasons(U=U), _bjorck),
+        Backend("cpp", _bjorck_native_reasons, _bjorck),
+        Backend("eager", lambda *_: (), reference.bjorck),
+    ],
+    ("U", "steps", "order"),
+    _nominal_bjorck,
+)
