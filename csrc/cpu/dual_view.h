@@ -53,6 +53,18 @@ struct Projection {
     }
   }
 
+  // folded already, for the forward alone
+  Projection(std::int64_t M, std::int64_t N, std::int64_t d, const T* raw, const T* pooled, const T* base)
+      : M(M),
+        N(N),
+        d(d),
+        weight(nullptr),
+        rows(M),
+        columns(N),
+        w1t(raw, raw + 2 * N * d),
+        w2t(pooled, pooled + narrow() * d),
+        base(base, base + M * d) {}
+
   void forward(const T* bias, const T* pos) {
     const auto transposed = [&](const T* from, std::int64_t stride, std::int64_t columns) {
       std::vector<T> to(at(columns * d));

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "dual_view.h"
 #include "fft.h"
 #include "simd.h"
+#include "stages.h"
 #include "sums.h"
 #include "tensors.h"
 
@@ -113,13 +115,17 @@ struct Front {
   Gate<T> job{};
 
   Front(const Sizes& z, const Tensor& H, const Weights& w, double temperature, bool normalize)
+      : Front(z, pointer<T>(w.row_w1), pointer<T>(w.row_w2), pointer<T>(w.col_w1), pointer<T>(w.col_w2),
+              temperature) {
+    job.H = pointer<T>(H), job.normalize = normalize;
+  }
+  Front(const Sizes& z, const T* row_w1, const T* row_w2, const T* col_w1, const T* col_w2, double temperature)
       : rows(z.M),
         cols(z.N),
-        row_mlp(pointer<T>(w.row_w1), pointer<T>(w.row_w2), z.row_hidden, rows.frequency),
-        col_mlp(pointer<T>(w.col_w1), pointer<T>(w.col_w2), z.col_hidden, cols.frequency) {
-    job.H = pointer<T>(H);
+        row_mlp(row_w1, row_w2, z.row_hidden, rows.frequency),
+        col_mlp(col_w1, col_w2, z.col_hidden, cols.frequency) {
     job.M = z.M, job.N = z.N, job.hidden = std::max(z.row_hidden, z.col_hidden), job.chunk = chunk_of(z.B);
-    job.temperature = temperature, job.normalize = normalize;
+    job.temperature = temperature;
     job.ortho = 1 / std::sqrt(static_cast<double>(z.M) * static_cast<double>(z.N));
     job.rows = &rows, job.cols = &cols, job.row_mlp = &row_mlp, job.col_mlp = &col_mlp;
   }
@@ -263,6 +269,30 @@ std::tuple<Tensor, Tensor, Tensor> gate_project(const Tensor& H, const Tensor& r
 }
 
 }  // namespace
+}  // namespace lomacs
+
+namespace lomacs {
+
+template <typename T>
+FrontStage<T> stages::front(const FrontWeights<T>& w) {
+  const Sizes z{0, w.M, w.N, w.row_hidden, w.col_hidden};
+  const auto front = std::make_shared<const Front<T>>(z, w.row_w1, w.row_w2, w.col_w1, w.col_w2, w.temperature);
+  const auto projection = std::make_shared<const Projection<T>>(w.M, w.N, w.d, w.raw, w.pooled, w.pos);
+  const Isa isa = choose_isa();
+  return [front, projection, isa](const T* H, std::int64_t n, T* Hd, T* norms, T* X) {
+    Gate<T> job = front->job;
+    job.H = H, job.Hd = Hd, job.norms = norms, job.normalize = true;
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return avx512::gate_and_project_samples(job, *projection, X, 0, n);
+    if (isa == Isa::avx2) return avx2::gate_and_project_samples(job, *projection, X, 0, n);
+#endif
+    portable::gate_and_project_samples(job, *projection, X, 0, n);
+  };
+}
+
+template FrontStage<float> stages::front(const FrontWeights<float>&);
+template FrontStage<double> stages::front(const FrontWeights<double>&);
+
 }  // namespace lomacs
 
 STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) {

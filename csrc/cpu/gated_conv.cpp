@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "simd.h"
+#include "stages.h"
 #include "tokens.h"
 
 namespace lomacs {
@@ -166,6 +167,28 @@ Gradients gated_conv1d_backward(const Tensor& gy, const Tensor& x, const Tensor&
 }
 
 }  // namespace
+}  // namespace lomacs
+
+namespace lomacs {
+
+template <typename T>
+BlockStage<T> stages::conv(const ConvWeights<T>& w) {
+  GatedConv<T> job{};
+  job.norm_weight = w.norm_weight, job.norm_bias = w.norm_bias, job.eps = w.eps;
+  job.dw_weight = w.dw_weight, job.dw_bias = w.dw_bias;
+  job.pw_weight = w.pw_weight, job.pw_bias = w.pw_bias;
+  job.tokens = w.tokens, job.d = w.d, job.taps = w.taps;
+  const Isa isa = choose_isa();
+  return [job, isa](const T* x, std::int64_t n, T* y) {
+    GatedConv<T> own = job;
+    own.x = x, own.y = y, own.batch = n;
+    LOMACS_DISPATCH(isa, conv_forward(own, 0, n));
+  };
+}
+
+template BlockStage<float> stages::conv(const ConvWeights<float>&);
+template BlockStage<double> stages::conv(const ConvWeights<double>&);
+
 }  // namespace lomacs
 
 STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) {

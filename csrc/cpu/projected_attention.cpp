@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <tuple>
 #include <vector>
 
 #include "simd.h"
+#include "stages.h"
 #include "tokens.h"
 
 namespace lomacs {
@@ -252,6 +254,39 @@ Gradients projected_attention_backward(const Tensor& gy, const Tensor& x, const 
 }
 
 }  // namespace
+}  // namespace lomacs
+
+namespace lomacs {
+
+template <typename T>
+BlockStage<T> stages::attention(const AttentionWeights<T>& w) {
+  Attention<T> job{};
+  job.norm_weight = w.norm_weight, job.norm_bias = w.norm_bias, job.eps = w.eps;
+  job.tokens = w.tokens, job.d = w.d, job.groups = w.groups, job.g = w.d / w.groups, job.k = w.k;
+  const std::int64_t square = job.g * job.g;
+  // as attention_fold leaves them: for powers of two, and the values' product transposed
+  const auto folded = std::make_shared<std::vector<T>>(static_cast<std::size_t>(2 * job.groups * square));
+  job.M = folded->data(), job.N = job.M + job.groups * square;
+  const T scale = static_cast<T>(1.44269504088896340736);
+  for (std::int64_t i = 0; i < job.groups; ++i) {
+    job.pk.push_back(w.pk + i * w.tokens * w.k), job.pv.push_back(w.pv + i * w.tokens * w.k);
+    for (std::int64_t p = 0; p < job.g; ++p)
+      for (std::int64_t q = 0; q < job.g; ++q) {
+        const std::int64_t at = i * square + p * job.g + q, across = i * square + q * job.g + p;
+        job.M[at] = scale * w.score[at], job.N[at] = w.mix[across];
+      }
+  }
+  const Isa isa = choose_isa();
+  return [job, folded, isa](const T* x, std::int64_t n, T* y) {
+    Attention<T> own = job;
+    own.x = x, own.y = y, own.batch = n;
+    LOMACS_DISPATCH(isa, attention_forward(own, 0, n * own.groups));
+  };
+}
+
+template BlockStage<float> stages::attention(const AttentionWeights<float>&);
+template BlockStage<double> stages::attention(const AttentionWeights<double>&);
+
 }  // namespace lomacs
 
 STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "simd.h"
+#include "stages.h"
 #include "tensors.h"
 
 namespace lomacs {
@@ -222,6 +223,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> svd_tail_backward(const Tenso
 }
 
 }  // namespace
+}  // namespace lomacs
+
+namespace lomacs {
+
+template <typename T>
+TailStage<T> stages::tail(std::int64_t M, std::int64_t N, std::int64_t r, double a, double b, double tau) {
+  const Isa isa = choose_isa();
+  return [=](const T* U, const T* V, const T* S, const T* Hd, std::int64_t n, T* oU, T* oS, T* oV) {
+    Tail<T> job{};
+    job.U = U, job.V = V, job.S_pred = S, job.H = Hd;
+    job.oU = oU, job.oS = oS, job.oV = oV;
+    job.M = M, job.N = N, job.r = r, job.a = a, job.b = b, job.tau = tau;
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return avx512::tail_samples(job, 0, n);
+    if (isa == Isa::avx2) return avx2::tail_samples(job, 0, n);
+#endif
+    portable::tail_samples(job, 0, n);
+  };
+}
+
+template TailStage<float> stages::tail(std::int64_t, std::int64_t, std::int64_t, double, double, double);
+template TailStage<double> stages::tail(std::int64_t, std::int64_t, std::int64_t, double, double, double);
+
 }  // namespace lomacs
 
 STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) {
