@@ -237,9 +237,7 @@ def ortho_refine(U: Tensor, step: Tensor | float) -> Tensor:
 
 
 @_specified_by(reference.ortho_refine_pair)
-def ortho_refine_pair(
-    U: Tensor, V: Tensor, a: Tensor | float, b: Tensor | float
-) -> tuple[Tensor, Tensor]:
+def ortho_refine_pair(U: Tensor, V: Tensor, a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
     _tensor("U", U, REAL + COMPLEX, ("...", None, None))
     _tensor("V", V, REAL + COMPLEX, ("...", None, U.shape[-1]))
     _like("V", V, "U", U.dtype)

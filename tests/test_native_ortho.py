@@ -187,7 +187,10 @@ def pair(U, V, gU, gV):
 def test_both_factors_in_one_call_give_the_bits_of_two():
     U, V, gU, gV = (matrices(n, 5, B=9, seed=s) for s, n in enumerate((33, 17, 33, 17)))
     u, v, gu, gv, gsteps = pair(U, V, gU, gV)
-    for x, g, step, out, gradient, gstep in ((U, gU, 0.3, u, gu, gsteps[:1]), (V, gV, 0.2, v, gv, gsteps[1:])):
+    for x, g, step, out, gradient, gstep in (
+        (U, gU, 0.3, u, gu, gsteps[:1]),
+        (V, gV, 0.2, v, gv, gsteps[1:]),
+    ):
         for a, b in zip(all_of(g, x, "refine", step), (out, gradient, gstep), strict=True):
             assert torch.equal(real(a) if a.is_complex() else a, b)
 

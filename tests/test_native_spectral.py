@@ -72,10 +72,7 @@ def expected(fn, U, V, S, H, gU, gS, gV):
     if fn is calibrate:
         out = reference.spectral_calibrate(U, H, V, S, values[2]).to(gS.dtype)
         return real(out.detach()), *map(real, torch.autograd.grad(out, (U, H, V, S, values[2]), gS))
-    out = [
-        x.to(g.dtype)
-        for x, g in zip(reference.svd_tail(U, V, S, H, *values), (gU, gS, gV), strict=True)
-    ]
+    out = [x.to(g.dtype) for x, g in zip(reference.svd_tail(U, V, S, H, *values), (gU, gS, gV), strict=True)]
     *found, a, b, tau = torch.autograd.grad(out, (U, V, S, H, *values), (gU, gS, gV))
     return *(real(x.detach()) for x in out), *map(real, found), torch.stack([a, b, tau])
 
@@ -123,7 +120,16 @@ def double(tensors):
 
 @pytest.mark.parametrize(
     "kind",
-    ["random", "ill-conditioned", "nearly orthonormal", "rank-deficient", "zero U", "zero V", "zero S", "zero H"],
+    [
+        "random",
+        "ill-conditioned",
+        "nearly orthonormal",
+        "rank-deficient",
+        "zero U",
+        "zero V",
+        "zero S",
+        "zero H",
+    ],
 )
 @pytest.mark.parametrize("size", [(64, 64, 32), (63, 41, 11)])
 @pytest.mark.parametrize("fn", [calibrate, tail])

@@ -68,7 +68,8 @@ def _fake_refine_backward(
 def _check_bjorck(U: Tensor, steps: int, order: int) -> None:
     _check_factor(U)
     torch._check(
-        U.shape[1] >= U.shape[2], lambda: f"U must have at least as many rows as columns, got {tuple(U.shape)}"
+        U.shape[1] >= U.shape[2],
+        lambda: f"U must have at least as many rows as columns, got {tuple(U.shape)}",
     )
     torch._check(steps >= 0, lambda: f"steps must be at least 0, got {steps}")
     torch._check(order in (1, 2), lambda: f"order must be 1 or 2, got {order}")
@@ -176,9 +177,7 @@ def _cuda_refine(U: Tensor, V: Tensor | None, steps: Tensor) -> Any:
 
 
 @torch.library.impl("lomacs::ortho_refine_backward", "CUDA", lib=library)
-def _cuda_refine_backward(
-    gU: Tensor, gV: Tensor | None, U: Tensor, V: Tensor | None, steps: Tensor
-) -> Any:
+def _cuda_refine_backward(gU: Tensor, gV: Tensor | None, U: Tensor, V: Tensor | None, steps: Tensor) -> Any:
     from ..kernels import ortho
 
     return ortho.ortho_refine_backward(gU, gV, U, V, steps)

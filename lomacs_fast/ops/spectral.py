@@ -35,9 +35,7 @@ library.define(
 )
 
 
-def _check_problem(
-    S_pred: Tensor, H: Tensor, left: tuple[str, Tensor], right: tuple[str, Tensor]
-) -> None:
+def _check_problem(S_pred: Tensor, H: Tensor, left: tuple[str, Tensor], right: tuple[str, Tensor]) -> None:
     torch._check(S_pred.ndim == 2, lambda: f"S_pred must be (B, r), got {tuple(S_pred.shape)}")
     torch._check(H.ndim == 4, lambda: f"H must be (B, M, N, 2), got {tuple(H.shape)}")
     torch._check(S_pred.dtype in REAL, lambda: f"S_pred must be float32 or float64, got {S_pred.dtype}")
@@ -162,9 +160,7 @@ for _name in ("spectral_calibrate", "spectral_calibrate_backward", "svd_tail", "
 
 
 @register_flop_formula(torch.ops.lomacs.spectral_calibrate)
-def _flops_calibrate(
-    U: Sequence[int], H: Sequence[int], V: Sequence[int], *_: Any, **__: Any
-) -> int:
+def _flops_calibrate(U: Sequence[int], H: Sequence[int], V: Sequence[int], *_: Any, **__: Any) -> int:
     """What `FlopCounterMode` counts on the reference: `U^H H` and `(U^H H) V`, a complex product as one."""
     (B, M, r, _two), N = U, V[1]
     return 2 * B * (r * M * N + r * r * N)
@@ -305,7 +301,9 @@ def _nominal_tail(device: torch.device) -> tuple[Any, ...]:
 spectral_calibrate = Op(
     "spectral_calibrate",
     [
-        Backend("triton", lambda U, H, V, S_pred, _: triton_reasons(U=U, H=H, V=V, S_pred=S_pred), _calibrate),
+        Backend(
+            "triton", lambda U, H, V, S_pred, _: triton_reasons(U=U, H=H, V=V, S_pred=S_pred), _calibrate
+        ),
         Backend(
             "cpp",
             lambda U, H, V, S_pred, _: native_reasons(_size(U, V, H), U=U, H=H, V=V, S_pred=S_pred),

@@ -34,9 +34,7 @@ def ortho_refine(U: Tensor, step: Tensor | float) -> Tensor:
     return column_normalize(U - step * (U @ (0.5 * (residual + residual.mH))))
 
 
-def ortho_refine_pair(
-    U: Tensor, V: Tensor, a: Tensor | float, b: Tensor | float
-) -> tuple[Tensor, Tensor]:
+def ortho_refine_pair(U: Tensor, V: Tensor, a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
     """One step of `ortho_refine` on both factors, U by `a` and V by `b`.
 
     U, V real or complex `(..., M, r)` and `(..., N, r)` of one batch, rank and dtype; a, b real scalars in
