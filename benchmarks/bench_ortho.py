@@ -1,8 +1,8 @@
-"""Refinement of both factors and Björck's iteration: ours against the eager reference, and both against the floor.
+"""Refinement and Björck's iteration: ours against the eager reference, and both against the floor.
 
-`python benchmarks/bench_ortho.py [--json FILE] [--threads 2]` checks values and gradients against float64, then
-times interleaved variants in one process. The floor is the arithmetic, half of every Gram matrix, over the
-measured rate of a float32 matrix product in the same process; what the backward computes again is not in it.
+`python benchmarks/bench_ortho.py [--json FILE] [--threads 2]` checks values and gradients against float64,
+then times interleaved variants in one process. The floor is the arithmetic, half of every Gram matrix, over
+the measured rate of a float32 matrix product in the same process, without what the backward computes again.
 """
 
 from __future__ import annotations

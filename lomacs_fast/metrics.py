@@ -568,6 +568,44 @@ register_macs(
     lambda gX, Hd, weight, gh, gw, **_: _project_macs(Hd, weight, gh + gw),
 )
 register_macs("lomacs::gate_project", _gate_project)
+def _refine(M: int, r: int, backward: bool) -> float:
+    """One refinement step: half of `U^H U`, `U P`, norms; backward also `g^H U`, `g P + U C`, dots."""
+    return 4 * (1.5 + 3 * backward) * M * r * r + _macs((6 + 12 * backward) * M * r)
+
+
+def _refinement(U: Tensor, V: Tensor | None, backward: bool) -> float:
+    (B, _, r), N = U.shape[:3], 0 if V is None else V.shape[1]
+    return B * _refine(U.shape[1] + N, r, backward)
+
+
+def _bjorck(U: Tensor, steps: int, order: int, backward: bool) -> float:
+    """A step: half of `U^H U` and `G^2`, `U P`; backward also `U^H g`, `g P + U C` and, of order 2, `G S`."""
+    B, M, r = U.shape[:3]
+    square = (0.5 + backward) * r**3 * (order - 1)
+    products = M * r * r * (0.5 + steps * (1 + 0.5 * (steps > 0) + 3 * backward)) + steps * square
+    return B * (4 * products + _macs(2 * M * r + 9 * r * r))
+
+
+def _calibrate(U: Tensor, V: Tensor, wanted: int) -> float:
+    """`H V` and its dots with U; `H^H U` and `U diag(z) V^H` where they are asked for."""
+    B, M, r = U.shape[:3]
+    return B * (4 * M * V.shape[1] * r * (1 + wanted) + _macs(8 * M * r))
+
+
+register_macs("lomacs::ortho_refine", lambda U, V, steps, out: _refinement(U, V, False))
+register_macs("lomacs::ortho_refine_backward", lambda gU, gV, U, V, steps, out: _refinement(U, V, True))
+register_macs("lomacs::bjorck", lambda U, steps, order, out: _bjorck(U, steps, order, False))
+register_macs("lomacs::bjorck_backward", lambda g, U, steps, order, out: _bjorck(U, steps, order, True))
+register_macs("lomacs::spectral_calibrate", lambda U, H, V, *_, out: _calibrate(U, V, 0))
+register_macs(
+    "lomacs::spectral_calibrate_backward",
+    lambda g, U, H, V, S, tau, gu, gh, gv, out: _calibrate(U, V, gh + gv),
+)
+register_macs("lomacs::svd_tail", lambda U, V, S, H, x, out: _refinement(U, V, False) + _calibrate(U, V, 0))
+register_macs(
+    "lomacs::svd_tail_backward",
+    lambda gU, gS, gV, U, V, S, H, x, gh, out: _refinement(U, V, True) + _calibrate(U, V, 1 + gh),
+)
 
 
 class TrueMacCounter(TorchDispatchMode):

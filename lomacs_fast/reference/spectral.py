@@ -34,7 +34,7 @@ def svd_tail(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The network's tail: from raw factors and a predicted spectrum to `U, S, V`.
 
-    Columns of both factors divided by (norm + 1e-8); S_pred sorted, largest first and equal ones as they come,
+    Columns of both factors divided by (norm + 1e-8); S_pred sorted, largest first, equal ones as they come,
     columns following; one step of `ortho_refine` on U by `a` and on V by `b`; `spectral_calibrate` on H.
 
     Args:
