@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lomacs_fast
-from lomacs_fast import functional, reference, use_backend
+from lomacs_fast import evaluation, functional, reference, use_backend
 
 SIZES = [(1, 1, 1), (1, 7, 2), (8, 8, 4), (11, 6, 5), (63, 11, 3)]
 
@@ -131,6 +131,18 @@ def test_empty_batch_reaches_the_weights(stem):
         stem.freq_gate(H, *(w.requires_grad_() for w in weights), 0.2).real.sum(), weights
     )
     assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e20])
+def test_the_gate_that_a_figure_shows(scale):
+    """That of the channel as the network sees it: normalised, at any scale."""
+    torch.manual_seed(0)
+    net = lomacs_fast.LoMACSSVDNet(6, 5, 2, 1, dim=8, groups=2, k_len=3)
+    H = problem(6, 5, 1, dtype=torch.float32)[0][0]
+    gate = evaluation.gate_of(net, H * scale)
+    want = net.freq_gate(torch.fft.fft2(H / torch.linalg.matrix_norm(H), norm="ortho"))
+    assert not gate.requires_grad
+    torch.testing.assert_close(gate, want.detach())
 
 
 @pytest.mark.parametrize("namespace", [reference, lomacs_fast], ids=["reference", "lomacs_fast"])
