@@ -1,0 +1,444 @@
+"""The tail of the network fused: normalised columns, their order, refined factors, calibrated spectrum.
+
+One program a sample. Columns are sorted where it is cheap: the r x r matrix P that refines a factor takes up
+the norms (D P) and the order (columns of P), so that `U_raw (D P)` has sorted columns and no factor is
+permuted. Scratch as in `ortho`; memory sees one read of every operand and one write of every result.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .complex import adjoint_product_tile, load_tile, modulus, product_adjoint_tile, product_tile, store_tile
+from .launch import Launch
+from .ortho import (
+    PROGRAMS,
+    WARPS,
+    gram,
+    reciprocal_where,
+    refine_core,
+    refined_columns,
+    refuse_sizes,
+    tiles,
+)
+from .spectral import measured_columns, weight_of, weighted_outer
+
+
+@triton.jit
+def sort_columns(p_s, p_rank, p_order, r, C: tl.constexpr):
+    """Place of every column by falling S, stable, NaN first, and the column of every place."""
+    for j0 in tl.range(0, r, C, loop_unroll_factor=1):
+        j = j0 + tl.arange(0, C)
+        sj = tl.load(p_s + j, mask=j < r, other=0.0)[None, :]
+        rank = tl.zeros((C,), tl.int32)
+        for i0 in tl.range(0, r, C, loop_unroll_factor=1):
+            i = i0 + tl.arange(0, C)
+            si = tl.load(p_s + i, mask=i < r, other=0.0)[:, None]
+            larger = (si > sj) | ((si != si) & (sj == sj))
+            equal = (si == sj) | ((si != si) & (sj != sj))
+            before = (larger | (equal & (i[:, None] < j[None, :]))) & (i < r)[:, None]
+            rank += tl.sum(before.to(tl.int32), 0)
+        tl.store(p_rank + j, rank, mask=j < r)
+        tl.store(p_order + rank, j, mask=j < r)
+    tl.debug_barrier()
+
+
+@triton.jit
+def column_norms(p_x, p_norm, p_d, rows, r, zero, ROWS: tl.constexpr, C: tl.constexpr):
+    """Norms of the columns, and 1 / (norm + 1e-8)."""
+    for j0 in tl.range(0, r, C, loop_unroll_factor=1):
+        squares = tl.zeros((C,), tl.float32)
+        for i0 in tl.range(zero, rows, ROWS, loop_unroll_factor=1):
+            xr, xi = load_tile(p_x, rows, r, i0, j0, ROWS, C)
+            squares += tl.sum(xr * xr + xi * xi, 0)
+        norm = tl.sqrt(squares)
+        j = j0 + tl.arange(0, C)
+        tl.store(p_norm + j, norm, mask=j < r)
+        tl.store(p_d + j, 1.0 / (norm + 1e-8), mask=j < r)
+    tl.debug_barrier()
+
+
+@triton.jit
+def svd_tail_fwd_kernel(
+    p_u,
+    p_v,
+    p_s,
+    p_h,
+    p_scalars,
+    p_u_out,
+    p_s_out,
+    p_v_out,
+    p_p,
+    p_norms,
+    p_places,
+    B,
+    M,
+    N,
+    r,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    p_p += pid * (r * r * 2)
+    p_norms += pid * (r * 2)
+    p_places += pid * (r * 2)
+    p_order = p_places + r
+    tau = tl.load(p_scalars + 2).to(tl.float32)
+    for b in tl.range(pid, B, tl.num_programs(0), loop_unroll_factor=1):
+        zero = tl.cast(b, tl.int32) // B
+        sort_columns(p_s + b * r, p_places, p_order, r, COLUMNS)
+        for factor in tl.range(0, 2, loop_unroll_factor=1):
+            zero = tl.cast(b, tl.int32) // (B + factor)
+            a = tl.load(p_scalars + factor).to(tl.float32)
+            rows = M
+            p_x = p_u + b * (M * r * 2)
+            p_y = p_u_out + b * (M * r * 2)
+            if factor == 1:
+                rows = N
+                p_x = p_v + b * (N * r * 2)
+                p_y = p_v_out + b * (N * r * 2)
+            column_norms(p_x, p_norms, p_norms + r, rows, r, zero, ROWS, COLUMNS)
+            gram(
+                p_x,
+                p_p,
+                p_p,
+                p_norms + r,
+                p_places,
+                1.0,
+                -a,
+                1.0,
+                rows,
+                r,
+                zero,
+                False,
+                True,
+                True,
+                COLUMNS,
+                CHUNK,
+                PRECISION,
+            )
+            refined_columns(p_x, p_p, p_y, p_y, rows, r, zero, False, ROWS, COLUMNS, CHUNK, PRECISION)
+        for j0 in tl.range(0, r, COLUMNS, loop_unroll_factor=1):
+            dr, di = measured_columns(
+                p_u_out + b * (M * r * 2),
+                p_h + b * (M * N * 2),
+                p_v_out + b * (N * r * 2),
+                p_p,
+                M,
+                N,
+                r,
+                j0,
+                zero,
+                False,
+                ROWS,
+                COLUMNS,
+                CHUNK,
+                PRECISION,
+            )
+            j = j0 + tl.arange(0, COLUMNS)
+            s = tl.load(p_s + b * r + tl.load(p_order + j, mask=j < r, other=0), mask=j < r, other=0.0)
+            tl.store(p_s_out + b * r + j, (1.0 - tau) * s + tau * modulus(dr, di) + 1e-6, mask=j < r)
+        tl.debug_barrier()
+
+
+@triton.jit
+def svd_tail_bwd_kernel(
+    p_gu,
+    p_gs,
+    p_gv,
+    p_u,
+    p_v,
+    p_s,
+    p_h,
+    p_scalars,
+    p_gu_out,
+    p_gv_out,
+    p_gs_out,
+    p_gh_out,
+    p_gscalars,
+    p_p,
+    p_e,
+    p_c,
+    p_gw,
+    p_norms,
+    p_q,
+    p_places,
+    B,
+    M,
+    N,
+    r,
+    GH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    square = r * r * 2
+    p_p += pid * 2 * square
+    p_e += pid * 2 * square
+    p_c += pid * square
+    p_gw += pid * ((M + N) * r * 2)
+    # for each factor: norms of the raw columns, their reciprocals, norms of the refined columns
+    p_norms += pid * (r * 6)
+    p_q += pid * (r * 2)
+    p_places += pid * (r * 2)
+    p_order = p_places + r
+    p_gw_v = p_gw + M * r * 2
+    tau = tl.load(p_scalars + 2).to(tl.float32)
+    for b in tl.range(pid, B, tl.num_programs(0), loop_unroll_factor=1):
+        zero = tl.cast(b, tl.int32) // B
+        # refined factors stand where their gradients will
+        p_x = p_gu_out + b * (M * r * 2)
+        p_y = p_gv_out + b * (N * r * 2)
+        p_a = p_h + b * (M * N * 2)
+        sort_columns(p_s + b * r, p_places, p_order, r, COLUMNS)
+        for factor in tl.range(0, 2, loop_unroll_factor=1):
+            zero = tl.cast(b, tl.int32) // (B + factor)
+            a = tl.load(p_scalars + factor).to(tl.float32)
+            rows = M
+            p_raw = p_u + b * (M * r * 2)
+            p_refined = p_x
+            if factor == 1:
+                rows = N
+                p_raw = p_v + b * (N * r * 2)
+                p_refined = p_y
+            p_n = p_norms + factor * 3 * r
+            p_pf = p_p + factor * square
+            column_norms(p_raw, p_n, p_n + r, rows, r, zero, ROWS, COLUMNS)
+            gram(
+                p_raw,
+                p_e + factor * square,
+                p_pf,
+                p_n + r,
+                p_places,
+                1.0,
+                -a,
+                1.0,
+                rows,
+                r,
+                zero,
+                True,
+                True,
+                True,
+                COLUMNS,
+                CHUNK,
+                PRECISION,
+            )
+            refined_columns(
+                p_raw, p_pf, p_refined, p_n + 2 * r, rows, r, zero, True, ROWS, COLUMNS, CHUNK, PRECISION
+            )
+        gtau = 0.0
+        for j0 in tl.range(0, r, COLUMNS, loop_unroll_factor=1):
+            dr, di = measured_columns(
+                p_x, p_a, p_y, p_gw, M, N, r, j0, zero, True, ROWS, COLUMNS, CHUNK, PRECISION
+            )
+            j = j0 + tl.arange(0, COLUMNS)
+            g = tl.load(p_gs + b * r + j, mask=j < r, other=0.0)
+            order = tl.load(p_order + j, mask=j < r, other=0)
+            s = tl.load(p_s + b * r + order, mask=j < r, other=0.0)
+            size = modulus(dr, di)
+            gtau += tl.sum(g * (size - s), 0)
+            tl.store(p_gs_out + b * r + order, (1.0 - tau) * g, mask=j < r)
+            qr, qi = weight_of(dr, di, size, g, tau)
+            tl.store(p_q + 2 * j, qr, mask=j < r)
+            tl.store(p_q + 2 * j + 1, qi, mask=j < r)
+            # what the calibration hands on has the same share along u as along v
+            along = qr * dr + qi * di
+            along_v = along
+            for i0 in tl.range(zero, M, ROWS, loop_unroll_factor=1):
+                xr, xi = load_tile(p_x, M, r, i0, j0, ROWS, COLUMNS)
+                gr, gi = load_tile(p_gu + b * (M * r * 2), M, r, i0, j0, ROWS, COLUMNS)
+                along += tl.sum(xr * gr + xi * gi, 0)
+            for i0 in tl.range(zero, N, ROWS, loop_unroll_factor=1):
+                xr, xi = load_tile(p_y, N, r, i0, j0, ROWS, COLUMNS)
+                gr, gi = load_tile(p_gv + b * (N * r * 2), N, r, i0, j0, ROWS, COLUMNS)
+                along_v += tl.sum(xr * gr + xi * gi, 0)
+            norm = tl.load(p_norms + 2 * r + j, mask=j < r, other=0.0)
+            scale = (1.0 / (norm + 1e-8))[None, :]
+            along = (along * reciprocal_where(norm))[None, :]
+            tl.debug_barrier()
+            for i0 in tl.range(zero, M, ROWS, loop_unroll_factor=1):
+                wr, wi = load_tile(p_gw, M, r, i0, j0, ROWS, COLUMNS)
+                gr, gi = load_tile(p_gu + b * (M * r * 2), M, r, i0, j0, ROWS, COLUMNS)
+                gr += wr * qr[None, :] + wi * qi[None, :]
+                gi += wi * qr[None, :] - wr * qi[None, :]
+                xr, xi = load_tile(p_x, M, r, i0, j0, ROWS, COLUMNS)
+                tl.debug_barrier()
+                store_tile(
+                    p_gw, gr * scale - xr * along, gi * scale - xi * along, M, r, i0, j0, ROWS, COLUMNS
+                )
+            norm = tl.load(p_norms + 5 * r + j, mask=j < r, other=0.0)
+            scale = (1.0 / (norm + 1e-8))[None, :]
+            along_v = (along_v * reciprocal_where(norm))[None, :]
+            for i0 in tl.range(0, N, ROWS, loop_unroll_factor=1):
+                zr, zi = adjoint_product_tile(
+                    p_a, p_x, M, N, r, i0, j0, zero, ROWS, COLUMNS, CHUNK, PRECISION
+                )
+                gr, gi = load_tile(p_gv + b * (N * r * 2), N, r, i0 + zero, j0, ROWS, COLUMNS)
+                gr += zr * qr[None, :] - zi * qi[None, :]
+                gi += zr * qi[None, :] + zi * qr[None, :]
+                xr, xi = load_tile(p_y, N, r, i0 + zero, j0, ROWS, COLUMNS)
+                gr = gr * scale - xr * along_v
+                gi = gi * scale - xi * along_v
+                store_tile(p_gw_v, gr, gi, N, r, i0 + zero, j0, ROWS, COLUMNS)
+        tl.store(p_gscalars + b * 3 + 2, gtau)
+        tl.debug_barrier()
+        if GH:
+            weighted_outer(
+                p_x, p_y, p_q, p_gh_out + b * (M * N * 2), M, N, r, zero, ROWS, COLUMNS, CHUNK, PRECISION
+            )
+            tl.debug_barrier()
+        for factor in tl.range(0, 2, loop_unroll_factor=1):
+            zero = tl.cast(b, tl.int32) // (B + factor)
+            a = tl.load(p_scalars + factor).to(tl.float32)
+            rows = M
+            p_raw = p_u + b * (M * r * 2)
+            p_g = p_gw
+            p_out = p_x
+            if factor == 1:
+                rows = N
+                p_raw = p_v + b * (N * r * 2)
+                p_g = p_gw_v
+                p_out = p_y
+            p_n = p_norms + factor * 3 * r
+            ga = refine_core(
+                p_raw,
+                p_g,
+                p_e + factor * square,
+                p_c,
+                p_n + r,
+                p_order,
+                a,
+                rows,
+                r,
+                zero,
+                True,
+                COLUMNS,
+                CHUNK,
+                PRECISION,
+            )
+            tl.store(p_gscalars + b * 3 + factor, ga)
+            for j0 in tl.range(0, r, COLUMNS, loop_unroll_factor=1):
+                along = tl.zeros((COLUMNS,), tl.float32)
+                for i0 in tl.range(zero, rows, ROWS, loop_unroll_factor=1):
+                    gr, gi = product_adjoint_tile(
+                        p_g,
+                        p_p + factor * square,
+                        p_q,
+                        rows,
+                        r,
+                        r,
+                        i0,
+                        j0,
+                        zero,
+                        False,
+                        ROWS,
+                        COLUMNS,
+                        CHUNK,
+                        PRECISION,
+                    )
+                    gr, gi = product_tile(
+                        p_raw, p_c, gr, gi, rows, r, r, i0, j0, zero, ROWS, COLUMNS, CHUNK, PRECISION
+                    )
+                    xr, xi = load_tile(p_raw, rows, r, i0, j0, ROWS, COLUMNS)
+                    along += tl.sum(xr * gr + xi * gi, 0)
+                    store_tile(p_out, gr, gi, rows, r, i0, j0, ROWS, COLUMNS)
+                j = j0 + tl.arange(0, COLUMNS)
+                norm = tl.load(p_n + j, mask=j < r, other=0.0)
+                along = (along * reciprocal_where(norm) / (norm + 1e-8))[None, :]
+                # (the products had 1 / (norm + 1e-8) by D already)
+                tl.debug_barrier()
+                for i0 in tl.range(zero, rows, ROWS, loop_unroll_factor=1):
+                    gr, gi = load_tile(p_out, rows, r, i0, j0, ROWS, COLUMNS)
+                    xr, xi = load_tile(p_raw, rows, r, i0, j0, ROWS, COLUMNS)
+                    tl.debug_barrier()
+                    store_tile(p_out, gr - xr * along, gi - xi * along, rows, r, i0, j0, ROWS, COLUMNS)
+            tl.debug_barrier()
+
+
+def svd_tail_launch(
+    U_raw: Tensor, V_raw: Tensor, S_pred: Tensor, H: Tensor, scalars: Tensor
+) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
+    """The launch of `svd_tail`, and its outputs."""
+    (B, r), (M, N) = S_pred.shape, H.shape[1:3]
+    refuse_sizes(r, M, N)
+    U, S, V = (torch.empty_like(x) for x in (U_raw, S_pred, V_raw))
+    programs = min(B, PROGRAMS)
+    arguments = {"p_u": U_raw, "p_v": V_raw, "p_s": S_pred, "p_h": H, "p_scalars": scalars}
+    arguments |= {"p_u_out": U, "p_s_out": S, "p_v_out": V}
+    arguments |= {"p_p": H.new_empty((programs, r, r, 2)), "p_norms": H.new_empty((programs, 2, r))}
+    arguments |= {"p_places": H.new_empty((programs, 2, r), dtype=torch.int32)}
+    arguments |= {"B": B, "M": M, "N": N, "r": r}
+    return Launch(svd_tail_fwd_kernel, (programs,), arguments, tiles(M, N), WARPS), (U, S, V)
+
+
+def svd_tail(
+    U_raw: Tensor, V_raw: Tensor, S_pred: Tensor, H: Tensor, scalars: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns normalised, sorted by S_pred (largest first, stable), both factors refined, S calibrated on H.
+
+    U_raw `(B, M, r, 2)`, V_raw `(B, N, r, 2)`, S_pred `(B, r)`, H `(B, M, N, 2)` contiguous float32; scalars
+    float64 `(3,)` on their device: the steps a of U and b of V, and tau. One launch. Returns U, S, V.
+    `ValueError` beyond `ortho.limit`.
+    """
+    launch, outputs = svd_tail_launch(U_raw, V_raw, S_pred, H, scalars)
+    launch.run()
+    return outputs
+
+
+def svd_tail_backward_launch(
+    gU: Tensor,
+    gS: Tensor,
+    gV: Tensor,
+    U_raw: Tensor,
+    V_raw: Tensor,
+    S_pred: Tensor,
+    H: Tensor,
+    scalars: Tensor,
+    gh: bool,
+) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """The launch of `svd_tail_backward`: gradients of U_raw, V_raw, S_pred, H, and of scalars a sample."""
+    (B, r), (M, N) = S_pred.shape, H.shape[1:3]
+    refuse_sizes(r, M, N)
+    gU_raw, gV_raw, gS_pred = (torch.empty_like(x) for x in (U_raw, V_raw, S_pred))
+    gH, gscalars = torch.empty_like(H) if gh else H.new_empty((0,)), H.new_empty((B, 3))
+    programs = min(B, PROGRAMS)
+    arguments = {"p_gu": gU, "p_gs": gS, "p_gv": gV, "p_u": U_raw, "p_v": V_raw, "p_s": S_pred, "p_h": H}
+    arguments |= {"p_scalars": scalars, "p_gu_out": gU_raw, "p_gv_out": gV_raw, "p_gs_out": gS_pred}
+    arguments |= {"p_gh_out": gH, "p_gscalars": gscalars}
+    arguments |= {name: H.new_empty((programs, 2, r, r, 2)) for name in ("p_p", "p_e")}
+    arguments |= {"p_c": H.new_empty((programs, r, r, 2)), "p_gw": H.new_empty((programs, M + N, r, 2))}
+    arguments |= {"p_norms": H.new_empty((programs, 6, r)), "p_q": H.new_empty((programs, r, 2))}
+    arguments |= {"p_places": H.new_empty((programs, 2, r), dtype=torch.int32)}
+    arguments |= {"B": B, "M": M, "N": N, "r": r}
+    launch = Launch(svd_tail_bwd_kernel, (programs,), arguments, tiles(M, N) | {"GH": gh}, WARPS)
+    return launch, (gU_raw, gV_raw, gS_pred, gH, gscalars)
+
+
+def svd_tail_backward(
+    gU: Tensor,
+    gS: Tensor,
+    gV: Tensor,
+    U_raw: Tensor,
+    V_raw: Tensor,
+    S_pred: Tensor,
+    H: Tensor,
+    scalars: Tensor,
+    gh: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of U_raw, V_raw, S_pred, H (`(0,)` where not wanted) and scalars of `svd_tail`; one launch.
+
+    Everything is computed again from the inputs; the order of the columns is data, as `torch.sort` has it.
+    """
+    launch, (*gradients, gscalars) = svd_tail_backward_launch(
+        gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh
+    )
+    launch.run()
+    gU_raw, gV_raw, gS_pred, gH = gradients
+    return gU_raw, gV_raw, gS_pred, gH, gscalars.sum(0, dtype=torch.float64)
