@@ -1,9 +1,10 @@
 """Gated convolution: a program a tile of tokens, forward; programs that keep weight gradients, backward.
 
-Depthwise output j reads input `j // 2`. For even d a pair of channels (2i, 2i + 1) therefore has one input i for its
-values and one input d/2 + i for its gates, both as contiguous columns: even and odd channels are tiles of their own,
-never interleaved, and the gradient of an input is complete in the program of its pair. Odd d, where pairs of values
-and pairs of gates overlap, is served as the even problem of twice the width whose odd outputs are zero.
+Depthwise output j reads input `j // 2`. For even d a pair of channels (2i, 2i + 1) therefore has one input i
+for its values and one input d/2 + i for its gates, contiguous columns both: even and odd channels are tiles
+of their own, never interleaved, and the gradient of an input is complete in the program of its pair. Odd d,
+where pairs of values and of gates overlap, is served as the even problem of twice the width whose odd outputs
+are zero.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, block, precision
-from .real import accumulate, norm_backward, normalised, product, statistics, store_tile, tile
+from .real import accumulate, norm_backward, normalised, product, statistics, tile
 
 # programs of a backward launch, all chunks together; fixed, so that sums over samples have one order
 PROGRAMS = 512
@@ -38,7 +39,7 @@ def _input(
     R: tl.constexpr,
     Q: tl.constexpr,
 ):
-    """Tokens t0 + SHIFT on, channels q0 on, zero outside of the sequence; and the same before the norm's weight."""
+    """Tokens t0 + SHIFT on, channels q0 on, zero outside; and the same before the norm's weight."""
     x = tile(p_x, t0 + SHIFT, q0, T, d, d, R, Q).to(tl.float32)
     plain = x
     if NORM:
@@ -197,9 +198,6 @@ def _add_row(p, x, fresh, q, STRIDE: tl.constexpr, count):
 def _backward_tile(
     s,
     t0,
-    fresh,
-    chunk,
-    part,
     p_gy,
     p_x,
     p_dw,
@@ -231,8 +229,11 @@ def _backward_tile(
 ):
     # a function of its own: inlined, ptxas keeps every address of the loops around it in registers
     TYPE: tl.constexpr = p_x.dtype.element_ty
+    CHUNKS: tl.constexpr = (d // 2 + Q - 1) // Q
+    part = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    fresh = (s == tl.program_id(0) // CHUNKS) & (t0 == 0)
     at = tl.cast(s, tl.int64) * T * d
-    i0 = chunk * Q
+    i0 = tl.program_id(0) % CHUNKS * Q
     first = t0 - HALO
     mean = tl.zeros((R,), tl.float32)
     rstd = tl.zeros((R,), tl.float32)
@@ -342,13 +343,11 @@ def gated_conv_bwd_kernel(
     DB: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = (d // 2 + Q - 1) // Q
-    chunk = tl.program_id(0) % CHUNKS
-    program = tl.program_id(0) // CHUNKS
-    for s in tl.range(program, B, P, loop_unroll_factor=1, num_stages=1):
+    for s in tl.range(tl.program_id(0) // CHUNKS, B, P, loop_unroll_factor=1, num_stages=1):
         for t0 in tl.range(0, T, STEP, loop_unroll_factor=1, num_stages=1):
             _backward_tile(
-                s, t0, (s == program) & (t0 == 0), chunk, tl.cast(program, tl.int64),
-                p_gy, p_x, p_dw, p_db, p_pw, p_nw, p_nb, p_gn, p_gdw, p_gdb, p_gpw, p_gpb, p_gnw, p_gnb,
+                s, t0, p_gy, p_x, p_dw, p_db, p_pw, p_nw, p_nb, p_gn,
+                p_gdw, p_gdb, p_gpw, p_gpb, p_gnw, p_gnb,
                 T, d, K, STEP, HALO, EPS, NORM, GX, GW, PRECISION, R, Q, NB, DB,
             )  # fmt: skip
         if NORM and GX:
@@ -379,8 +378,8 @@ def _constants(x: Tensor, dw_weight: Tensor, norm: bool, eps: float, reach: int)
         "PRECISION": precision(),
         "R": R,
         "Q": 16,
-        "NB": min(block(d), 64),
-        "DB": min(block(d), 64),
+        "NB": min(block(d), 32),
+        "DB": min(block(d), 32),
     }
 
 
@@ -503,7 +502,7 @@ def gated_conv1d_backward_launch(
         (P * chunks,),
         {"p_gy": gy, "p_x": x, **arguments, "B": B, "P": P},
         {**constants, "TILES": -(-T // constants["STEP"]), "GX": gx is not None, "GW": want},
-        num_warps=4,
+        num_warps=8,
     )
     return launch, partial
 

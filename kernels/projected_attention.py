@@ -171,9 +171,6 @@ def attend_group(
 
 def _backward_sample(
     s,
-    program,
-    group,
-    part,
     p_gy,
     p_x,
     p_wq,
@@ -212,8 +209,11 @@ def _backward_sample(
     AB: tl.constexpr,
     KB: tl.constexpr,
 ):
-    """One sample of one group: its gradient in x, its share of the weights' gradients added to the program's."""
+    """One sample of one group: gradient in x, and what it adds to the program's sums for the weights."""
     TYPE: tl.constexpr = p_x.dtype.element_ty
+    group = tl.program_id(0) % G
+    program = tl.program_id(0) // G
+    part = tl.program_id(0).to(tl.int64)
     c0 = group * g
     p_wq += group * a * g
     p_wk += group * a * g
@@ -357,19 +357,16 @@ def projected_attention_bwd_kernel(
     AB: tl.constexpr,
     KB: tl.constexpr,
 ):
-    group = tl.program_id(0) % G
-    program = tl.program_id(0) // G
-    part = tl.program_id(0).to(tl.int64)
-    for s in tl.range(program, B, P, loop_unroll_factor=1, num_stages=1):
+    for s in tl.range(tl.program_id(0) // G, B, P, loop_unroll_factor=1, num_stages=1):
         if SPLIT:
             _backward_sample(
-                s, program, group, part, p_gy, p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_gn,
+                s, p_gy, p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_gn,
                 p_stats, p_gwq, p_gwk, p_gwv, p_gwo, p_gpk, p_gpv, p_gnw, p_gnb, T, d, G, g, a, k, EPS,
                 SCALE, NORM, GX, GW, PRECISION, TT, DB, GB, AB, KB,
             )  # fmt: skip
         else:
             _backward_sample_inline(
-                s, program, group, part, p_gy, p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_gn,
+                s, p_gy, p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_gn,
                 p_stats, p_gwq, p_gwk, p_gwv, p_gwo, p_gpk, p_gpv, p_gnw, p_gnb, T, d, G, g, a, k, EPS,
                 SCALE, NORM, GX, GW, PRECISION, TT, DB, GB, AB, KB,
             )  # fmt: skip

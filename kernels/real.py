@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# the interpreter multiplies bfloat16 as integers; there, what was rounded is multiplied as float32
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def tile(p, i0, j0, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -36,7 +39,10 @@ def accumulate(p, x, fresh, i0, j0, rows, columns, stride, ROWS: tl.constexpr, C
 @triton.jit
 def product(a, b, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Matrix product of operands in the inputs' precision, accumulated in float32."""
-    return tl.dot(a.to(TYPE), b.to(TYPE), input_precision=PRECISION)
+    a, b = a.to(TYPE), b.to(TYPE)
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
