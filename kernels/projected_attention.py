@@ -1,0 +1,532 @@
+"""Projected attention: a program a group of a sample, forward; programs that keep weight gradients, backward.
+
+With X the g columns of a group (normalised where the norm is fused), reducing first and folding weights:
+`R_k = P_k^T X`, `R_v = P_v^T X`, `N = R_k W_k^T W_q`, `O = R_v W_v^T W_o^T`, all of k_len rows, and then
+`y = softmax(X N^T / sqrt(a)) O`: tokens meet k_len x g matrices alone, in tiles, twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, block, precision
+from .real import accumulate, norm_backward, normalised, product, statistics, store_tile, tile
+
+# programs of a backward launch, all groups together; fixed, so that sums over samples have one order
+PROGRAMS = 512
+
+
+@triton.jit
+def _tokens(
+    p_x,
+    p_nw,
+    p_nb,
+    t0,
+    c0,
+    T,
+    d,
+    g,
+    p_stats,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    TT: tl.constexpr,
+    DB: tl.constexpr,
+    GB: tl.constexpr,
+):
+    """Columns of one group of tokens t0 on, as attention takes them and, under a norm, before its weight."""
+    x = tile(p_x + c0, t0, 0, T, g, d, TT, GB)  # [TT, GB]
+    plain = x
+    if NORM:
+        if p_stats is None:
+            mean, rstd = statistics(p_x, t0, T, d, EPS, TT, DB)
+        else:
+            t = t0 + tl.arange(0, TT)
+            mean = tl.load(p_stats + t, mask=t < T, other=0.0)
+            rstd = tl.load(p_stats + T + t, mask=t < T, other=0.0)
+        plain, x = normalised(x, mean, rstd, p_nw + c0, p_nb + c0, t0, 0, T, g, TT, GB)
+    return x, plain
+
+
+@triton.jit
+def _softmax(x, n, k, SCALE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, KB: tl.constexpr):
+    """Weights of the k_len rows for each token."""
+    logits = product(x, tl.trans(n), TYPE, PRECISION) * SCALE  # [TT, KB]
+    logits = tl.where(tl.arange(0, KB)[None, :] < k, logits, float("-inf"))
+    share = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return share / tl.sum(share, 1)[:, None]
+
+
+@triton.jit
+def projected_attention_fwd_kernel(
+    p_x,
+    p_wq,
+    p_wk,
+    p_wv,
+    p_wo,
+    p_pk,
+    p_pv,
+    p_nw,
+    p_nb,
+    p_y,
+    T: tl.constexpr,
+    d: tl.constexpr,
+    G: tl.constexpr,
+    g: tl.constexpr,
+    a: tl.constexpr,
+    k: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TT: tl.constexpr,
+    DB: tl.constexpr,
+    GB: tl.constexpr,
+    AB: tl.constexpr,
+    KB: tl.constexpr,
+):
+    TYPE: tl.constexpr = p_x.dtype.element_ty
+    group = tl.program_id(0) % G
+    sample = (tl.program_id(0) // G).to(tl.int64)
+    attend_group(
+        p_x + sample * T * d,
+        p_wq + group * a * g,
+        p_wk + group * a * g,
+        p_wv + group * g * g,
+        p_wo + group * g * g,
+        p_pk + group * T * k,
+        p_pv + group * T * k,
+        p_nw,
+        p_nb,
+        p_y + sample * T * d,
+        group * g,
+        T,
+        d,
+        g,
+        a,
+        k,
+        EPS,
+        SCALE,
+        NORM,
+        TYPE,
+        PRECISION,
+        TT,
+        DB,
+        GB,
+        AB,
+        KB,
+    )
+
+
+@triton.jit
+def attend_group(
+    p_x,
+    p_wq,
+    p_wk,
+    p_wv,
+    p_wo,
+    p_pk,
+    p_pv,
+    p_nw,
+    p_nb,
+    p_y,
+    c0,
+    T: tl.constexpr,
+    d: tl.constexpr,
+    g: tl.constexpr,
+    a: tl.constexpr,
+    k: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    NORM: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TT: tl.constexpr,
+    DB: tl.constexpr,
+    GB: tl.constexpr,
+    AB: tl.constexpr,
+    KB: tl.constexpr,
+):
+    """Columns c0 to c0 + g of y of one sample, every pointer at the sample or the group."""
+    rk = tl.zeros((KB, GB), tl.float32)
+    rv = tl.zeros((KB, GB), tl.float32)
+    for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
+        x, _ = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, None, EPS, NORM, TT, DB, GB)
+        rk += product(tl.trans(tile(p_pk, t0, 0, T, k, k, TT, KB)), x, TYPE, PRECISION)
+        rv += product(tl.trans(tile(p_pv, t0, 0, T, k, k, TT, KB)), x, TYPE, PRECISION)
+    keys = product(rk, tl.trans(tile(p_wk, 0, 0, a, g, g, AB, GB)), TYPE, PRECISION)  # [KB, AB]
+    n = product(keys, tile(p_wq, 0, 0, a, g, g, AB, GB), TYPE, PRECISION)  # [KB, GB]
+    values = product(rv, tl.trans(tile(p_wv, 0, 0, g, g, g, GB, GB)), TYPE, PRECISION)  # [KB, GB]
+    o = product(values, tl.trans(tile(p_wo, 0, 0, g, g, g, GB, GB)), TYPE, PRECISION)  # [KB, GB]
+    for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
+        x, _ = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, None, EPS, NORM, TT, DB, GB)
+        share = _softmax(x, n, k, SCALE, TYPE, PRECISION, KB)
+        y = product(share, o, TYPE, PRECISION)  # [TT, GB]
+        if NORM:
+            y += tile(p_x + c0, t0, 0, T, g, d, TT, GB).to(tl.float32)
+        store_tile(p_y + c0, y, t0, 0, T, g, d, TT, GB)
+
+
+def _backward_sample(
+    s,
+    p_gy,
+    p_x,
+    p_wq,
+    p_wk,
+    p_wv,
+    p_wo,
+    p_pk,
+    p_pv,
+    p_nw,
+    p_nb,
+    p_gn,
+    p_stats,
+    p_gwq,
+    p_gwk,
+    p_gwv,
+    p_gwo,
+    p_gpk,
+    p_gpv,
+    p_gnw,
+    p_gnb,
+    T: tl.constexpr,
+    d: tl.constexpr,
+    G: tl.constexpr,
+    g: tl.constexpr,
+    a: tl.constexpr,
+    k: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    NORM: tl.constexpr,
+    GX: tl.constexpr,
+    GW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TT: tl.constexpr,
+    DB: tl.constexpr,
+    GB: tl.constexpr,
+    AB: tl.constexpr,
+    KB: tl.constexpr,
+):
+    """One sample of one group: gradient in x, and what it adds to the program's sums for the weights."""
+    TYPE: tl.constexpr = p_x.dtype.element_ty
+    group = tl.program_id(0) % G
+    program = tl.program_id(0) // G
+    part = tl.program_id(0).to(tl.int64)
+    c0 = group * g
+    p_wq += group * a * g
+    p_wk += group * a * g
+    p_wv += group * g * g
+    p_wo += group * g * g
+    p_pk += group * T * k
+    p_pv += group * T * k
+    at = tl.cast(s, tl.int64) * T * d
+    if NORM:
+        # once a sample, in memory: the loops below then read numbers a token, not rows
+        p_stats += part * 2 * T
+        for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
+            t = t0 + tl.arange(0, TT)
+            mean, rstd = statistics(p_x + at, t0, T, d, EPS, TT, DB)
+            tl.store(p_stats + t, mean, mask=t < T)
+            tl.store(p_stats + T + t, rstd, mask=t < T)
+        tl.debug_barrier()
+    rk = tl.zeros((KB, GB), tl.float32)
+    rv = tl.zeros((KB, GB), tl.float32)
+    for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
+        x, _ = _tokens(p_x + at, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+        rk += product(tl.trans(tile(p_pk, t0, 0, T, k, k, TT, KB)), x, TYPE, PRECISION)
+        rv += product(tl.trans(tile(p_pv, t0, 0, T, k, k, TT, KB)), x, TYPE, PRECISION)
+    keys = product(rk, tl.trans(tile(p_wk, 0, 0, a, g, g, AB, GB)), TYPE, PRECISION)  # [KB, AB]
+    n = product(keys, tile(p_wq, 0, 0, a, g, g, AB, GB), TYPE, PRECISION)  # [KB, GB]
+    tl.debug_barrier()
+    values = product(rv, tl.trans(tile(p_wv, 0, 0, g, g, g, GB, GB)), TYPE, PRECISION)  # [KB, GB]
+    tl.debug_barrier()
+    o = product(values, tl.trans(tile(p_wo, 0, 0, g, g, g, GB, GB)), TYPE, PRECISION)  # [KB, GB]
+
+    tl.debug_barrier()
+    go = tl.zeros((KB, GB), tl.float32)
+    gn = tl.zeros((KB, GB), tl.float32)
+    for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
+        x, _ = _tokens(p_x + at, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+        gy = tile(p_gy + at + c0, t0, 0, T, g, d, TT, GB)  # [TT, GB]
+        share = _softmax(x, tl.where(t0 < T, n, 0.0), k, SCALE, TYPE, PRECISION, KB)
+        gl = product(gy, tl.trans(tl.where(t0 < T, o, 0.0)), TYPE, PRECISION)  # [TT, KB]
+        gl = share * (gl - tl.sum(share * gl, 1)[:, None]) * SCALE
+        go += product(tl.trans(share), gy, TYPE, PRECISION)
+        gn += product(tl.trans(gl), x, TYPE, PRECISION)
+
+    gvalues = product(go, tile(p_wo, 0, 0, g, g, g, GB, GB), TYPE, PRECISION)  # [KB, GB]
+    tl.debug_barrier()
+    gkeys = product(gn, tl.trans(tile(p_wq, 0, 0, a, g, g, AB, GB)), TYPE, PRECISION)  # [KB, AB]
+    tl.debug_barrier()
+    grv = product(gvalues, tile(p_wv, 0, 0, g, g, g, GB, GB), TYPE, PRECISION)  # [KB, GB]
+    tl.debug_barrier()
+    grk = product(gkeys, tile(p_wk, 0, 0, a, g, g, AB, GB), TYPE, PRECISION)  # [KB, GB]
+    if GW:
+        tl.debug_barrier()
+        gwo = product(tl.trans(go), values, TYPE, PRECISION)
+        accumulate(p_gwo + part * g * g, gwo, s == program, 0, 0, g, g, g, GB, GB)
+        tl.debug_barrier()
+        gwv = product(tl.trans(gvalues), rv, TYPE, PRECISION)
+        accumulate(p_gwv + part * g * g, gwv, s == program, 0, 0, g, g, g, GB, GB)
+        tl.debug_barrier()
+        gwq = product(tl.trans(keys), gn, TYPE, PRECISION)
+        accumulate(p_gwq + part * a * g, gwq, s == program, 0, 0, a, g, g, AB, GB)
+        tl.debug_barrier()
+        gwk = product(tl.trans(gkeys), rk, TYPE, PRECISION)
+        accumulate(p_gwk + part * a * g, gwk, s == program, 0, 0, a, g, g, AB, GB)
+
+    gnw = tl.zeros((1, GB), tl.float32)
+    gnb = tl.zeros((1, GB), tl.float32)
+    for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
+        x, plain = _tokens(p_x + at, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+        if GX or NORM:
+            gy = tile(p_gy + at + c0, t0, 0, T, g, d, TT, GB)  # [TT, GB]
+            share = _softmax(x, tl.where(t0 < T, n, 0.0), k, SCALE, TYPE, PRECISION, KB)
+            gl = product(gy, tl.trans(tl.where(t0 < T, o, 0.0)), TYPE, PRECISION)  # [TT, KB]
+            gl = share * (gl - tl.sum(share * gl, 1)[:, None]) * SCALE
+            gx = product(gl, tl.where(t0 < T, n, 0.0), TYPE, PRECISION)  # [TT, GB]
+            gx += product(tile(p_pk, t0, 0, T, k, k, TT, KB), tl.where(t0 < T, grk, 0.0), TYPE, PRECISION)
+            gx += product(tile(p_pv, t0, 0, T, k, k, TT, KB), tl.where(t0 < T, grv, 0.0), TYPE, PRECISION)
+            if NORM:
+                gnw += tl.sum(gx * plain, 0)[None, :]
+                gnb += tl.sum(gx, 0)[None, :]
+            if GX:
+                store_tile(p_gn + at + c0, gx, t0, 0, T, g, d, TT, GB)
+        if GW:
+            gpk = product(x, tl.trans(tl.where(t0 < T, grk, 0.0)), TYPE, PRECISION)  # [TT, KB]
+            accumulate(p_gpk + part * T * k, gpk, s == program, t0, 0, T, k, k, TT, KB)
+            gpv = product(x, tl.trans(tl.where(t0 < T, grv, 0.0)), TYPE, PRECISION)  # [TT, KB]
+            accumulate(p_gpv + part * T * k, gpv, s == program, t0, 0, T, k, k, TT, KB)
+    if NORM and GW:
+        accumulate(p_gnw + part * g, gnw, s == program, 0, 0, 1, g, g, 1, GB)
+        accumulate(p_gnb + part * g, gnb, s == program, 0, 0, 1, g, g, 1, GB)
+    # what threads of this program wrote is seen by all of them
+    tl.debug_barrier()
+
+
+# inlined into the loop over samples, ptxas keeps the addresses of every tile in registers across it; but
+# tensor memory, which sm_100 takes for products of 64 rows and more, is for kernels alone
+_backward_sample_inline = triton.jit(_backward_sample)
+_backward_sample = triton.jit(_backward_sample, noinline=True)
+
+
+@triton.jit
+def projected_attention_bwd_kernel(
+    p_gy,
+    p_x,
+    p_wq,
+    p_wk,
+    p_wv,
+    p_wo,
+    p_pk,
+    p_pv,
+    p_nw,
+    p_nb,
+    p_gn,
+    p_gx,
+    p_stats,
+    p_ticket,
+    p_gwq,
+    p_gwk,
+    p_gwv,
+    p_gwo,
+    p_gpk,
+    p_gpv,
+    p_gnw,
+    p_gnb,
+    B,
+    P,
+    T: tl.constexpr,
+    d: tl.constexpr,
+    G: tl.constexpr,
+    g: tl.constexpr,
+    a: tl.constexpr,
+    k: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    NORM: tl.constexpr,
+    GX: tl.constexpr,
+    GW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TT: tl.constexpr,
+    DB: tl.constexpr,
+    GB: tl.constexpr,
+    AB: tl.constexpr,
+    KB: tl.constexpr,
+):
+    for s in tl.range(tl.program_id(0) // G, B, P, loop_unroll_factor=1, num_stages=1):
+        if SPLIT:
+            _backward_sample(
+                s, p_gy, p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_gn,
+                p_stats, p_gwq, p_gwk, p_gwv, p_gwo, p_gpk, p_gpv, p_gnw, p_gnb, T, d, G, g, a, k, EPS,
+                SCALE, NORM, GX, GW, PRECISION, TT, DB, GB, AB, KB,
+            )  # fmt: skip
+        else:
+            _backward_sample_inline(
+                s, p_gy, p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_gn,
+                p_stats, p_gwq, p_gwk, p_gwv, p_gwo, p_gpk, p_gpv, p_gnw, p_gnb, T, d, G, g, a, k, EPS,
+                SCALE, NORM, GX, GW, PRECISION, TT, DB, GB, AB, KB,
+            )  # fmt: skip
+        if NORM and GX:
+            at = tl.cast(s, tl.int64) * T * d
+            norm_backward(p_ticket + s, G, p_gn + at, p_x + at, p_gy + at, p_nw, p_gx + at, T, d, EPS, TT, DB)
+
+
+def _blocks(T: int, d: int, g: int, a: int, k: int) -> tuple[dict[str, int], int]:
+    """Tile sizes and warps.
+
+    32 tokens, so that no product unrolls more than 32 terms in registers; two warps, since with k_len and g
+    of 32 rows a third would repeat the others' work; more where k_len or widths are larger.
+    """
+    KB, GB, AB = block(k), block(g), block(a)
+    warps = 2 if max(KB, GB, AB) <= 32 else 4 if max(KB * GB, KB * AB) <= 4096 else 8
+    return {"TT": min(block(T), 32), "DB": min(block(d), 32), "GB": GB, "AB": AB, "KB": KB}, warps
+
+
+def projected_attention_launch(
+    x: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    wo: Tensor,
+    pk: Tensor,
+    pv: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    y: Tensor,
+) -> Launch:
+    """The forward launch, into y."""
+    B, T, d = x.shape
+    G, a, g = wq.shape
+    k = pk.shape[-1]
+    blocks, warps = _blocks(T, d, g, a, k)
+    tensors = {"p_wq": wq, "p_wk": wk, "p_wv": wv, "p_wo": wo, "p_pk": pk, "p_pv": pv}
+    tensors |= {"p_nw": norm_weight, "p_nb": norm_bias}
+    return Launch(
+        projected_attention_fwd_kernel,
+        (B * G if T else 0,),
+        {"p_x": x, **tensors, "p_y": y},
+        {
+            **{"T": T, "d": d, "G": G, "g": g, "a": a, "k": k},
+            "EPS": float(eps),
+            "SCALE": a**-0.5,
+            "NORM": norm_weight is not None,
+            "PRECISION": precision(),
+            **blocks,
+        },
+        num_warps=warps,
+    )
+
+
+def projected_attention(
+    x: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    wo: Tensor,
+    pk: Tensor,
+    pv: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Projected attention of contiguous x `(B, T, d)`; with a norm `x + attention(LayerNorm(x))`.
+
+    wq, wk `(G, a, g)`, wv, wo `(G, g, g)`, pk, pv `(G, T, k_len)`, all contiguous.
+    """
+    weights = (wq, wk, wv, wo, pk, pv, norm_weight, norm_bias)
+    y = torch.empty_like(x)
+    projected_attention_launch(x, *weights, eps, y).run()
+    return y
+
+
+def projected_attention_backward_launch(
+    gy: Tensor,
+    x: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    wo: Tensor,
+    pk: Tensor,
+    pv: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    gx: Tensor | None,
+    want: bool,
+) -> tuple[Launch, list[Tensor]]:
+    """The backward launch, into gx where there is one, and into partial sums `(P, ...)` where wanted."""
+    B, T, d = x.shape
+    G, a, g = wq.shape
+    k = pk.shape[-1]
+    norm = norm_weight is not None
+    blocks, warps = _blocks(T, d, g, a, k)
+    P = min(B, max(1, PROGRAMS // G)) if want else B
+    shapes = [w.shape for w in (wq, wk, wv, wo, pk, pv)] + ([(G, g)] * 2 if norm else [])
+    partial = [x.new_empty((P, *shape), dtype=torch.float32) for shape in shapes] if want else []
+    names = ("p_gwq", "p_gwk", "p_gwv", "p_gwo", "p_gpk", "p_gpv", "p_gnw", "p_gnb")
+    arguments: dict[str, Tensor | int | None] = dict.fromkeys(names)
+    arguments |= dict(zip(names, partial, strict=False))
+    # the gradient of what the norm puts out waits for all groups, in float32
+    wait = norm and gx is not None
+    scratch = torch.empty_like(x, dtype=torch.float32) if wait and x.dtype != torch.float32 else gx
+    ticket = torch.zeros(B, dtype=torch.int32, device=x.device) if wait else None
+    arguments |= {"p_wq": wq, "p_wk": wk, "p_wv": wv, "p_wo": wo, "p_pk": pk, "p_pv": pv}
+    arguments |= {"p_nw": norm_weight, "p_nb": norm_bias, "p_gn": scratch, "p_gx": gx, "p_ticket": ticket}
+    arguments["p_stats"] = x.new_empty((P * G, 2, T), dtype=torch.float32) if norm else None
+    launch = Launch(
+        projected_attention_bwd_kernel,
+        (P * G if T else 0,),
+        {"p_gy": gy, "p_x": x, **arguments, "B": B, "P": P},
+        {
+            **{"T": T, "d": d, "G": G, "g": g, "a": a, "k": k},
+            "EPS": float(eps),
+            "SCALE": a**-0.5,
+            "NORM": norm,
+            "GX": gx is not None,
+            "GW": want,
+            "PRECISION": precision(),
+            "SPLIT": max(blocks["KB"], blocks["GB"], blocks["AB"]) <= 32,
+            **blocks,
+        },
+        num_warps=warps,
+    )
+    return launch, partial
+
+
+def projected_attention_backward(
+    gy: Tensor,
+    x: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    wo: Tensor,
+    pk: Tensor,
+    pv: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    gx: bool,
+    gw: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of x and of the eight weights in the forward's order; those not wanted are empty.
+
+    The gradients of weights are sums over samples: each program of a group adds its own in their order, and
+    one reduction adds the programs.
+    """
+    weights = (wq, wk, wv, wo, pk, pv, norm_weight, norm_bias)
+    grad = torch.empty_like(x) if gx else None
+    if gx or gw:
+        launch, partial = projected_attention_backward_launch(gy, x, *weights, eps, grad, gw)
+        launch.run()
+    else:
+        partial = []
+    found = [
+        p.sum(0).to(w.dtype).view(w.shape) for p, w in zip(partial, weights, strict=False) if w is not None
+    ]
+    found += [x.new_empty(0) for _ in range(len(weights) - len(found))]
+    return (x.new_empty(0) if grad is None else grad, *found)
