@@ -253,7 +253,9 @@ def test_lists_give_the_bits_of_stacks():
         x, *weights = problem(21, 3, 6, 4, 9, dtype=dtype)
         stacked = torch.ops.lomacs.projected_attention(x, *weights, 1e-5)
         lists = [list(w.unbind()) for w in weights[:6]]
-        assert torch.equal(torch.ops.lomacs.projected_attention_groups(x, *lists, *weights[6:], 1e-5), stacked)
+        assert torch.equal(
+            torch.ops.lomacs.projected_attention_groups(x, *lists, *weights[6:], 1e-5), stacked
+        )
 
 
 def test_a_pruned_attention_equals_the_masked_original():
