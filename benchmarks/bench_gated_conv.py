@@ -2,7 +2,7 @@
 
 `python benchmarks/bench_gated_conv.py [--json FILE] [--threads 2]` checks values and gradients against
 float64, then times interleaved variants of the module in one process. The floor is the arithmetic of taps and
-pointwise product over the measured rate of a float32 matrix product in the same process; the gate is not in it.
+pointwise product, without the gate, over the measured rate of a float32 matrix product in the same process.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Projected attention, forward and forward+backward: ours against the eager reference and the floor.
 
 `python benchmarks/bench_projected_attention.py [--json FILE] [--threads 2]` checks values and gradients
-against float64, then times interleaved variants of the module in one process; the reference loops over groups as the
-published module does. The floor is the arithmetic of the reduced, folded form over the measured rate of a
-float32 matrix product in the same process.
+against float64, then times interleaved variants of the module in one process; the reference loops over groups
+as the published module does. The floor is the arithmetic of the reduced, folded form over the measured rate
+of a float32 matrix product in the same process.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
 def lowered(value: Any, device: str) -> Any:
-    """As autocast does before a product: tensors of the device in its dtype, float64 and others as they are."""
+    """As autocast does before a product: tensors of the device in its dtype, all else as it is."""
     if isinstance(value, Tensor):
         fits = value.is_floating_point() and value.dtype != torch.float64 and value.device.type == device
         return value.to(torch.get_autocast_dtype(device)) if fits else value
