@@ -84,7 +84,8 @@ def test_any_size(T, d, half, B, norm):
 
 
 def hard_case(kind, size, seed):
-    args = problem(*size, B=11, seed=seed, norm=kind == "norm")
+    # few gates of large logits are neither open nor shut, and these few make the whole error
+    args = problem(*size, B=64 if kind == "large gates" else 11, seed=seed, norm=kind == "norm")
     if kind == "ill-conditioned":
         u, s, v = torch.linalg.svd(args[3][..., 0])
         args[3] = (u * torch.logspace(0, -10, len(s), dtype=torch.float64) @ v)[..., None]

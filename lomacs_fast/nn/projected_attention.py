@@ -10,8 +10,8 @@ def _linear_weights(linears: nn.ModuleList) -> list[Tensor]:
     # past the lookup by name, which costs more than a small sample; a parametrised weight takes it
     found = []
     for linear in linears._modules.values():
-        weight = linear._parameters.get("weight")  # type: ignore[union-attr]
-        found.append(linear.weight if weight is None else weight)  # type: ignore[union-attr]
+        weight = linear._parameters.get("weight")
+        found.append(linear.weight if weight is None else weight)
     return found  # type: ignore[return-value]
 
 

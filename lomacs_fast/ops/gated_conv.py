@@ -94,16 +94,21 @@ def _flops(x: Sequence[int], dw_weight: Sequence[int], *_: Any, **__: Any) -> in
 def _flops_backward(
     gy: Sequence[int], x: Sequence[int], dw_weight: Sequence[int], *rest: Any, **__: Any
 ) -> int:
-    """What `FlopCounterMode` counts in the reference's backward for the gradients that the flags ask for."""
+    """What `FlopCounterMode` counts in the reference's backward for the gradients that the flags ask for.
+
+    It takes the gradient of the taps for that of a convolution without groups, d times the true count.
+    """
     gx, gw = rest[-2:]
+    # the norm's own gradients go by way of the tokens
+    gx = gx or (gw and rest[3] is not None)
     depthwise, pointwise = _products(x, dw_weight[2])
-    return 2 * ((gx + gw) * depthwise + ((gx or gw) + gw) * pointwise)
+    return 2 * ((gx + gw * x[2]) * depthwise + ((gx or gw) + gw) * pointwise)
 
 
 def _cuda(name: str) -> None:
     @torch.library.impl(f"lomacs::{name}", "CUDA", lib=library)
     def kernel(*args: Any) -> Any:
-        from ..kernels import gated_conv as kernels
+        from ..kernels import gated_conv as kernels  # type: ignore[import-not-found]
 
         return getattr(kernels, name)(*args)
 

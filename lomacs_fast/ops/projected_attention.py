@@ -45,7 +45,7 @@ def _expect(name: str, w: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
 def _check(
     x: Tensor, weights: Sequence[Tensor], norm_weight: Tensor | None, norm_bias: Tensor | None
 ) -> None:
-    wq, wk, wv, wo, pk, pv = weights
+    wq, pk = weights[0], weights[4]
     torch._check(x.ndim == 3, lambda: f"x must be (B, T, d), got {tuple(x.shape)}")
     torch._check(x.dtype in tokens.DTYPES, lambda: f"x must be real floating point, got {x.dtype}")
     torch._check(wq.ndim == 3 and pk.ndim == 3, lambda: "weights must be stacked over groups")
@@ -127,13 +127,15 @@ def _flops_backward(gy: Sequence[int], x: Sequence[int], wq: Sequence[int], *res
     of_x, projected, core, out = _products(x, wq[1], pk[2], wq[0])
     if not (gx or gw):
         return 0
+    # the norm's own gradients go by way of the tokens
+    gx = gx or rest[5] is not None
     return 2 * ((gx + gw) * of_x + (1 + gw) * projected + 2 * core + (1 + gw) * out)
 
 
 def _cuda(name: str) -> None:
     @torch.library.impl(f"lomacs::{name}", "CUDA", lib=library)
     def kernel(*args: Any) -> Any:
-        from ..kernels import projected_attention as kernels
+        from ..kernels import projected_attention as kernels  # type: ignore[import-not-found]
 
         return getattr(kernels, name)(*args)
 
@@ -150,8 +152,8 @@ class _Stack(torch.autograd.Function):
         return tuple(torch.stack(weights[i : i + groups]) for i in range(0, len(weights), groups))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (None, *(part for grad in grads for part in torch.unbind_copy(grad)))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *(part for grad in grads for part in torch.ops.aten.unbind_copy.int(grad)))
 
 
 def _stacked(weights: Sequence[Grouped]) -> Weights:
@@ -182,8 +184,9 @@ def _fused(
     norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    x, norm_weight, norm_bias = (
-        None if v is None else v.resolve_neg().contiguous() for v in (x, norm_weight, norm_bias)
+    x = x.resolve_neg().contiguous()
+    norm_weight, norm_bias = (
+        None if w is None else w.resolve_neg().contiguous() for w in (norm_weight, norm_bias)
     )
     weights = (wq, wk, wv, wo, pk, pv)
     lists = not any(isinstance(w, Tensor) for w in weights)

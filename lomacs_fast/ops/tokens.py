@@ -16,7 +16,7 @@ KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
 def lowered(value: Any, device: str) -> Any:
-    """As autocast does before a product: tensors of the device in its dtype, float64 and the rest as they are."""
+    """As autocast does before a product: tensors of the device in its dtype, all else as it is."""
     if isinstance(value, Tensor):
         fits = value.is_floating_point() and value.dtype != torch.float64 and value.device.type == device
         return value.to(torch.get_autocast_dtype(device)) if fits else value
@@ -51,7 +51,7 @@ def records(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def unrecorded(op: Any, *args: Any) -> Any:
-    """A call whose inputs ask for no gradient, past autograd's kernel, which costs more than a small sample."""
+    """A call whose inputs ask for no gradient, past autograd's kernel, which costs more than one sample."""
     if torch.compiler.is_compiling():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
