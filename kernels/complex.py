@@ -40,6 +40,8 @@ def load_tile(p, rows, columns, i0, j0, ROWS: tl.constexpr, COLUMNS: tl.constexp
     i = i0 + tl.arange(0, ROWS)[:, None]
     j = 2 * j0 + tl.arange(0, 2 * COLUMNS)[None, :]
     x = tl.load(p + i * (2 * columns) + j, mask=(i < rows) & (j < 2 * columns), other=0.0)  # [R, 2C]
+def planes(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Real and imaginary part [ROWS, COLUMNS] of an interleaved tile [ROWS, 2 COLUMNS]."""
     return tl.split(tl.reshape(x, (ROWS, COLUMNS, 2)))
 
 
@@ -165,3 +167,35 @@ def modulus(re, im):
     safe = tl.where(large == 0.0, 1.0, large)
     re, im = re / safe, im / safe
     return large * tl.sqrt(re * re + im * im)
+def interleave(re, im, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The tile [ROWS, 2 COLUMNS] of planes [ROWS, COLUMNS]."""
+    return tl.reshape(tl.join(re, im), (ROWS, 2 * COLUMNS))
+
+
+@triton.jit
+def load_rows(p, step, width, i, k0, rows, WIDTH: tl.constexpr):
+    """Rows i, each `step` numbers after the last, columns from k0 on below `width`; zeros beyond."""
+    k = k0 + tl.arange(0, WIDTH)[None, :]
+    return tl.load(p + i[:, None] * step + k, mask=(i[:, None] < rows) & (k < width), other=0.0)  # [R, W]
+
+
+@triton.jit
+def load_transposed(p, step, k0, j0, inner, outer, INNER: tl.constexpr, OUTER: tl.constexpr):
+    """The tile [INNER, OUTER] at (k0, j0) of the transpose of an (outer, inner) matrix; zeros beyond."""
+    k = k0 + tl.arange(0, INNER)[:, None]
+    j = j0 + tl.arange(0, OUTER)[None, :]
+    return tl.load(p + j * step + k, mask=(j < outer) & (k < inner), other=0.0)  # [K, J]
+
+
+@triton.jit
+def store_rows(p, x, step, width, i, k0, rows, WIDTH: tl.constexpr):
+    """A tile [R, WIDTH] to rows i, each `step` numbers after the last, columns from k0 on below `width`."""
+    k = k0 + tl.arange(0, WIDTH)[None, :]
+    tl.store(p + i[:, None] * step + k, x, mask=(i[:, None] < rows) & (k < width))  # [R, W]
+
+
+@triton.jit
+def store_swapped(p, x, rows, columns, i0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows from i0 on of an interleaved (rows, columns, 2) matrix, to a contiguous (columns, rows, 2) one."""
+    x = tl.reshape(tl.permute(tl.reshape(x, (ROWS, COLUMNS, 2)), (1, 0, 2)), (COLUMNS, 2 * ROWS))
+    store_rows(p, x, 2 * rows, 2 * rows, tl.arange(0, COLUMNS), 2 * i0, columns, 2 * ROWS)
