@@ -308,4 +308,6 @@ def low_rank_loss(
             raise TypeError(f"shape must be a pair of integers, got {shape!r}")
         if shape[0] < M or shape[1] < N:
             raise ValueError(f"shape must be at least that of the block, {(M, N)}, got {tuple(shape)}")
-    return reference.low_rank_loss(F, G, H, nesting, shape=shape)
+    if nesting not in ("none", "joint", "sequential"):
+        raise ValueError(f'nesting must be "none", "joint" or "sequential", got {nesting!r}')
+    return ops.low_rank_loss(F, G, H, nesting, shape)

@@ -2,5 +2,6 @@
 
 from .aeplus import aeplus_loss
 from .dispatch import BackendError, backend_table, use_backend
+from .low_rank import low_rank_loss
 
-__all__ = ["BackendError", "aeplus_loss", "backend_table", "use_backend"]
+__all__ = ["BackendError", "aeplus_loss", "backend_table", "low_rank_loss", "use_backend"]
