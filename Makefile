@@ -43,7 +43,9 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 PRELOAD = $$($${CXX:-g++} -print-file-name=libasan.so):$$($${CXX:-g++} -print-file-name=libstdc++.so)
 sanitize: .venv/dev
 	LOMACS_FAST_CXXFLAGS="$(SANITIZE)" LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python -m pytest tests/test_aeplus.py tests/test_ops_aeplus.py -k "not compiled and not exported"
+		$(BIN)/python -m pytest tests/test_native_*.py tests/test_aeplus.py tests/test_ops_aeplus.py \
+		tests/test_ops_low_rank.py -m "not slow" \
+		-k "not compiled and not exported"
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

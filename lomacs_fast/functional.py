@@ -468,3 +468,6 @@ def frozen_svd(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor
     if scene.shape != H.shape[:1]:
         raise ValueError(f"scene must have shape ({H.shape[0]},) as H has, got {tuple(scene.shape)}")
     return reference.frozen_svd(H, scene, weights)
+    if nesting not in ("none", "joint", "sequential"):
+        raise ValueError(f'nesting must be "none", "joint" or "sequential", got {nesting!r}')
+    return ops.low_rank_loss(F, G, H, nesting, shape)

@@ -12,54 +12,38 @@ struct Scratch {
   T *X, *US, *SG, *E;
   // S, the diagonal of M, Re(U^H E V)_kk
   T *s, *re, *im, *e;
-  T* memory;
-  std::int64_t size;
+  Arena<T> arena;
 
-  explicit Scratch(const AEPlus<T>& job) {
+  // columns and rows beyond the matrices enter sums and transposed squares, so they are zero
+  explicit Scratch(const AEPlus<T>& job)
+      : arena([&](const auto& take) { lay_out(job, take); }, job.r % panel<T> || job.N % lanes<T>) {}
+
+  template <typename Take>
+  void lay_out(const AEPlus<T>& job, const Take& take) {
     const std::int64_t M = job.M, N = job.N, r = job.r;
     const std::int64_t square = (r + lanes<T> - 1) / lanes<T> * lanes<T>;
     const std::int64_t tall = (N + lanes<T> - 1) / lanes<T> * lanes<T>;
-    memory = nullptr;
-    // the first round measures, the second hands out
-    for (int round = 0; round < 2; ++round) {
-      T* next = memory;
-      const auto take = [&](std::int64_t n) {
-        T* p = next;
-        // odd multiples of a cache line keep equal offsets of two matrices apart
-        const std::int64_t padded = (n + 31) / 32 * 32 + 16;
-        next = round ? next + padded : nullptr;
-        size = round ? size : size + padded;
-        return p;
-      };
-      const auto panels = [&](std::int64_t rows, std::int64_t columns) {
-        return Panels<T>{take(Panels<T>::size(rows, columns)), rows};
-      };
-      if (round == 0) size = 0;
-      U = panels(M, r);
-      V = panels(tall, r);
-      Vh = panels(square, tall);
-      Mh = panels(square, r);
-      Gu = panels(square, r);
-      Gv = panels(square, r);
-      A = panels(square, r);
-      B = panels(square, r);
-      C = panels(square, r);
-      X = take(2 * std::max(M, N) * r);
-      US = take(2 * M * r);
-      SG = take(2 * r * r);
-      E = take(2 * M * N);
-      s = take(square);
-      re = take(square);
-      im = take(square);
-      e = take(square);
-      if (round == 0) memory = allocate<T>(size);
-    }
-    // columns and rows beyond the matrices enter sums and transposed squares
-    if (r % panel<T> || N % lanes<T>) std::memset(memory, 0, sizeof(T) * static_cast<std::size_t>(size));
+    const auto panels = [&](std::int64_t rows, std::int64_t columns) {
+      return Panels<T>{take(Panels<T>::size(rows, columns)), rows};
+    };
+    U = panels(M, r);
+    V = panels(tall, r);
+    Vh = panels(square, tall);
+    Mh = panels(square, r);
+    Gu = panels(square, r);
+    Gv = panels(square, r);
+    A = panels(square, r);
+    B = panels(square, r);
+    C = panels(square, r);
+    X = take(2 * std::max(M, N) * r);
+    US = take(2 * M * r);
+    SG = take(2 * r * r);
+    E = take(2 * M * N);
+    s = take(square);
+    re = take(square);
+    im = take(square);
+    e = take(square);
   }
-  ~Scratch() { release(memory); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
 };
 
 template <typename T>
@@ -122,31 +106,6 @@ LOMACS_TARGET void scaled_rows(Panels<T> X, const T* s, std::int64_t r, T* to) {
     }
 }
 
-// sum_m conj(x_mk) y_mk for every column k, in short chains: these sums have one sign and their error would show
-template <typename T>
-LOMACS_TARGET void column_dots(Panels<T> X, const T* y, std::int64_t rows, std::int64_t r, T* re, T* im) {
-  for (std::int64_t j = 0; j < r; j += lanes<T>) {
-    const T* p = X.at(0, j / lanes<T>);
-    Vec<T> total_re{}, total_im{};
-    for (std::int64_t m = 0; m < rows;) {
-      Vec<T> rr{}, ii{}, ri{}, ir{};
-      for (const std::int64_t stop = std::min<std::int64_t>(m + 8, rows); m < stop; ++m) {
-        Vec<T> yr, yi;
-        load_complex(y + 2 * (m * r + j), r - j, yr, yi);
-        const Vec<T> xr = load(p + m * Panels<T>::step), xi = load(p + m * Panels<T>::step + Panels<T>::imag);
-        rr += xr * yr;
-        ii += xi * yi;
-        ri += xr * yi;
-        ir += xi * yr;
-      }
-      total_re += rr + ii;
-      total_im += ri - ir;
-    }
-    store(re + j, total_re);
-    store(im + j, total_im);
-  }
-}
-
 // (X diag(s) Y)_kk of Hermitian X and Y
 template <typename T>
 LOMACS_TARGET void weighted_dot(Panels<T> X, Panels<T> Y, const T* s, std::int64_t k, std::int64_t r, double& re,
@@ -162,19 +121,6 @@ LOMACS_TARGET void weighted_dot(Panels<T> X, Panels<T> Y, const T* s, std::int64
   }
   re = sum<T>(total_re);
   im = sum<T>(total_im);
-}
-
-template <typename T>
-LOMACS_TARGET void scale_columns(const T* x, const T* s, std::int64_t rows, std::int64_t columns, T* to) {
-  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
-    const std::int64_t count = columns - j;
-    const Vec<T> weight = load(s + j);
-    for (std::int64_t i = 0; i < rows; ++i) {
-      Vec<T> re, im;
-      load_complex(x + 2 * (i * columns + j), count, re, im);
-      store_complex(to + 2 * (i * columns + j), count, re * weight, im * weight);
-    }
-  }
 }
 
 // to = X^H X; returns |X^H X - I|

@@ -173,6 +173,44 @@ LOMACS_TARGET void mirror(Panels<T> x, std::int64_t n) {
     for (std::int64_t i = 0; i < j; ++i) adjoint_square(x, i, j, x);
 }
 
+// sum_m conj(x_mk) y_mk for every column k, in short chains: these sums have one sign and their error would show
+template <typename T>
+LOMACS_TARGET void column_dots(Panels<T> X, const T* y, std::int64_t rows, std::int64_t r, T* re, T* im) {
+  for (std::int64_t j = 0; j < r; j += lanes<T>) {
+    const T* p = X.at(0, j / lanes<T>);
+    Vec<T> total_re{}, total_im{};
+    for (std::int64_t m = 0; m < rows;) {
+      Vec<T> rr{}, ii{}, ri{}, ir{};
+      for (const std::int64_t stop = std::min<std::int64_t>(m + 8, rows); m < stop; ++m) {
+        Vec<T> yr, yi;
+        load_complex(y + 2 * (m * r + j), r - j, yr, yi);
+        const Vec<T> xr = load(p + m * Panels<T>::step), xi = load(p + m * Panels<T>::step + Panels<T>::imag);
+        rr += xr * yr;
+        ii += xi * yi;
+        ri += xr * yi;
+        ir += xi * yr;
+      }
+      total_re += rr + ii;
+      total_im += ri - ir;
+    }
+    store(re + j, total_re);
+    store(im + j, total_im);
+  }
+}
+
+template <typename T>
+LOMACS_TARGET void scale_columns(const T* x, const T* s, std::int64_t rows, std::int64_t columns, T* to) {
+  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+    const std::int64_t count = columns - j;
+    const Vec<T> weight = load(s + j);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      Vec<T> re, im;
+      load_complex(x + 2 * (i * columns + j), count, re, im);
+      store_complex(to + 2 * (i * columns + j), count, re * weight, im * weight);
+    }
+  }
+}
+
 // A left factor: number (i, k) lies at a[2 (i row + k column)].
 template <typename T>
 struct Left {

@@ -51,24 +51,38 @@ struct Simd {
 // What the next sample will read, brought into the cache a little at a time while this one is computed.
 class Ahead {
  public:
-  void add(const void* p, std::size_t bytes) {
-    ranges_[count_].at = static_cast<const char*>(p);
-    ranges_[count_++].end = static_cast<const char*>(p) + bytes;
+  // how many cache lines after every block of a product
+  explicit Ahead(std::int64_t lines = 16) : lines_(lines) {}
+
+  // stretches of so many bytes, `stride` bytes from the beginning of one to that of the next
+  void add(const void* p, std::size_t bytes, std::int64_t stretches = 1, std::size_t stride = 0) {
+    const char* at = static_cast<const char*>(p);
+    ranges_[count_++] = {at, at, at + bytes, stretches, stride};
   }
   void fetch() {
-    for (int lines = 16; lines > 0 && count_ > 0; --lines) {
+    for (std::int64_t lines = lines_; lines > 0 && count_ > 0; --lines) {
       Range& range = ranges_[count_ - 1];
       __builtin_prefetch(range.at, 0, 2);
       range.at += 64;
-      if (range.at >= range.end) --count_;
+      if (range.at < range.end) continue;
+      if (--range.stretches <= 0) {
+        --count_;
+        continue;
+      }
+      range.begin += range.stride;
+      range.end += range.stride;
+      range.at = range.begin;
     }
   }
 
  private:
   struct Range {
-    const char *at, *end;
+    const char *begin, *at, *end;
+    std::int64_t stretches;
+    std::size_t stride;
   };
   Range ranges_[4];
+  std::int64_t lines_;
   int count_ = 0;
 };
 

@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -69,5 +70,33 @@ T* allocate(std::int64_t n) {
 }
 
 inline void release(void* p) { ::operator delete(p, cache_line); }
+
+// One allocation in parts: `layout(take)` is called to measure, and again to hand out by `take(n)`.
+template <typename T>
+class Arena {
+ public:
+  template <typename Layout>
+  explicit Arena(const Layout& layout, bool zeros = false) {
+    std::int64_t size = 0;
+    const auto take = [&](std::int64_t n) {
+      T* p = memory_ == nullptr ? nullptr : memory_ + size;
+      // odd multiples of a cache line keep equal offsets of two parts from falling together
+      size += (n + 31) / 32 * 32 + 16;
+      return p;
+    };
+    layout(take);
+    const std::int64_t total = size;
+    memory_ = allocate<T>(total);
+    if (zeros) std::memset(memory_, 0, sizeof(T) * static_cast<std::size_t>(total));
+    size = 0;
+    layout(take);
+  }
+  ~Arena() { release(memory_); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+ private:
+  T* memory_ = nullptr;
+};
 
 }  // namespace lomacs

@@ -26,3 +26,6 @@ __all__ = [
     "svd_tail",
     "use_backend",
 ]
+from .low_rank import low_rank_loss
+
+__all__ = ["BackendError", "aeplus_loss", "backend_table", "low_rank_loss", "use_backend"]

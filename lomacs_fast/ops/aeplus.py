@@ -50,6 +50,7 @@ def _fake(
 
 
 NAMES = ("U", "S", "V", "H")
+WHAT = "the fused AE+ loss"
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -64,18 +65,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    common.refuse_second_derivatives("the fused AE+ loss")
+    common.refuse_second_derivatives(WHAT)
     if grad is None:
         return (None,) * 10
     terms, *saved = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    one = common.is_one(grad)
-    gradients = [
-        (common.share(g) if one else g * grad) if need else None
-        for need, g in zip(needs, saved, strict=False)
-    ]
     weights = grad.double() * terms[1:].double() if needs[4] else None
-    return (*gradients, weights, None, None, None, None, None)
+    return (*common.scaled(grad, saved, needs[:4]), weights, None, None, None, None, None)
 
 
 torch.library.register_autograd("lomacs::aeplus", _backward, setup_context=_setup, lib=library)
@@ -123,10 +119,13 @@ def _native(
     match: str,
 ) -> tuple[Tensor, AEPlusTerms]:
     weights = common.scalars((lam, w_energy, w_diag, w_match), H.device)
-    u, v, h, s = common.planes(U), common.planes(V), common.planes(H), common.rows(S)
-    record = torch.is_grad_enabled()
-    flags = (record and x.requires_grad for x in (U, S, V, H))
-    loss, terms, *_ = torch.ops.lomacs.aeplus.default(u, s, v, h, weights, match == "mean", *flags)
+
+    def evaluate(flags: Sequence[bool], U: Tensor, S: Tensor, V: Tensor, H: Tensor) -> tuple[Tensor, ...]:
+        u, v, h, s = common.planes(U), common.planes(V), common.planes(H), common.rows(S)
+        return torch.ops.lomacs.aeplus.default(u, s, v, h, weights, match == "mean", *flags)
+
+    # the weights are differentiable by the registered op alone
+    loss, terms = common.ready(evaluate, 2, WHAT, U, S, V, H, traced=weights.requires_grad)
     return loss, AEPlusTerms(*terms.unbind())
 
 

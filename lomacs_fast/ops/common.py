@@ -6,7 +6,8 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,10 +60,26 @@ def scalars(values: Sequence[Tensor | float], device: torch.device) -> Tensor:
     )
 
 
+def plain(*tensors: Tensor) -> bool:
+    """Whether a call runs as it stands: nothing traces or counts it, and its tensors are torch's own."""
+    return (
+        not torch.compiler.is_compiling()
+        and _get_current_dispatch_mode() is None
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether a tensor stands for many, as under `torch.func.vmap` and `is_grads_batched`."""
+    # autograd's `is_grads_batched` has a kind of its own, which reports no transform
+    legacy: bool = torch._C._functorch.is_legacy_batchedtensor(x)
+    return legacy or torch._C._are_functorch_transforms_active()
+
+
 def is_one(grad: Tensor) -> bool:
     """Whether a gradient of a loss is 1, where looking costs nothing: on the CPU, outside any tracing."""
     plain = type(grad) is Tensor and grad.device.type == "cpu" and _get_current_dispatch_mode() is None
-    return plain and not torch._C._are_functorch_transforms_active() and grad.item() == 1
+    return plain and not is_batched(grad) and grad.item() == 1
 
 
 # shares memory until somebody writes: the caller may change its gradient in place, a second backward is right
@@ -76,6 +93,86 @@ def refuse_second_derivatives(what: str) -> None:
             f"{what} has no second derivatives (its backward was asked to record a graph); "
             'lomacs_fast.use_backend("eager") has them'
         )
+
+
+def scaled(grad: Tensor, gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients that a forward left, those needed, times that of the loss, 0-d or one a matrix."""
+    if grad.ndim == 0 and is_one(grad):
+        return [share(g) if need else None for need, g in zip(needs, gradients, strict=True)]
+    factors = (grad.reshape(-1, *(1,) * (g.ndim - 1)) if grad.ndim else grad for g in gradients)
+    return [g * f if need else None for need, g, f in zip(needs, gradients, factors, strict=True)]
+
+
+class _Ready(torch.autograd.Function):
+    """Complex tensors in and out, and none of the cost of torch.library's autograd: see `ready`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, evaluate: Callable[..., Any], outputs: int, what: str, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            found = evaluate(ctx.needs_input_grad[3:], *tensors)
+        ctx.evaluate, ctx.outputs, ctx.what, ctx.gradients = evaluate, outputs, what, found[outputs:]
+        ctx.mark_non_differentiable(*found[1:outputs])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        return found[:outputs]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives(ctx.what)
+        needs = ctx.needs_input_grad[3:]
+        if grad is None:
+            return (None,) * (3 + len(needs))
+        tensors, gradients, ctx.gradients = ctx.saved_tensors, ctx.gradients, None
+        if gradients is None:
+            # a second backward: the first one gave its gradients away
+            with torch._C._AutoDispatchBelowAutograd():
+                gradients = ctx.evaluate(needs, *tensors)[ctx.outputs :]
+        if grad.ndim > 1:
+            grad = grad.reshape(-1)
+        own = type(grad) is Tensor and not is_batched(grad)
+        if own and grad.ndim and grad.stride() == (0,) and grad.shape[0]:
+            # what the sum or mean of the losses hands back
+            grad = grad[0]
+        one = own and grad.ndim == 0 and is_one(grad)
+        returned: list[Tensor | None] = [None, None, None]
+        for g, x, need in zip(gradients, tensors, needs, strict=True):
+            if not need:
+                returned.append(None)
+                continue
+            if not one:
+                factor = grad.reshape(-1, *(1,) * (g.ndim - 1)) if grad.ndim else grad
+                g = g.mul_(factor) if own else g * factor
+            g = torch.view_as_complex(g) if x.is_complex() else g
+            returned.append(g if g.shape == x.shape else g.reshape(x.shape))
+        return tuple(returned)
+
+
+def ready(
+    evaluate: Callable[..., tuple[Tensor, ...]],
+    outputs: int,
+    what: str,
+    *tensors: Tensor,
+    traced: bool = False,
+) -> tuple[Tensor, ...]:
+    """The outputs of a loss op that leaves the gradients of these tensors ready, differentiable in them.
+
+    Args:
+        evaluate: `evaluate(flags, *tensors)` calls the op on the planes of the tensors; the flags say which
+            gradients to make. It returns the loss, outputs that are not differentiable, and the gradients.
+        outputs: how many of these come before the gradients.
+        what: the op's name in errors.
+        traced: leave the gradients to the op's own registration, as tracing does.
+    """
+    record = torch.is_grad_enabled()
+    flags = tuple(record and x.requires_grad for x in tensors)
+    if traced or not plain(*tensors):
+        return evaluate(flags, *tensors)[:outputs]
+    if any(flags):
+        return _Ready.apply(evaluate, outputs, what, *tensors)
+    with torch._C._AutoDispatchBelowAutograd():
+        return evaluate(flags, *tensors)[:outputs]
 
 
 def transform_reasons() -> list[str]:
