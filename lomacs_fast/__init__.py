@@ -1,6 +1,7 @@
 """Networks that learn the SVD of complex MIMO channel matrices."""
 
 from . import functional, reference
+from .approximation import approx_svd
 from .nn import (
     AEPlusLoss,
     AxialLowRankFreqGate,
@@ -9,6 +10,7 @@ from .nn import (
     LoMACSSVDNet,
     LowMACS_SVDNet,
     NeuralOrthoRefiner,
+    SpectralRefiner,
 )
 from .ops import BackendError, backend_table, use_backend
 
@@ -23,6 +25,8 @@ __all__ = [
     "LoMACSSVDNet",
     "LowMACS_SVDNet",
     "NeuralOrthoRefiner",
+    "SpectralRefiner",
+    "approx_svd",
     "backend_table",
     "functional",
     "reference",

@@ -21,7 +21,7 @@ ALLOWED = {
     "ops": LOWEST,
     "functional": {"ops", "reference"},
     "nn": {"functional", "reference"},
-    "": {"functional", "reference", "nn", "ops"},
+    "": {"functional", "reference", "nn", "ops", "approximation"},
 }
 THIRD_PARTIES = {
     "reference": {"torch"},

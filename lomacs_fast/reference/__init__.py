@@ -8,6 +8,7 @@ from .low_rank import low_rank_loss
 from .network import LoMACSSVDNet
 from .ortho import NeuralOrthoRefiner, bjorck, column_normalize, ortho_refine
 from .projected_attention import GroupedProjectedAttention, projected_attention
+from .refine import SpectralRefiner, refine_svd
 from .spectral import spectral_calibrate
 
 LowMACS_SVDNet = LoMACSSVDNet
@@ -21,6 +22,7 @@ __all__ = [
     "LoMACSSVDNet",
     "LowMACS_SVDNet",
     "NeuralOrthoRefiner",
+    "SpectralRefiner",
     "aeplus_loss",
     "aeplus_terms",
     "bjorck",
@@ -32,6 +34,7 @@ __all__ = [
     "low_rank_loss",
     "ortho_refine",
     "projected_attention",
+    "refine_svd",
     "spectral_calibrate",
     "spectral_gate",
 ]
