@@ -4,6 +4,7 @@ from . import functional, reference
 from .acceleration import AccelerationReport, accelerate
 from .auditing import Audit, audit
 from .freezing import FrozenSVDNet, freeze
+from .approximation import approx_svd
 from .nn import (
     AEPlusLoss,
     AxialLowRankFreqGate,
@@ -12,6 +13,7 @@ from .nn import (
     LoMACSSVDNet,
     LowMACS_SVDNet,
     NeuralOrthoRefiner,
+    SpectralRefiner,
 )
 from .ops import BackendError, backend_table, use_backend
 
@@ -31,6 +33,8 @@ __all__ = [
     "NeuralOrthoRefiner",
     "accelerate",
     "audit",
+    "SpectralRefiner",
+    "approx_svd",
     "backend_table",
     "freeze",
     "functional",

@@ -12,6 +12,8 @@ from torch import Tensor
 from . import ops, reference
 from .reference import AEPlusTerms
 from .reference.frozen import FrozenWeights
+from .reference.arguments import integer
+from .reference.refine import SWEEPS
 
 __all__ = [
     "AEPlusTerms",
@@ -26,6 +28,7 @@ __all__ = [
     "ortho_refine",
     "ortho_refine_pair",
     "projected_attention",
+    "refine_svd",
     "spectral_calibrate",
     "spectral_gate",
     "svd_tail",
@@ -395,6 +398,46 @@ def _factors(
 def _share(name: str, value: Any) -> None:
     if _scalar(name, value) and not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
+@_specified_by(reference.refine_svd)
+def refine_svd(
+    H: Tensor,
+    U: Tensor,
+    V: Tensor,
+    steps: int,
+    *,
+    active: int | None = None,
+    hermitian: bool = False,
+    scalars: Tensor | None = None,
+    sweeps: int = SWEEPS,
+    orthonormal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _tensor("H", H, COMPLEX, ("...", None, None))
+    batch, (M, N) = H.shape[:-2], H.shape[-2:]
+    _tensor("U", U, [H.dtype], (*batch, M, None))
+    r = U.shape[-1]
+    _tensor("V", V, [H.dtype], (*batch, N, r))
+    if r > min(M, N):
+        raise ValueError(f"U must have at most min(M, N) = {min(M, N)} columns, got {r}")
+    steps, sweeps = integer("steps", steps, 0), integer("sweeps", sweeps, 1)
+    if active is not None and integer("active", active, 1) > r:
+        raise ValueError(f"active must be at most r = {r}, got {active}")
+    if not isinstance(hermitian, bool):
+        raise TypeError(f"hermitian must be True or False, got {hermitian!r}")
+    if hermitian and M != N:
+        raise ValueError(f"H must be square where hermitian is True, got {M} x {N}")
+    if scalars is not None:
+        _weight("scalars", scalars, ("H", H), (None, 4))
+    return reference.refine_svd(
+        H,
+        U,
+        V,
+        steps,
+        active=active,
+        hermitian=hermitian,
+        scalars=scalars,
+        sweeps=sweeps,
+        orthonormal=orthonormal,
+    )
 
 
 @_specified_by(reference.spectral_calibrate)

@@ -22,6 +22,7 @@ ALLOWED = {
     "functional": {"ops", "reference"},
     "nn": {"functional", "reference"},
     "": {"functional", "reference", "nn", "ops", "acceleration", "auditing", "freezing"},
+    "": {"functional", "reference", "nn", "ops", "approximation"},
 }
 THIRD_PARTIES = {
     "reference": {"torch"},

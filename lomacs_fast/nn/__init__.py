@@ -6,6 +6,7 @@ from .gated_conv import GatedConv1D
 from .network import LoMACSSVDNet, LowMACS_SVDNet
 from .ortho import NeuralOrthoRefiner
 from .projected_attention import GroupedProjectedAttention
+from .refine import SpectralRefiner
 
 __all__ = [
     "AEPlusLoss",
@@ -15,4 +16,5 @@ __all__ = [
     "LoMACSSVDNet",
     "LowMACS_SVDNet",
     "NeuralOrthoRefiner",
+    "SpectralRefiner",
 ]

@@ -10,6 +10,8 @@ from .network import LoMACSSVDNet
 from .ortho import NeuralOrthoRefiner, bjorck, column_normalize, ortho_refine, ortho_refine_pair
 from .projected_attention import GroupedProjectedAttention, projected_attention
 from .spectral import spectral_calibrate, svd_tail
+from .refine import SpectralRefiner, refine_svd
+from .spectral import spectral_calibrate
 
 LowMACS_SVDNet = LoMACSSVDNet
 
@@ -23,6 +25,7 @@ __all__ = [
     "LoMACSSVDNet",
     "LowMACS_SVDNet",
     "NeuralOrthoRefiner",
+    "SpectralRefiner",
     "aeplus_loss",
     "aeplus_terms",
     "bjorck",
@@ -38,6 +41,7 @@ __all__ = [
     "ortho_refine",
     "ortho_refine_pair",
     "projected_attention",
+    "refine_svd",
     "spectral_calibrate",
     "spectral_gate",
     "svd_tail",

@@ -1,0 +1,135 @@
+"""Approximation error of `approx_svd` against steps and multiply-adds, beside the truncated SVD.
+
+`python benchmarks/bench_refine.py [--samples 8] [--json FILE]` takes the generator's noisy covariances and
+clean channels and, where Sionna is installed, 3GPP covariances and channels (UMi, UMa and RMa, TR 38.901).
+Errors are against the clean label. Multiply-adds are true real ones a sample, of everything that runs; the
+SVD's are those of Golub and Reinsch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lomacs_fast import approx_svd
+from lomacs_fast.data.generator import SCENARIOS, ChannelGenerator
+from lomacs_fast.metrics import ae_terms, true_macs, truncated_svd
+
+STEPS = (0, 1, 2, 3, 4, 6, 8, 10, 15)
+SIZES = ((64, 64, 32), (128, 128, 64), (64, 32, 16))
+PANELS = {32: (4, 4), 64: (4, 8), 128: (8, 8)}
+CARRIERS, VECTORS, SNR_DB = 24, 768, 6.0
+
+
+def generated(M: int, N: int, kind: str, samples: int) -> tuple[Tensor, Tensor]:
+    """Input and label: noisy and clean covariances, or a clean channel twice."""
+    parts = [ChannelGenerator(M, N, scenario=s, kind=kind, seed=5).batch(range(samples)) for s in SCENARIOS]
+    label = torch.cat([p.label for p in parts])
+    return (torch.cat([p.input for p in parts]) if kind == "covariance" else label), label
+
+
+def responses(M: int, N: int, samples: int) -> Tensor:
+    """3GPP frequency responses between panels of M and N antennas, complex64 `(n, M, N, carriers)`."""
+    import sionna.phy as phy
+    from sionna.phy.channel import GenerateOFDMChannel, gen_single_sector_topology, tr38901
+    from sionna.phy.ofdm import ResourceGrid
+
+    found = []
+    array = {"polarization": "dual", "polarization_type": "cross", "carrier_frequency": 3.5e9}
+    for seed, name in enumerate(("umi", "uma", "rma")):
+        phy.config.seed = seed + 1
+        base, user = (
+            tr38901.PanelArray(
+                num_rows_per_panel=PANELS[n][0],
+                num_cols_per_panel=PANELS[n][1],
+                antenna_pattern=pattern,
+                **array,
+            )
+            for n, pattern in ((M, "38.901"), (N, "omni"))
+        )
+        options = {} if name == "rma" else {"o2i_model": "low"}
+        model = {"umi": tr38901.UMi, "uma": tr38901.UMa, "rma": tr38901.RMa}[name](
+            carrier_frequency=3.5e9, ut_array=user, bs_array=base, direction="uplink", **options
+        )
+        topology = gen_single_sector_topology(samples, 1, name, min_ut_velocity=0, max_ut_velocity=20)
+        model.set_topology(*topology)
+        grid = ResourceGrid(1, CARRIERS, 20e6 / CARRIERS, num_tx=1)
+        h = GenerateOFDMChannel(model, grid, normalize_channel=True)(samples)
+        found.append(h[:, 0, :, 0, :, 0].to(torch.complex64))
+    return torch.cat(found)
+
+
+def received(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Noisy and clean covariance of two user antennas over all carriers."""
+    vectors = h[:, :, :2].flatten(2)
+    noise = torch.randn(*h.shape[:2], VECTORS, dtype=h.dtype, generator=torch.Generator().manual_seed(0))
+    noise = noise * vectors.abs().mean((1, 2))[:, None, None] * 10 ** (-SNR_DB / 20)
+    noisy = vectors.repeat(1, 1, VECTORS // vectors.shape[-1]) + noise
+    return noisy @ noisy.mH / VECTORS, vectors @ vectors.mH / vectors.shape[-1]
+
+
+def data(samples: int) -> Iterator[tuple[str, int, Tensor, Tensor]]:
+    for M, N, rank in SIZES:
+        if M == N:
+            yield f"covariance {M}x{N}", rank, *generated(M, N, "covariance", samples)
+        yield f"channel {M}x{N}", rank, *generated(M, N, "channel", samples)
+        if importlib.util.find_spec("sionna") is not None:
+            h = responses(M, N, samples)
+            if M == N:
+                yield f"3GPP covariance {M}x{N}", rank, *received(h)
+            yield f"3GPP channel {M}x{N}", rank, h[..., 0], h[..., 0]
+
+
+def row(name: str, rank: int, H: Tensor, label: Tensor) -> Iterator[dict[str, Any]]:
+    for steps in (None, *STEPS):
+
+        def decompose(H: Tensor, steps: int | None = steps) -> tuple[Tensor, Tensor, Tensor]:
+            return truncated_svd(H, rank) if steps is None else approx_svd(H, rank, steps)
+
+        U, S, V = decompose(H)
+        terms = ae_terms(U, S, V, label)
+        yield {
+            "data": name,
+            "rank": rank,
+            "steps": steps,
+            "ae": float(terms.ae.mean()),
+            "rec": float(terms.rec.mean()),
+            "ortho": float(torch.maximum(terms.ortho_u, terms.ortho_v).max()),
+            "columns": float((S > 0).sum(-1).double().mean()),
+            "macs": true_macs(decompose, H),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=8, help="a scenario or model")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    print("| data | rank | steps | AE | orthogonality | columns | M multiply-adds |")
+    print("|---|---|---|---|---|---|---|")
+    found = []
+    for case in data(args.samples):
+        for r in row(*case):
+            found.append(r)
+            steps = "SVD" if r["steps"] is None else r["steps"]
+            print(
+                f"| {r['data']} | {r['rank']} | {steps} | {r['ae']:.4f} | {r['ortho']:.1e} | "
+                f"{r['columns']:.1f} | {r['macs'] / 1e6:.2f} |",
+                flush=True,
+            )
+    if args.json is not None:
+        args.json.write_text(json.dumps({"torch": torch.__version__, "cases": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
