@@ -2,9 +2,9 @@
 
 from . import functional, reference
 from .acceleration import AccelerationReport, accelerate
+from .approximation import approx_svd
 from .auditing import Audit, audit
 from .freezing import FrozenSVDNet, freeze
-from .approximation import approx_svd
 from .nn import (
     AEPlusLoss,
     AxialLowRankFreqGate,
@@ -31,10 +31,10 @@ __all__ = [
     "LoMACSSVDNet",
     "LowMACS_SVDNet",
     "NeuralOrthoRefiner",
-    "accelerate",
-    "audit",
     "SpectralRefiner",
+    "accelerate",
     "approx_svd",
+    "audit",
     "backend_table",
     "freeze",
     "functional",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import ops, reference
 from .reference import AEPlusTerms
-from .reference.frozen import FrozenWeights
 from .reference.arguments import integer
+from .reference.frozen import FrozenWeights
 from .reference.refine import SWEEPS
 
 __all__ = [
@@ -498,19 +498,18 @@ def low_rank_loss(
             raise TypeError(f"shape must be a pair of integers, got {shape!r}")
         if shape[0] < M or shape[1] < N:
             raise ValueError(f"shape must be at least that of the block, {(M, N)}, got {tuple(shape)}")
-    return reference.low_rank_loss(F, G, H, nesting, shape=shape)
+    if nesting not in ("none", "joint", "sequential"):
+        raise ValueError(f'nesting must be "none", "joint" or "sequential", got {nesting!r}')
+    return ops.low_rank_loss(F, G, H, nesting, shape)
 
 
 @_specified_by(reference.frozen_svd)
 def frozen_svd(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor, Tensor, Tensor]:
-    M, N = weights.pos.shape[0], weights.raw.shape[1] // 2
+    M, N = weights.pos.shape[0], weights.raw.shape[0] // 2
     _tensor("H", H, COMPLEX, ("B", M, N))
     _like("weights", weights.pos, "H", REAL_OF[H.dtype])
     if not isinstance(scene, Tensor) or scene.dtype != torch.int64:
         raise TypeError(f"scene must be an int64 tensor, got {getattr(scene, 'dtype', type(scene).__name__)}")
     if scene.shape != H.shape[:1]:
         raise ValueError(f"scene must have shape ({H.shape[0]},) as H has, got {tuple(scene.shape)}")
-    return reference.frozen_svd(H, scene, weights)
-    if nesting not in ("none", "joint", "sequential"):
-        raise ValueError(f'nesting must be "none", "joint" or "sequential", got {nesting!r}')
-    return ops.low_rank_loss(F, G, H, nesting, shape)
+    return ops.frozen_svd(H, scene, weights)

@@ -21,8 +21,7 @@ ALLOWED = {
     "ops": LOWEST,
     "functional": {"ops", "reference"},
     "nn": {"functional", "reference"},
-    "": {"functional", "reference", "nn", "ops", "acceleration", "auditing", "freezing"},
-    "": {"functional", "reference", "nn", "ops", "approximation"},
+    "": {"functional", "reference", "nn", "ops", "acceleration", "approximation", "auditing", "freezing"},
 }
 THIRD_PARTIES = {
     "reference": {"torch"},

@@ -1,6 +1,6 @@
 // Value and gradients of the low-rank objective. Included inside isa.inl.
 #include "cmatmul.inl"
-#include "matmul.inl"
+#include "panels.inl"
 
 namespace lomacs {
 namespace LOMACS_ISA {

@@ -4,7 +4,9 @@ from .aeplus import aeplus_loss
 from .dispatch import BackendError, backend_table, use_backend
 from .dual_view import dual_view_project, gate_project
 from .freq_gate import freq_gate
+from .frozen import frozen_svd
 from .gated_conv import gated_conv1d, gated_conv1d_at_once
+from .low_rank import low_rank_loss
 from .ortho import bjorck, ortho_refine
 from .projected_attention import projected_attention, projected_attention_at_once
 from .spectral import spectral_calibrate, svd_tail
@@ -16,9 +18,11 @@ __all__ = [
     "bjorck",
     "dual_view_project",
     "freq_gate",
+    "frozen_svd",
     "gate_project",
     "gated_conv1d",
     "gated_conv1d_at_once",
+    "low_rank_loss",
     "ortho_refine",
     "projected_attention",
     "projected_attention_at_once",
@@ -26,6 +30,3 @@ __all__ = [
     "svd_tail",
     "use_backend",
 ]
-from .low_rank import low_rank_loss
-
-__all__ = ["BackendError", "aeplus_loss", "backend_table", "low_rank_loss", "use_backend"]

@@ -9,9 +9,8 @@ from .low_rank import low_rank_loss
 from .network import LoMACSSVDNet
 from .ortho import NeuralOrthoRefiner, bjorck, column_normalize, ortho_refine, ortho_refine_pair
 from .projected_attention import GroupedProjectedAttention, projected_attention
-from .spectral import spectral_calibrate, svd_tail
 from .refine import SpectralRefiner, refine_svd
-from .spectral import spectral_calibrate
+from .spectral import spectral_calibrate, svd_tail
 
 LowMACS_SVDNet = LoMACSSVDNet
 
