@@ -154,6 +154,7 @@ def test_each_condition_of_the_floor(covariances):
     assert floor(one) > 0
     assert floor(one, 33) == 0  # too few dimensions left
     assert floor(-one) == 0
+    assert floor(one - 2 * floor(one) * torch.eye(64)) == 0  # a negative floor
     basis = torch.linalg.qr(normal(64, 64))[0]
     spread = torch.cat([torch.tensor([1.0] + [0.1] * 31), torch.linspace(0.05, 1e-4, 32) ** 2])
     assert floor((basis * (spread / spread.norm())) @ basis.mH[None]) == 0  # not flat
@@ -188,6 +189,14 @@ def test_a_sample_does_not_depend_on_its_batch(covariances):
             torch.testing.assert_close(
                 (U1 * S1) @ V1.mH, (U[b] * S[b]) @ V[b].mH, rtol=0, atol=1e-2 * float(S[b, 0])
             )
+
+
+def test_eigenvalues_of_both_signs_settle():
+    values = torch.tensor([1, -0.6, 0.36, -0.2, 0.1, 0.05, -0.01])
+    basis = torch.linalg.qr(normal(32, 12, 7))[0]
+    start = normal(32, 12, 6, seed=1), normal(32, 12, 6, seed=2)
+    S = approx_svd(basis * values @ basis.mH, 6, 30, active=3, init=start)[1]
+    torch.testing.assert_close(S[:, :3], values[:3].abs().expand(32, 3), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("rank", [12, 5])
