@@ -40,8 +40,6 @@ def load_tile(p, rows, columns, i0, j0, ROWS: tl.constexpr, COLUMNS: tl.constexp
     i = i0 + tl.arange(0, ROWS)[:, None]
     j = 2 * j0 + tl.arange(0, 2 * COLUMNS)[None, :]
     x = tl.load(p + i * (2 * columns) + j, mask=(i < rows) & (j < 2 * columns), other=0.0)  # [R, 2C]
-def planes(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Real and imaginary part [ROWS, COLUMNS] of an interleaved tile [ROWS, 2 COLUMNS]."""
     return tl.split(tl.reshape(x, (ROWS, COLUMNS, 2)))
 
 
@@ -167,6 +165,15 @@ def modulus(re, im):
     safe = tl.where(large == 0.0, 1.0, large)
     re, im = re / safe, im / safe
     return large * tl.sqrt(re * re + im * im)
+
+
+@triton.jit
+def planes(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Real and imaginary part [ROWS, COLUMNS] of an interleaved tile [ROWS, 2 COLUMNS]."""
+    return tl.split(tl.reshape(x, (ROWS, COLUMNS, 2)))
+
+
+@triton.jit
 def interleave(re, im, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The tile [ROWS, 2 COLUMNS] of planes [ROWS, COLUMNS]."""
     return tl.reshape(tl.join(re, im), (ROWS, 2 * COLUMNS))

@@ -38,7 +38,9 @@ FUSED = {
     "freq_gate": "FFT, means, two perceptrons, elementwise",
     "gate_project": "FFT, means, two perceptrons, matrix product",
     "dual_view_project": "matrix product, bands of rows",
+    "frozen_svd": "FFT, means, matrix products, softmax, norms, sort",
     "projected_attention": "matrix products, softmax",
+    "projected_attention_groups": "matrix products, softmax",
     "gated_conv1d": "taps, sigmoid, matrix product",
 }
 

@@ -398,6 +398,8 @@ def _factors(
 def _share(name: str, value: Any) -> None:
     if _scalar(name, value) and not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
 @_specified_by(reference.refine_svd)
 def refine_svd(
     H: Tensor,

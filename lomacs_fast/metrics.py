@@ -568,6 +568,8 @@ register_macs(
     lambda gX, Hd, weight, gh, gw, **_: _project_macs(Hd, weight, gh + gw),
 )
 register_macs("lomacs::gate_project", _gate_project)
+
+
 def _refine(M: int, r: int, backward: bool) -> float:
     """One refinement step: half of `U^H U`, `U P`, norms; backward also `g^H U`, `g P + U C`, dots."""
     return 4 * (1.5 + 3 * backward) * M * r * r + _macs((6 + 12 * backward) * M * r)

@@ -3,6 +3,7 @@
 
 namespace lomacs {
 namespace LOMACS_ISA {
+namespace {
 
 template <typename T>
 struct Scratch {
@@ -318,5 +319,6 @@ LOMACS_TARGET void aeplus_samples(const AEPlus<T>& job, std::int64_t begin, std:
   }
 }
 
+}  // namespace
 }  // namespace LOMACS_ISA
 }  // namespace lomacs

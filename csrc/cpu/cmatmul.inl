@@ -4,6 +4,7 @@
 
 namespace lomacs {
 namespace LOMACS_ISA {
+namespace {
 
 #define LOMACS_INLINE LOMACS_TARGET inline __attribute__((always_inline))
 
@@ -397,5 +398,6 @@ LOMACS_INLINE void product(const Term<T> (&terms)[TERMS], Sink& sink, std::int64
   blocks<CONJ>(terms, TERMS, sink, rows, columns, ahead, part);
 }
 
+}  // namespace
 }  // namespace LOMACS_ISA
 }  // namespace lomacs

@@ -3,6 +3,7 @@
 
 namespace lomacs {
 namespace LOMACS_ISA {
+namespace {
 
 template <typename T>
 struct ProjectionScratch {
@@ -154,5 +155,6 @@ LOMACS_TARGET void project_chunks_back(const Projection<T>& job, const T* gX, co
   }
 }
 
+}  // namespace
 }  // namespace LOMACS_ISA
 }  // namespace lomacs

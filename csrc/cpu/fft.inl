@@ -3,6 +3,7 @@
 
 namespace lomacs {
 namespace LOMACS_ISA {
+namespace {
 
 template <typename T>
 constexpr std::int64_t strip_row = 2 * lanes<T>;
@@ -287,5 +288,6 @@ LOMACS_TARGET void transpose_rows(const T* from, T* to) {
   }
 }
 
+}  // namespace
 }  // namespace LOMACS_ISA
 }  // namespace lomacs

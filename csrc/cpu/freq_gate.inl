@@ -6,6 +6,7 @@
 
 namespace lomacs {
 namespace LOMACS_ISA {
+namespace {
 
 template <typename T>
 struct GateScratch {
@@ -406,5 +407,6 @@ LOMACS_TARGET void gate_chunks_back(const Gate<T>& job, std::int64_t B, std::int
   }
 }
 
+}  // namespace
 }  // namespace LOMACS_ISA
 }  // namespace lomacs

@@ -3,6 +3,7 @@
 
 namespace lomacs {
 namespace LOMACS_ISA {
+namespace {
 
 // feat = (mean over tokens - its mean) / its deviation, a row a sample
 template <typename T>
@@ -48,5 +49,6 @@ LOMACS_TARGET void head_product(const T* feat, const T* head, const T* table, co
   matmul<T>({feat, d, 1}, {head + from, all}, out, width, n, width, d, true);
 }
 
+}  // namespace
 }  // namespace LOMACS_ISA
 }  // namespace lomacs

@@ -4,6 +4,7 @@
 
 namespace lomacs {
 namespace LOMACS_ISA {
+namespace {
 
 template <typename T>
 struct ConvScratch {
@@ -201,5 +202,6 @@ LOMACS_TARGET void conv_backward(const GatedConv<T>& job, std::int64_t begin, st
   }
 }
 
+}  // namespace
 }  // namespace LOMACS_ISA
 }  // namespace lomacs

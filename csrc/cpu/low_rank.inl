@@ -4,6 +4,7 @@
 
 namespace lomacs {
 namespace LOMACS_ISA {
+namespace {
 
 template <typename T>
 struct OfComplex {
@@ -384,5 +385,6 @@ void low_rank_matrices(const LowRank<T>& job) {
   });
 }
 
+}  // namespace
 }  // namespace LOMACS_ISA
 }  // namespace lomacs

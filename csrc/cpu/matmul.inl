@@ -10,6 +10,7 @@
 
 namespace lomacs {
 namespace LOMACS_ISA {
+namespace {
 
 // The first `count` lanes of a vector: of memory beyond them nothing is touched.
 template <typename T>
@@ -157,5 +158,6 @@ LOMACS_TARGET void matmul(Factor<T> left, Rows<T> right, T* c, std::int64_t c_ro
   if (j < columns) strip<1, true>(p, rows, j, tail);
 }
 
+}  // namespace
 }  // namespace LOMACS_ISA
 }  // namespace lomacs

@@ -2,6 +2,7 @@
 
 namespace lomacs {
 namespace LOMACS_ISA {
+namespace {
 
 // with more rows GCC keeps accumulators in memory
 constexpr int real_rows = LOMACS_ROWS * LOMACS_VECS < 8 ? LOMACS_ROWS * LOMACS_VECS : 8;
@@ -146,5 +147,6 @@ LOMACS_TARGET __attribute__((noinline)) void product(const RealTerm<T> (&terms)[
   }
 }
 
+}  // namespace
 }  // namespace LOMACS_ISA
 }  // namespace lomacs

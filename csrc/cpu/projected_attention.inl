@@ -4,6 +4,7 @@
 
 namespace lomacs {
 namespace LOMACS_ISA {
+namespace {
 
 // tokens whose logits are held at once
 constexpr std::int64_t strip_tokens = 64;
@@ -234,5 +235,6 @@ LOMACS_TARGET void attention_weights(const Attention<T>& job, const AttentionGra
   }
 }
 
+}  // namespace
 }  // namespace LOMACS_ISA
 }  // namespace lomacs

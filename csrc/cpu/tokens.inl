@@ -4,6 +4,7 @@
 
 namespace lomacs {
 namespace LOMACS_ISA {
+namespace {
 
 // Aligned memory of one thread, not initialised, in pieces: `plan` takes them twice, to measure and to get them.
 template <typename T>
@@ -231,5 +232,6 @@ LOMACS_TARGET __attribute__((noinline)) void normalise_backward(T* g, std::int64
   }
 }
 
+}  // namespace
 }  // namespace LOMACS_ISA
 }  // namespace lomacs

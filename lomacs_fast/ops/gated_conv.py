@@ -108,7 +108,7 @@ def _flops_backward(
 def _cuda(name: str) -> None:
     @torch.library.impl(f"lomacs::{name}", "CUDA", lib=library)
     def kernel(*args: Any) -> Any:
-        from ..kernels import gated_conv as kernels  # type: ignore[import-not-found]
+        from ..kernels import gated_conv as kernels
 
         return getattr(kernels, name)(*args)
 

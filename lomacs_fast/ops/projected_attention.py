@@ -135,7 +135,7 @@ def _flops_backward(gy: Sequence[int], x: Sequence[int], wq: Sequence[int], *res
 def _cuda(name: str) -> None:
     @torch.library.impl(f"lomacs::{name}", "CUDA", lib=library)
     def kernel(*args: Any) -> Any:
-        from ..kernels import projected_attention as kernels  # type: ignore[import-not-found]
+        from ..kernels import projected_attention as kernels
 
         return getattr(kernels, name)(*args)
 

@@ -43,9 +43,9 @@ class FrozenConv(NamedTuple):
 class FrozenWeights(NamedTuple):
     """What `frozen_svd` runs on; see `fold_network`.
 
-    `raw` `(d, 2N)` and `pooled` `(d, 2 (N // 2))` are the halves of the projection, the second with the
+    `raw` `(2N, d)` and `pooled` `(2 (N // 2), d)` are the halves of the projection, the second with the
     pooling and the upsampling of columns folded in; `pos` `(M, d)` holds its bias too. `head`
-    `(2Mr + 2Nr + r, d)` are the heads of U, V and S with the last norm's weight folded in, and `table`
+    `(d, 2Mr + 2Nr + r)` are the heads of U, V and S with the last norm's weight folded in, and `table`
     `(n_scene + 1, 2Mr + 2Nr + r)` their biases a scene, the mean scene last. `scalars` float64 `(3,)`: the
     two refinement steps and tau.
     """
@@ -114,11 +114,11 @@ def fold_network(net: Any) -> FrozenWeights:
         row_w2=row_w2,
         col_w1=col_w1,
         col_w2=col_w2,
-        raw=cast(weight[:, : 2 * N]),
-        pooled=cast(pooled),
+        raw=cast(weight[:, : 2 * N].mT),
+        pooled=cast(pooled.mT),
         pos=cast(net.pos[0].double() + net.input_proj.bias.double()),
         blocks=tuple(blocks),
-        head=cast(head * net.norm.weight.double()),
+        head=cast((head * net.norm.weight.double()).mT),
         table=cast((scenes + net.norm.bias.double()) @ head.mT + bias),
         scalars=torch.stack([*steps, net.tau_s.double()]),
         temperature=gate.temperature,
@@ -148,7 +148,7 @@ def frozen_svd(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor
         U complex `(B, M, r)`, S real `(B, r)`, V complex `(B, N, r)`.
     """
     w = weights
-    (M, N), r = H.shape[-2:], w.head.shape[0] // (2 * sum(H.shape[-2:]) + 1)
+    (M, N), r = H.shape[-2:], w.head.shape[1] // (2 * sum(H.shape[-2:]) + 1)
     parts = real_view(H)
     # squares of large or small channels leave the precision: divide by a power of two first
     largest = parts.abs().flatten(1).amax(1) if parts.numel() else parts.new_empty(0)
@@ -160,7 +160,7 @@ def frozen_svd(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor
     raw = real_view(Hd).flatten(-2)
     blocks = Hd[:, : M // 2 * 2, : N // 2 * 2].unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).sum((2, 4))
     rows = upsampling(M, w.pos.dtype, H.device)
-    x = raw @ w.raw.mT + rows @ (real_view(blocks).flatten(-2) @ w.pooled.mT) + w.pos
+    x = raw @ w.raw + rows @ (real_view(blocks).flatten(-2) @ w.pooled) + w.pos
     for block in w.blocks:
         y = nn.functional.layer_norm(x, x.shape[-1:], block.norm_weight, block.norm_bias, w.eps)
         if isinstance(block, FrozenAttention):
@@ -168,7 +168,7 @@ def frozen_svd(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor
         else:
             x = x + gated_conv1d(y, *block[2:])
     feat = nn.functional.layer_norm(x.mean(1), x.shape[-1:], eps=w.eps)
-    u, v, s = (feat @ w.head.mT + w.table[scene]).split([2 * M * r, 2 * N * r, r], -1)
+    u, v, s = (feat @ w.head + w.table[scene]).split([2 * M * r, 2 * N * r, r], -1)
     S, order = torch.sort(nn.functional.softplus(s) + 1e-6, dim=-1, descending=True, stable=True)
     factors = []
     for columns, n, step in ((u, M, w.scalars[0]), (v, N, w.scalars[1])):

@@ -1,0 +1,75 @@
+"""The frozen network as one op: no gradients, one visit a sample on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference.frozen import FrozenAttention, FrozenWeights
+from . import common
+from .common import library
+from .dispatch import Backend, Op
+from .freq_gate import cpp_reasons, cpu_gate_reasons
+
+library.define(
+    "frozen_svd(Tensor H, Tensor scene, Tensor[] weights, Tensor scalars, float temperature, float eps) "
+    "-> (Tensor U, Tensor S, Tensor V)",
+    tags=common.TAGS,
+)
+
+
+# place of the heads in what `_flat` gives
+HEAD = 7
+
+
+@torch.library.register_fake("lomacs::frozen_svd", lib=library)
+def _fake(
+    H: Tensor, scene: Tensor, weights: Sequence[Tensor], scalars: Tensor, temperature: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, M, N = H.shape[:3]
+    r = weights[HEAD].shape[1] // (2 * (M + N) + 1)
+    return H.new_empty(B, M, r, 2), H.new_empty(B, r), H.new_empty(B, N, r, 2)
+
+
+def _flat(w: FrozenWeights) -> list[Tensor]:
+    """The tensors in the order that the kernel takes them, six a block."""
+    first = [w.row_w1, w.row_w2, w.col_w1, w.col_w2, w.raw, w.pooled, w.pos, w.head, w.table]
+    return first + [x for block in w.blocks for x in block]
+
+
+def _native(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor, Tensor, Tensor]:
+    w = weights
+    U, S, V = torch.ops.lomacs.frozen_svd.default(
+        common.planes(H), scene.contiguous(), _flat(w), w.scalars, w.temperature, w.eps
+    )
+    return torch.view_as_complex(U), S, torch.view_as_complex(V)
+
+
+def _reasons(H: Tensor, scene: Tensor, weights: FrozenWeights) -> list[str]:
+    found = common.mixed_reasons(H=H, weights=weights.pos) + cpu_gate_reasons(H)
+    if any(isinstance(b, FrozenAttention) != (i % 2 == 0) for i, b in enumerate(weights.blocks)):
+        found.append("blocks must alternate, attention first")
+    found += common.transform_reasons()
+    return found or cpp_reasons(H.device)
+
+
+def _eager(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.frozen_svd(H, scene, weights)
+
+
+def _nominal(device: torch.device) -> tuple[Any, ...]:
+    net = reference.LoMACSSVDNet(8, 8, 4, 2, dim=16, gate_hidden=8, k_len=4).to(device)
+    H = torch.ones(1, 8, 8, dtype=torch.complex64, device=device)
+    return H, torch.zeros(1, dtype=torch.int64, device=device), reference.fold_network(net)
+
+
+frozen_svd = Op(
+    "frozen_svd",
+    [Backend("cpp", _reasons, _native), Backend("eager", lambda *_: (), _eager)],
+    ("H", "scene", "weights"),
+    _nominal,
+)
