@@ -80,3 +80,10 @@ class GatedConv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.functions.gated_conv1d(x, self.dw.weight, self.dw.bias, self.pw.weight, self.pw.bias)
+
+    def residual(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """`x + forward(norm(x))`, the pre-norm block."""
+        dw, pw = self.dw, self.pw
+        return self.functions.gated_conv1d(
+            x, dw.weight, dw.bias, pw.weight, pw.bias, norm.weight, norm.bias, norm.eps
+        )

@@ -10,12 +10,32 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import integer, number, positive
-from .dual_view import dual_view_project, real_view
+from .dual_view import gate_project, real_view
 from .freq_gate import AxialLowRankFreqGate
 from .gated_conv import GatedConv1D
 from .ortho import NeuralOrthoRefiner, column_normalize
 from .projected_attention import GroupedProjectedAttention
-from .spectral import spectral_calibrate
+from .spectral import spectral_calibrate, svd_tail
+
+
+def _unhooked(*modules: nn.Module) -> bool:
+    """Whether calling past the modules leaves no hook of the user's uncalled."""
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
+
+
+def _residual(block: nn.Sequential, x: Tensor) -> Tensor:
+    """`x + block(x)`, in one call of the mixer where norm and residual may be its own."""
+    norm, mixer = block[0], block[1]
+    device = x.device.type
+    # autocast would take the residual to half precision too
+    full = not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
+    plain = full and isinstance(norm, nn.LayerNorm) and _unhooked(block, norm, mixer)
+    if plain and isinstance(mixer, (GroupedProjectedAttention, GatedConv1D)):
+        return mixer.residual(x, norm)
+    return x + block(x)
 
 
 class LoMACSSVDNet(nn.Module):
@@ -47,9 +67,10 @@ class LoMACSSVDNet(nn.Module):
     """
 
     functions: ClassVar[Any] = SimpleNamespace(
-        dual_view_project=dual_view_project,
+        gate_project=gate_project,
         column_normalize=column_normalize,
         spectral_calibrate=spectral_calibrate,
+        svd_tail=svd_tail,
     )
     modules_: ClassVar[Any] = SimpleNamespace(
         AxialLowRankFreqGate=AxialLowRankFreqGate,
@@ -161,27 +182,32 @@ class LoMACSSVDNet(nn.Module):
     def forward(self, H: Tensor, sid: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         H = self._complex_input(H)
         scene = self._scene_input(sid, H)
-        Hd = self.freq_gate.filter(H)
-        x = self.functions.dual_view_project(Hd, self.input_proj.weight, self.input_proj.bias, self.pos)
+        gate, project = self.freq_gate, self.input_proj
+        x, Hd = self.functions.gate_project(
+            H, *gate.weights, gate.temperature, project.weight, project.bias, self.pos
+        )
         for block in self.blocks:
-            x = x + block(x)
+            x = _residual(cast(nn.Sequential, block), x)
         feat = self.norm(x.mean(1)) + self.scene_emb(scene)
-        U, V, S_pred = self._heads(feat)
-        U, V = self.ortho_refine(U, V)
-        S = self.functions.spectral_calibrate(U, Hd, V, S_pred, self.tau_s)
+        # autocast gives half precision here; columns, spectrum and their order are full precision
+        u, v, s = (head(feat).to(self.pos.dtype) for head in (self.u_head, self.v_head, self.s_head))
+        U = torch.view_as_complex(u.view(-1, self.M, self.r, 2))
+        V = torch.view_as_complex(v.view(-1, self.N, self.r, 2))
+        U, S, V = self._tail(U, V, s + 1e-6, Hd)
         alive = real_view(H).ne(0).flatten(1).any(-1, keepdim=True)
         return U, torch.where(alive, S, 0), V, Hd
 
-    def _heads(self, feat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised columns and predicted spectrum, largest first."""
-        # autocast gives half precision here; columns, spectrum and their order are full precision
-        u, v, s = (head(feat).to(self.pos.dtype) for head in (self.u_head, self.v_head, self.s_head))
-        normalize = self.functions.column_normalize
-        U = normalize(torch.view_as_complex(u.view(-1, self.M, self.r, 2)))
-        V = normalize(torch.view_as_complex(v.view(-1, self.N, self.r, 2)))
-        S, order = torch.sort(s + 1e-6, dim=-1, descending=True, stable=True)
+    def _tail(self, U: Tensor, V: Tensor, S: Tensor, Hd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        refiner, f = self.ortho_refine, self.functions
+        if isinstance(refiner, self.modules_.NeuralOrthoRefiner) and _unhooked(refiner):
+            a, b = refiner.steps
+            if a.ndim == 0:
+                return f.svd_tail(U, V, S, Hd, a, b, self.tau_s)
+        S, order = torch.sort(S, dim=-1, descending=True, stable=True)
         columns = order.unsqueeze(-2)
-        return U.gather(-1, columns.expand_as(U)), V.gather(-1, columns.expand_as(V)), S
+        U, V = (f.column_normalize(X).gather(-1, columns.expand_as(X)) for X in (U, V))
+        U, V = refiner(U, V)
+        return U, f.spectral_calibrate(U, Hd, V, S, self.tau_s), V
 
     def _complex_input(self, H: Tensor) -> Tensor:
         if not isinstance(H, Tensor):

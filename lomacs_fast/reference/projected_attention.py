@@ -111,6 +111,10 @@ class GroupedProjectedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.functions.projected_attention(x, *self.weights)
 
+    def residual(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """`x + forward(norm(x))`, the pre-norm block."""
+        return self.functions.projected_attention(x, *self.weights, norm.weight, norm.bias, norm.eps)
+
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, att_dim={self.att_dim}, groups={self.groups}, "
