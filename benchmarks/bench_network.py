@@ -1,4 +1,4 @@
-"""The network: the training step and the forward, ours against the eager reference, and LAPACK beside them.
+"""The network: training step, forward and frozen inference, against the eager reference and LAPACK.
 
 `python benchmarks/bench_network.py [--json FILE] [--threads 2]`. The step is forward, AE+ loss, backward,
 clipping and AdamW. Before it is timed its gradients are compared with double precision. The floor is the
@@ -62,9 +62,13 @@ class Step:
 
 
 def forward(net: nn.Module, H: Tensor, sid: Tensor) -> Sequence[Tensor]:
-    """The reconstruction: columns of close singular values may change places between precisions."""
     with torch.no_grad():
-        U, S, V, _ = net(H, sid)
+        return net(H, sid)
+
+
+def product(factors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The reconstruction: columns of close singular values may change places between precisions."""
+    U, S, V, *_ = factors
     return [(U * S[:, None].to(U.dtype)) @ V.mH]
 
 
@@ -95,13 +99,27 @@ def cases(rate: float, budget: float) -> Iterator[dict[str, Any]]:
             backward=False,
             eager=partial(forward, eager, single, sid),
             ours=partial(forward, ours, single, sid),
-            exact=forward(double, H, sid),
+            exact=product(forward(double, H, sid)),
+            compared=product,
+            macs=macs,
+            factor=4,
+            **common,
+        )
+        frozen = harness.measure(
+            op="frozen",
+            backward=False,
+            eager=partial(forward, eager, single, sid),
+            ours=partial(forward, lomacs_fast.freeze(ours), single, sid),
+            exact=product(forward(double, H, sid)),
+            compared=product,
             macs=macs,
             factor=4,
             **common,
         )
         svd = [harness.seconds(partial(torch.linalg.svd, single, full_matrices=False)) for _ in range(5)]
-        yield case | {"lapack_us": 1e6 * sorted(svd)[2] / batch}
+        lapack = {"lapack_us": 1e6 * sorted(svd)[2] / batch}
+        yield case | lapack
+        yield frozen | lapack
         steps = [
             Step(reference.LoMACSSVDNet, reference.AEPlusLoss(), single, r),
             Step(lomacs_fast.LoMACSSVDNet, lomacs_fast.AEPlusLoss(), single, r),

@@ -123,15 +123,28 @@ def _low_rank(d: Draw, B: int, s: Size) -> Drawn:
     }
 
 
+def _front(d: Draw, B: int, s: Size) -> Drawn:
+    view = _dual_view(d, B, s)
+    return _gate(d, B, s) | {name: view[name] for name in ("weight", "bias", "pos")}
+
+
+def _tail(d: Draw, B: int, s: Size) -> Drawn:
+    drawn = _loss(d, B, s)
+    # not sorted, as the heads leave it
+    return {"U_raw": drawn["U"], "V_raw": drawn["V"], "S_pred": drawn["S"].flip(-1), "H": drawn["H"]}
+
+
 WEIGHTS = {"lam": 0.2, "w_energy": 0.4, "w_diag": 0.3, "w_match": 0.3}
 CASES = (
     Case("freq_gate", "freq_gate", _gate, {"temperature": 0.2}, ("H",)),
     Case("dual_view", "dual_view_project", _dual_view, {}),
+    Case("dual_view", "gate_project", _front, {"temperature": 0.2}, ("H",)),
     Case("projected_attention", "projected_attention", _attention, {}),
     Case("gated_conv", "gated_conv1d", _conv, {}),
     Case("ortho", "ortho_refine", _factor, {"step": 0.1}),
     Case("ortho", "bjorck", _factor, {"steps": 5}),
     Case("spectral", "spectral_calibrate", _calibrate, {"tau": 0.8}),
+    Case("spectral", "svd_tail", _tail, {"a": 0.1, "b": 0.2, "tau": 0.8}),
     Case("aeplus", "aeplus_loss", _loss, WEIGHTS, ("H",)),
     Case("low_rank", "low_rank_loss", _low_rank, {"nesting": "joint"}, ("H",)),
 )
@@ -160,11 +173,17 @@ def call(case: Case, functions: Any, drawn: Drawn, backward: bool, everything: b
     }
     with torch.set_grad_enabled(backward):
         out = fn(**arguments, **case.keywords)
-        out = out[0] if isinstance(out, tuple) else out
+        # a loss comes with its terms, detached
+        outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
     if not backward:
-        return [out]
-    weight = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.float64).cos()
+        return outputs
+    weights = [
+        torch.linspace(-1, 1, x.numel(), device=x.device, dtype=torch.float64).cos().reshape(x.shape)
+        for x in outputs
+    ]
     gradients = torch.autograd.grad(
-        out, [arguments[name] for name in wanted], weight.reshape(out.shape).to(out.dtype)
+        outputs,
+        [arguments[name] for name in wanted],
+        [w.to(x.dtype) for w, x in zip(weights, outputs, strict=True)],
     )
-    return [out.detach(), *gradients]
+    return [*(x.detach() for x in outputs), *gradients]

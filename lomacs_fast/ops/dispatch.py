@@ -43,10 +43,10 @@ class use_backend:
     """Serve every op by this backend: `with use_backend("eager"): ...`.
 
     `"auto"` takes the fastest backend that can; `"eager"` the reference in plain PyTorch, which alone has
-    second derivatives; `"cpp"` the native library; `"triton"`, which no op has yet. Holds for the calling
-    thread; a graph under `torch.compile` sees the latest choice of any thread, and is compiled anew for it.
-    Outside, the environment variable `LOMACS_FAST_BACKEND` at import decides, `"auto"` where it is not set.
-    Functions that have no second backend are not affected.
+    second derivatives; `"cpp"` the native library; `"triton"` the Triton kernels, on a GPU. Holds for the
+    calling thread; a graph under `torch.compile` sees the latest choice of any thread, and is compiled anew
+    for it. Outside, the environment variable `LOMACS_FAST_BACKEND` at import decides, `"auto"` where it is
+    not set. Functions that have no second backend are not affected.
 
     Raises:
         ValueError: for another name. From a call inside: `ValueError` where the backend cannot serve it.

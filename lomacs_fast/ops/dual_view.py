@@ -189,7 +189,7 @@ def _cpp_reasons(*args: Tensor) -> list[str]:
 
 
 def _triton_reasons(*args: Tensor) -> list[str]:
-    return _call_reasons(*args) or common.triton_reasons(args[0].device)
+    return _call_reasons(*args) or freq_gate.single_triton_reasons(args[0])
 
 
 def _run(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def _front_cpp_reasons(H: Tensor, *args: Any) -> list[str]:
 
 
 def _front_triton_reasons(H: Tensor, *args: Any) -> list[str]:
-    return _front_call_reasons(H, *args) or common.triton_reasons(H.device)
+    return _front_call_reasons(H, *args) or freq_gate.single_triton_reasons(H)
 
 
 def _front(

@@ -218,7 +218,13 @@ def _cpp_reasons(H: Tensor, *args: Any) -> list[str]:
 
 
 def _triton_reasons(H: Tensor, *args: Any) -> list[str]:
-    return _call_reasons(H, *args) or common.triton_reasons(H.device)
+    return _call_reasons(H, *args) or single_triton_reasons(H)
+
+
+def single_triton_reasons(H: Tensor) -> list[str]:
+    """Why Triton cannot serve this channel: its kernels are single precision."""
+    double = ["the Triton kernels are single precision, the channel is complex128"]
+    return (double if H.dtype == torch.complex128 else []) + common.triton_reasons(H.device)
 
 
 def dense(*weights: Tensor) -> list[Tensor]:

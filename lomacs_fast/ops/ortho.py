@@ -227,7 +227,14 @@ def triton_reasons(**tensors: Tensor) -> list[str]:
     found = _complex_reasons(first) + common.mixed_reasons(**tensors)
     if first.dtype == torch.complex128:
         found.append("the Triton kernels are single precision, U is complex128")
-    return found + common.transform_reasons() + common.triton_reasons(first.device)
+    found += common.transform_reasons()
+    found += common.triton_reasons(first.device)
+    if not found:
+        from ..kernels.ortho import limit
+
+        rows = [x.shape[-2] for name, x in tensors.items() if name[0] in "UV"]
+        found += limit(first.shape[-1], *rows)
+    return found
 
 
 Size = Tensor | float

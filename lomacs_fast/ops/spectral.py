@@ -238,9 +238,9 @@ def _cuda_calibrate_backward(
 
 @torch.library.impl("lomacs::svd_tail", "CUDA", lib=library)
 def _cuda_tail(U_raw: Tensor, V_raw: Tensor, S_pred: Tensor, H: Tensor, scalars: Tensor) -> Any:
-    from ..kernels import spectral
+    from ..kernels import svd_tail
 
-    return spectral.svd_tail(U_raw, V_raw, S_pred, H, scalars)
+    return svd_tail.svd_tail(U_raw, V_raw, S_pred, H, scalars)
 
 
 @torch.library.impl("lomacs::svd_tail_backward", "CUDA", lib=library)
@@ -255,9 +255,9 @@ def _cuda_tail_backward(
     scalars: Tensor,
     gh: bool,
 ) -> Any:
-    from ..kernels import spectral
+    from ..kernels import svd_tail
 
-    return spectral.svd_tail_backward(gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh)
+    return svd_tail.svd_tail_backward(gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh)
 
 
 Scalar = Tensor | float

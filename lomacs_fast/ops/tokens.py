@@ -100,7 +100,8 @@ def reasons(x: Tensor, numbers: int) -> list[str]:
 
 def triton_reasons(x: Tensor) -> list[str]:
     """Why Triton does not serve tokens x."""
-    return common.triton_reasons(x.device) or common.transform_reasons()
+    double = ["the Triton kernels are single precision, x is float64"] if x.dtype == torch.float64 else []
+    return double + (common.triton_reasons(x.device) or common.transform_reasons())
 
 
 def same_device(x: Tensor, **others: Tensor | None) -> None:

@@ -34,7 +34,7 @@ def _residual(block: nn.Sequential, x: Tensor) -> Tensor:
     full = not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
     plain = full and isinstance(norm, nn.LayerNorm) and _unhooked(block, norm, mixer)
     if plain and isinstance(mixer, (GroupedProjectedAttention, GatedConv1D)):
-        return mixer.residual(x, norm)
+        return mixer.residual(x, cast(nn.LayerNorm, norm))
     return x + block(x)
 
 
