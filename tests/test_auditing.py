@@ -88,6 +88,13 @@ def test_an_unknown_library_is_out_of_the_rules():
     assert operator.kind == "of an unknown library"
 
 
+def test_a_fused_operator_that_nobody_described_is_out_of_the_rules():
+    from lomacs_fast.auditing import _judge
+
+    assert _judge("lomacs::nobody") == ("fused, of unknown contents", True)
+    assert _judge("lomacs::svd_tail_backward") == ("fused: matrix products, column norms, sort", False)
+
+
 def test_a_module_without_sizes_needs_inputs():
     with pytest.raises(TypeError, match="inputs must be given for Linear"):
         audit(nn.Linear(2, 2))

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import lomacs_fast
-from lomacs_fast import FrozenSVDNet, freeze, reference
+from lomacs_fast import FrozenSVDNet, freeze, reference, use_backend
 from lomacs_fast.inference import decompose
+from lomacs_fast.ops.native import reasons as native_reasons
 from lomacs_fast.pruning import prune
 
 EPS = torch.finfo(torch.float32).eps
@@ -73,6 +74,75 @@ def test_single_precision_by_the_rule():
         size = float(torch.linalg.vector_norm(exact))
     eager, frozen = np.sqrt(errors) / size
     assert frozen <= 2 * eager + 4 * EPS
+
+
+@pytest.fixture
+def native():
+    if reasons := native_reasons("cpu"):
+        pytest.skip(f"no native library: {'; '.join(reasons)}")
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"M": 63, "N": 41, "r": 11},
+        {"M": 2, "N": 3, "r": 1},
+        {"depth": 0},
+        {"depth": 5, "k_len": [1, 17, 4]},
+    ],
+    ids=str,
+)
+def test_the_native_op_equals_the_reference(changes, isa, monkeypatch):
+    net = network(**changes)
+    frozen, H = freeze(net), channels(35, M=net.M, N=net.N)
+    with use_backend("eager"):
+        want = frozen(H, torch.arange(35) % 3)
+    monkeypatch.setenv("LOMACS_FAST_ISA", isa)
+    try:
+        with use_backend("cpp"):
+            got = frozen(H, torch.arange(35) % 3)
+    except RuntimeError as error:
+        if "lacks" not in str(error):
+            raise
+        pytest.skip(f"no {isa} in this processor")
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("native")
+def test_threads_and_company_do_not_change_a_bit():
+    frozen, H = freeze(network(dtype=torch.float32)), channels(40, dtype=torch.complex64)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with use_backend("cpp"):
+                results.append(frozen(H, 1))
+    finally:
+        torch.set_num_threads(before)
+    with use_backend("cpp"):
+        alone = frozen(H[37:38], 1)
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+    assert all(torch.equal(x[0], y[37]) for x, y in zip(alone, results[0], strict=True))
+
+
+@pytest.mark.usefixtures("native")
+def test_opcheck():
+    from lomacs_fast.ops.frozen import _flat
+
+    w = freeze(network()).weights
+    H, scene = torch.view_as_real(channels(3)), torch.tensor([0, 3, 1])
+    args = (H, scene, _flat(w), w.scalars, w.temperature, w.eps)
+    torch.library.opcheck(torch.ops.lomacs.frozen_svd.default, args)
+    with pytest.raises(RuntimeError, match="scene must name a row of table"):
+        torch.ops.lomacs.frozen_svd(H, scene + 1, *args[2:])
+    with pytest.raises(RuntimeError, match="pooled must have shape"):
+        torch.ops.lomacs.frozen_svd(H, scene, [*args[2][:5], args[2][4], *args[2][6:]], *args[3:])
 
 
 def test_decompose_takes_a_frozen_network():

@@ -97,7 +97,7 @@ Gradients backward(const Tensor& gy, const Tensor& x, const Tensor (&w)[4], cons
   GatedConv<T> job = prepared<T>(x, w, norm_weight, norm_bias, eps);
   job.gy = pointer<T>(gy);
   job.gx = output<T>(to_x, gx);
-  job.chunk = chunk_of(job.batch);
+  job.chunk = tokens_chunk(job.batch);
   const std::int64_t size = job.size_of_sums(), chunks = job.chunks(), d = job.d;
   const Memory<T> sums(gw ? chunks * size : 0);
   job.sums = gw ? sums.p : nullptr;

@@ -144,7 +144,7 @@ Gradients backward(const Tensor& gy, const Tensor& x, const Tensor (&w)[6], cons
   job.gx = output<T>(to_x, gx);
   const bool norm = norm_weight.has_value();
   const std::int64_t squares = job.groups * job.g * job.g, plane = job.groups * job.k * vectors(job.tokens);
-  job.chunk = chunk_of(job.batch);
+  job.chunk = tokens_chunk(job.batch);
   const Memory<T> folded(2 * squares), projections(2 * plane), sums(gw ? job.chunks() * job.size_of_sums() : 0);
   job.M = folded.p, job.N = folded.p + squares;
   job.Pk = projections.p, job.Pv = projections.p + plane;

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "sums.h"
 #include "tensors.h"
 
 namespace lomacs {
@@ -14,8 +15,8 @@ namespace lomacs {
 // numbers of a row that holds whole vectors of every instruction set
 inline std::int64_t vectors(std::int64_t n) { return (n + 15) / 16 * 16; }
 
-// Samples whose sums are kept together: fixed by the batch alone, whatever the number of threads.
-inline std::int64_t chunk_of(std::int64_t batch) { return std::max<std::int64_t>(4, (batch + 31) / 32); }
+// samples of a chunk: their sums are as large as the weights, so a few samples share them at least
+inline std::int64_t tokens_chunk(std::int64_t batch) { return std::max<std::int64_t>(4, chunk_of(batch)); }
 
 // to[0..n) = factor times the sum over chunks, `stride` apart, in their order
 template <typename T>
