@@ -92,10 +92,8 @@ COPY, PLAIN, TENSOR = 4.3e12, 67e12, 247e12
 
 def device_counts() -> None:
     """What both transforms of a sample cost on a device, in arithmetic: radix passes or matrix products."""
-    print(
-        "\nBoth transforms on an H200, counted, not measured; nanoseconds a sample. Radix passes are mostly plain"
-    )
-    print("additions, at half of the rate; with tf32x3 a product is three.")
+    print("\nBoth transforms on an H200, counted, not measured, nanoseconds a sample.")
+    print("Radix passes are mostly plain additions, at half of the rate; with tf32x3 a product is three.")
     print(
         "| size | radix Mflop | product M multiply-adds | memory | radix | product, tf32 | product, tf32x3 |"
     )
