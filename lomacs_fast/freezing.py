@@ -42,6 +42,7 @@ class FrozenSVDNet(nn.Module):
         self.M, self.N, self.r = config["M"], config["N"], config["r"]
         self.n_scene = config["n_scene"]
         self._numbers = (weights.temperature, weights.eps)
+        self._last: tuple[tuple[int, ...], FrozenWeights] | None = None
         for name, tensor in _flat(weights).items():
             self.register_buffer(name, tensor)
         self.eval()
@@ -49,7 +50,11 @@ class FrozenSVDNet(nn.Module):
     @property
     def weights(self) -> FrozenWeights:
         """The folded weights, on the device and in the precision that the module has by now."""
-        return _nested(dict(self.named_buffers()), *self._numbers)
+        # the tensors of the last answer are held by it, so their identities name no others
+        key = tuple(map(id, self._buffers.values()))
+        if self._last is None or self._last[0] != key:
+            self._last = key, _nested(dict(self.named_buffers()), *self._numbers)
+        return self._last[1]
 
     def forward(self, H: Tensor, sid: Tensor | int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`U, S, V` with `H ~ U diag(S) V^H`.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .ops.common import REAL, REAL_OF
 from .reference import AEPlusTerms
 from .reference.arguments import integer
 from .reference.frozen import FrozenWeights
@@ -34,10 +35,8 @@ __all__ = [
     "svd_tail",
 ]
 
-REAL = (torch.float32, torch.float64)
-COMPLEX = (torch.complex64, torch.complex128)
+COMPLEX = tuple(REAL_OF)
 HALF = (torch.bfloat16, torch.float16)
-REAL_OF = dict(zip(COMPLEX, REAL, strict=True))
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 

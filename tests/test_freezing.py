@@ -220,6 +220,15 @@ def test_a_pruned_network_freezes():
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
 
 
+def test_another_precision_and_other_weights_are_taken_up():
+    frozen, other = freeze(network(dtype=torch.float32)), freeze(network(1, dtype=torch.float64))
+    frozen(channels(dtype=torch.complex64), 0)
+    frozen.double()(channels(), 0)
+    frozen.load_state_dict(other.state_dict())
+    for x, y in zip(frozen(channels(), 0), other(channels(), 0), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-8)
+
+
 def test_saved_as_plain_arrays(tmp_path):
     net = network(dtype=torch.float32)
     frozen = freeze(net, scenarios=(1, 3, 4))

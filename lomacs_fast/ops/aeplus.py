@@ -129,19 +129,13 @@ def _native(
     return loss, AEPlusTerms(*terms.unbind())
 
 
-# numbers a sample of the largest problem whose scratch a thread still keeps near; a larger one has its
-# products alone to spread over the threads
-LARGEST = 1 << 20
-
-
 def _native_reasons(U: Tensor, S: Tensor, V: Tensor, H: Tensor, *_: Any) -> list[str]:
     found = []
     if not H.is_complex():
         found.append(f"H is {str(H.dtype).removeprefix('torch.')}, only complex64 and complex128 are served")
     found += common.mixed_reasons(U=U, S=S, V=V, H=H)
     (M, N), r = H.shape[-2:], S.shape[-1]
-    if M * N + (M + N) * r > LARGEST:
-        found.append(f"a sample of more than {LARGEST} numbers is too large for one thread")
+    found += common.size_reasons(M * N + (M + N) * r)
     found += common.transform_reasons()
     if H.device.type == "cuda":
         found += common.unproved_reasons("cpp")

@@ -78,8 +78,8 @@ def is_batched(x: Tensor) -> bool:
 
 def is_one(grad: Tensor) -> bool:
     """Whether a gradient of a loss is 1, where looking costs nothing: on the CPU, outside any tracing."""
-    plain = type(grad) is Tensor and grad.device.type == "cpu" and _get_current_dispatch_mode() is None
-    return plain and not is_batched(grad) and grad.item() == 1
+    readable = type(grad) is Tensor and grad.device.type == "cpu" and _get_current_dispatch_mode() is None
+    return readable and not is_batched(grad) and grad.item() == 1
 
 
 # shares memory until somebody writes: the caller may change its gradient in place, a second backward is right
@@ -173,6 +173,18 @@ def ready(
         return _Ready.apply(evaluate, outputs, what, *tensors)
     with torch._C._AutoDispatchBelowAutograd():
         return evaluate(flags, *tensors)[:outputs]
+
+
+# numbers a sample of the largest problem whose scratch a thread still keeps near; a larger one has its
+# products alone to spread over the threads
+LARGEST = 1 << 20
+
+
+def size_reasons(numbers: int) -> list[str]:
+    """Why a sample of so many numbers is not served by one thread."""
+    return (
+        [f"a sample of more than {LARGEST} numbers is too large for one thread"] if numbers > LARGEST else []
+    )
 
 
 def transform_reasons() -> list[str]:

@@ -163,9 +163,8 @@ def _backward_flops(
     return gate_flops(H, row_w1, col_w1, 1 + gh + 2 * gw)
 
 
-# numbers of the largest sample that a thread is given, and the largest prime factor of its sides: the direct
-# sum over 61 points leaves us 1.8 times as fast as the library's transform, and falls off with the prime
-LARGEST = 1 << 20
+# the largest prime factor of a side: the direct sum over 61 points leaves us 1.8 times as fast as the
+# library's transform, and falls off with the prime
 LARGEST_PRIME = 61
 
 
@@ -182,11 +181,9 @@ def _largest_prime(n: int) -> int:
 def cpu_gate_reasons(H: Tensor) -> list[str]:
     """Why the C++ kernels cannot take this channel."""
     M, N = H.shape[-2:]
-    found = []
-    if M * N > LARGEST:
-        found.append(f"a sample of more than {LARGEST} numbers is too large for one thread")
+    found = common.size_reasons(M * N)
     for n in (M, N):
-        if n <= LARGEST and (p := _largest_prime(int(n))) > LARGEST_PRIME:
+        if n <= common.LARGEST and (p := _largest_prime(int(n))) > LARGEST_PRIME:
             found.append(
                 f"{n} has the prime factor {p}, above {LARGEST_PRIME} the library's transform is faster"
             )

@@ -197,8 +197,6 @@ def _cuda_bjorck_backward(g: Tensor, U: Tensor, steps: int, order: int) -> Any:
     return ortho.bjorck_backward(g, U, steps, order)
 
 
-# numbers a sample of the largest problem that one thread takes; a larger one has its products to spread
-LARGEST = 1 << 20
 # numbers that the gradient of Björck's iteration keeps of a sample
 LARGEST_KEPT = 1 << 24
 
@@ -213,8 +211,7 @@ def native_reasons(size: int, **tensors: Tensor) -> list[str]:
     """Why the C++ kernels cannot take complex tensors of `size` numbers a sample; U decides the dtype."""
     first = next(iter(tensors.values()))
     found = _complex_reasons(first) + common.mixed_reasons(**tensors)
-    if size > LARGEST:
-        found.append(f"a sample of more than {LARGEST} numbers is too large for one thread")
+    found += common.size_reasons(size)
     found += common.transform_reasons()
     if first.device.type != "cpu":
         found.append(f"the C++ kernels run on CPUs, the tensors are on {first.device.type}")
