@@ -92,6 +92,23 @@ def reason(ours: Row) -> str:
     return f"we are at {distance:.1f} times the floor of the work"
 
 
+def lost(rows: Sequence[Row]) -> str:
+    """A table of the cases where an alternative is faster, with the reason."""
+    found = [
+        [
+            _what(mine),
+            mine["pass"],
+            mine["size"],
+            mine["batch"],
+            other["variant"],
+            mine["median_s"] / other["median_s"],
+            reason(mine),
+        ]
+        for mine, other in losses(rows)
+    ]
+    return table(found, ("what", "pass", "size", "batch", "faster", "times", "why")) if found else "Nowhere."
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """Conditions, the table of every variant, and where an alternative is faster, with the reason."""
     rows = result["cases"]
@@ -101,23 +118,11 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         table([cells(r) for r in rows], COLUMNS),
         "",
+        "Where an alternative is faster:",
+        "",
+        lost(rows),
+        "",
     ]
-    lost = losses(rows)
-    if lost:
-        found = [
-            [
-                _what(mine),
-                mine["pass"],
-                mine["size"],
-                mine["batch"],
-                other["variant"],
-                other["median_s"] and mine["median_s"] / other["median_s"],
-                reason(mine),
-            ]
-            for mine, other in lost
-        ]
-        header = ("what", "pass", "size", "batch", "faster", "times", "why")
-        lines += ["Where an alternative is faster:", "", table(found, header), ""]
     if result.get("left_out"):
         lines += [f"{result['left_out']} cases did not begin in time.", ""]
     return "\n".join(lines)
