@@ -2,6 +2,10 @@
 // The left factor is read where it lies, interleaved, by broadcasts; the right one is planar, in panels;
 // the result goes to one of several sinks while it is still in registers.
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace lomacs {
 namespace LOMACS_ISA {
 namespace {
@@ -34,6 +38,20 @@ LOMACS_INLINE void store(T* p, Vec<T> x) {
 template <typename T>
 LOMACS_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};
+}
+
+template <typename T>
+LOMACS_INLINE Vec<T> square_root(Vec<T> x) {
+#if LOMACS_BYTES == 64
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_sqrt_ps((__m512)x);
+  else return (Vec<T>)_mm512_sqrt_pd((__m512d)x);
+#elif LOMACS_BYTES == 32
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_sqrt_ps((__m256)x);
+  else return (Vec<T>)_mm256_sqrt_pd((__m256d)x);
+#else
+  for (int i = 0; i < lanes<T>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
 }
 
 template <typename T>
