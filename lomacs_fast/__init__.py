@@ -5,6 +5,7 @@ from .acceleration import AccelerationReport, accelerate
 from .approximation import approx_svd
 from .auditing import Audit, audit
 from .freezing import FrozenSVDNet, freeze
+from .neural_svd import NeuralSVD, NeuralSVDResult, neural_svd
 from .nn import (
     AEPlusLoss,
     AxialLowRankFreqGate,
@@ -31,6 +32,8 @@ __all__ = [
     "LoMACSSVDNet",
     "LowMACS_SVDNet",
     "NeuralOrthoRefiner",
+    "NeuralSVD",
+    "NeuralSVDResult",
     "SpectralRefiner",
     "accelerate",
     "approx_svd",
@@ -38,6 +41,7 @@ __all__ = [
     "backend_table",
     "freeze",
     "functional",
+    "neural_svd",
     "reference",
     "use_backend",
 ]
