@@ -4,6 +4,7 @@ from . import functional, reference
 from .acceleration import AccelerationReport, accelerate
 from .approximation import approx_svd
 from .auditing import Audit, audit
+from .exporting import export_onnx
 from .freezing import FrozenSVDNet, freeze
 from .nn import (
     AEPlusLoss,
@@ -15,7 +16,7 @@ from .nn import (
     NeuralOrthoRefiner,
     SpectralRefiner,
 )
-from .ops import BackendError, backend_table, use_backend
+from .ops import BackendError, backend_table, load_ops, use_backend
 
 __version__ = "0.1.0"
 
@@ -36,8 +37,10 @@ __all__ = [
     "approx_svd",
     "audit",
     "backend_table",
+    "export_onnx",
     "freeze",
     "functional",
+    "load_ops",
     "reference",
     "use_backend",
 ]

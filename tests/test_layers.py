@@ -21,7 +21,17 @@ ALLOWED = {
     "ops": LOWEST,
     "functional": {"ops", "reference"},
     "nn": {"functional", "reference"},
-    "": {"functional", "reference", "nn", "ops", "acceleration", "approximation", "auditing", "freezing"},
+    "": {
+        "functional",
+        "reference",
+        "nn",
+        "ops",
+        "acceleration",
+        "approximation",
+        "auditing",
+        "exporting",
+        "freezing",
+    },
 }
 THIRD_PARTIES = {
     "reference": {"torch"},
@@ -43,6 +53,9 @@ BLOCKED = [
     "tqdm",
     "tensorboard",
     "sionna",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 ]
 
 

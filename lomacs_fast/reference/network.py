@@ -78,6 +78,8 @@ class LoMACSSVDNet(nn.Module):
         GatedConv1D=GatedConv1D,
         NeuralOrthoRefiner=NeuralOrthoRefiner,
     )
+    # of pairs of real numbers; a twin without complex dtypes has another
+    complex_of: ClassVar[Any] = staticmethod(torch.view_as_complex)
     tau_s: Tensor
 
     def __init__(
@@ -191,8 +193,8 @@ class LoMACSSVDNet(nn.Module):
         feat = self.norm(x.mean(1)) + self.scene_emb(scene)
         # autocast gives half precision here; columns, spectrum and their order are full precision
         u, v, s = (head(feat).to(self.pos.dtype) for head in (self.u_head, self.v_head, self.s_head))
-        U = torch.view_as_complex(u.view(-1, self.M, self.r, 2))
-        V = torch.view_as_complex(v.view(-1, self.N, self.r, 2))
+        U = self.complex_of(u.view(-1, self.M, self.r, 2))
+        V = self.complex_of(v.view(-1, self.N, self.r, 2))
         U, S, V = self._tail(U, V, s + 1e-6, Hd)
         alive = real_view(H).ne(0).flatten(1).any(-1, keepdim=True)
         return U, torch.where(alive, S, 0), V, Hd
