@@ -431,7 +431,7 @@ _FREE = frozenset(
     lift_fresh linspace masked_fill masked_select new_empty
     new_empty_strided new_full new_ones new_zeros ones ones_like repeat resize roll
     scalar_tensor scatter select_backward select_scatter slice_backward slice_scatter stack take tril triu
-    where zero zeros zeros_like
+    unbind_copy where zero zeros zeros_like
     """.split()  # noqa: SIM905
 )
 _REGISTERED: dict[str, Formula] = {}
