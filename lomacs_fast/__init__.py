@@ -4,6 +4,7 @@ from . import functional, reference
 from .acceleration import AccelerationReport, accelerate
 from .approximation import approx_svd
 from .auditing import Audit, audit
+from .exporting import export_onnx
 from .freezing import FrozenSVDNet, freeze
 from .neural_svd import NeuralSVD, NeuralSVDResult, neural_svd
 from .nn import (
@@ -16,7 +17,7 @@ from .nn import (
     NeuralOrthoRefiner,
     SpectralRefiner,
 )
-from .ops import BackendError, backend_table, use_backend
+from .ops import BackendError, backend_table, load_ops, use_backend
 
 __version__ = "0.1.0"
 
@@ -39,8 +40,10 @@ __all__ = [
     "approx_svd",
     "audit",
     "backend_table",
+    "export_onnx",
     "freeze",
     "functional",
+    "load_ops",
     "neural_svd",
     "reference",
     "use_backend",

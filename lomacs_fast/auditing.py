@@ -124,11 +124,13 @@ def audit(net: nn.Module | Callable[..., Any], *inputs: Any, backward: bool = Tr
         M, N = getattr(net, "M", None), getattr(net, "N", None)
         if not isinstance(M, int) or not isinstance(N, int):
             raise TypeError(f"inputs must be given for {type(net).__name__}, which names no M and N")
-        parameter = next(net.parameters()) if isinstance(net, nn.Module) else torch.empty(())
-        dtype = torch.promote_types(parameter.dtype, torch.complex32)
+        # a frozen network has buffers alone
+        held = (*net.parameters(), *net.buffers()) if isinstance(net, nn.Module) else ()
+        first = next(iter(held), torch.empty(()))
+        dtype = torch.promote_types(first.dtype, torch.complex32)
         generator = torch.Generator().manual_seed(0)
-        H = torch.randn(1, M, N, dtype=dtype, generator=generator).to(parameter.device)
-        inputs = (H, torch.zeros(1, dtype=torch.int64, device=parameter.device))
+        H = torch.randn(1, M, N, dtype=dtype, generator=generator).to(first.device)
+        inputs = (H, torch.zeros(1, dtype=torch.int64, device=first.device))
     gradients: list[Tensor | None] = []
     if isinstance(net, nn.Module):
         gradients = [p.grad for p in net.parameters()]

@@ -52,9 +52,15 @@ class FrozenSVDNet(nn.Module):
         """The folded weights, on the device and in the precision that the module has by now."""
         # the tensors of the last answer are held by it, so their identities name no others
         key = tuple(map(id, self._buffers.values()))
+        if torch.compiler.is_compiling():
+            return _nested(dict(self.named_buffers()), *self._numbers)
         if self._last is None or self._last[0] != key:
             self._last = key, _nested(dict(self.named_buffers()), *self._numbers)
         return self._last[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # identities mean nothing in a copy or another process
+        return self.__dict__ | {"_last": None}
 
     def forward(self, H: Tensor, sid: Tensor | int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`U, S, V` with `H ~ U diag(S) V^H`.
@@ -98,7 +104,9 @@ class FrozenSVDNet(nn.Module):
                 raise TypeError(f"sid must be an integer tensor, got {sid.dtype}")
             if sid.ndim and sid.shape != H.shape[:1]:
                 raise ValueError(f"sid must have shape ({H.shape[0]},) as H has, got {tuple(sid.shape)}")
-            low, high = (int(x) for x in sid.aminmax()) if sid.numel() else (0, 0)
+            # a traced value cannot be looked at; the op looks at it
+            looked = sid.numel() and not torch.compiler.is_compiling()
+            low, high = (int(x) for x in sid.aminmax()) if looked else (0, 0)
             if low < 0 or high >= self.n_scene:
                 raise ValueError(f"sid must lie between 0 and {self.n_scene - 1}, got {low} to {high}")
         return sid.to(H.device, torch.int64).expand(H.shape[0])

@@ -431,7 +431,7 @@ _FREE = frozenset(
     lift_fresh linspace masked_fill masked_select new_empty
     new_empty_strided new_full new_ones new_zeros ones ones_like repeat resize roll
     scalar_tensor scatter select_backward select_scatter slice_backward slice_scatter stack take tril triu
-    where zero zeros zeros_like
+    unbind_copy where zero zeros zeros_like
     """.split()  # noqa: SIM905
 )
 _REGISTERED: dict[str, Formula] = {}
@@ -621,6 +621,26 @@ register_macs(
     "lomacs::svd_tail_backward",
     lambda gU, gS, gV, U, V, S, H, x, gh, out: _refinement(U, V, True) + _calibrate(U, V, 1 + gh),
 )
+
+
+def _frozen_svd(H: Tensor, scene: Tensor, weights: Sequence[Tensor], *_: Any, out: Any) -> float:
+    """The stages of the native op on folded weights: front, blocks, heads, tail."""
+    row_w1, col_w1, pos, head, blocks = weights[0], weights[2], weights[6], weights[7], weights[9:]
+    (B, M), d, (U, S, V) = H.shape[:2], pos.shape[1], out
+    total = _gate_macs(H, row_w1, col_w1, 2, 2, 22) + _project_macs(H, pos.mT, 1)
+    x = (B, M, d)
+    for i in range(0, len(blocks), 6):
+        first, pk = blocks[i + 2], blocks[i + 4]
+        if i % 12 == 0:
+            total += _attention(x, pk.shape[2], len(first), True, False, False, False)
+        else:
+            total += sum(_conv(x, first.shape[2], True))
+    # mean and norm of the features, softplus of the spectrum, its scale
+    total += B * (d * head.shape[1] + _macs((M + 7) * d + 17)) + _macs(19 * S.numel())
+    return total + _refinement(U, V, False) + _calibrate(U, V, 0)
+
+
+register_macs("lomacs::frozen_svd", _frozen_svd)
 
 
 class TrueMacCounter(TorchDispatchMode):

@@ -29,6 +29,7 @@ ALLOWED = {
         "acceleration",
         "approximation",
         "auditing",
+        "exporting",
         "freezing",
         "neural_svd",
     },
@@ -53,6 +54,9 @@ BLOCKED = [
     "tqdm",
     "tensorboard",
     "sionna",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 ]
 
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from ..reference.frozen import FrozenAttention, FrozenWeights
-from . import common
+from . import common, gated_conv, spectral
 from .common import library
 from .dispatch import Backend, Op
-from .freq_gate import cpp_reasons, cpu_gate_reasons
+from .freq_gate import cpp_reasons, cpu_gate_reasons, gate_flops
+from .ortho import flops_of_refine
 
 library.define(
     "frozen_svd(Tensor H, Tensor scene, Tensor[] weights, Tensor scalars, float temperature, float eps) "
@@ -33,6 +35,26 @@ def _fake(
     B, M, N = H.shape[:3]
     r = weights[HEAD].shape[1] // (2 * (M + N) + 1)
     return H.new_empty(B, M, r, 2), H.new_empty(B, r), H.new_empty(B, N, r, 2)
+
+
+@register_flop_formula(torch.ops.lomacs.frozen_svd)
+def _flops(
+    H: Sequence[int], scene: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any
+) -> int:
+    """What `FlopCounterMode` counts on the reference, whose weights are folded already."""
+    (B, M, N), (d, out) = H[:3], weights[HEAD]
+    r = out // (2 * (M + N) + 1)
+    U, V, x = (B, M, r, 2), (B, N, r, 2), (B, M, d)
+    products = M * 2 * N + (M // 2) * (2 * (N // 2) + M)
+    total = gate_flops(H, weights[0], weights[2], 2) + 2 * B * d * (products + out)
+    for i in range(HEAD + 2, len(weights), 6):
+        first, pk = weights[i + 2], weights[i + 4]
+        if (i - HEAD) % 12 == 2:
+            G, g, k = first[0], first[1], pk[2]
+            total += 2 * B * G * k * g * (4 * M + 2 * g)
+        else:
+            total += gated_conv._flops(x, first)
+    return total + flops_of_refine(U, V, (2,)) + spectral._flops_calibrate(U, H, V)
 
 
 def _flat(w: FrozenWeights) -> list[Tensor]:

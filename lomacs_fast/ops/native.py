@@ -153,6 +153,28 @@ def _sentence(error: BaseException) -> str:
 libraries = {kind: Library(kind) for kind in toolchain.KINDS}
 
 
+def load_ops() -> None:
+    """Load the C++ kernels of the `lomacs::` ops now, building them where it must.
+
+    `import lomacs_fast` registers the ops; their kernels come with the first call of a public function. A
+    process that never makes one, since it runs an exported program or an AOTInductor package, asks for them:
+
+        import torch, lomacs_fast
+        lomacs_fast.load_ops()
+        package = torch._inductor.aoti_load_package("net.pt2")
+        U, S, V, Hd = package(H, sid)
+
+    Raises:
+        ImportError: where the library for the CPU is not there and cannot be built, with the reason.
+    """
+    missing = reasons("cpu")
+    if missing:
+        raise ImportError(f"no C++ kernels of lomacs_fast for the CPU: {'; '.join(missing)}")
+    if torch.cuda.is_available():
+        # without it the ops of the device are Triton's
+        reasons("cuda")
+
+
 # a library is there or not for the life of the process, so a graph may hold the answer as a constant
 @constant_in_graphs
 def reasons(kind: str) -> tuple[str, ...]:

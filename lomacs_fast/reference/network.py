@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
@@ -78,6 +78,8 @@ class LoMACSSVDNet(nn.Module):
         GatedConv1D=GatedConv1D,
         NeuralOrthoRefiner=NeuralOrthoRefiner,
     )
+    # of pairs of real numbers; a twin without complex dtypes has another
+    complex_of: ClassVar[Any] = staticmethod(torch.view_as_complex)
     tau_s: Tensor
 
     def __init__(
@@ -159,6 +161,15 @@ class LoMACSSVDNet(nn.Module):
         if not 0 <= tau <= 1:
             raise ValueError(f"tau_s must lie in [0, 1], got {tau}")
         self.tau_s.fill_(tau)
+        self._tau = tau
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LoMACSSVDNet:
+        without = self.tau_s.is_meta
+        super()._apply(fn, recurse)
+        # a number and no weight: `to_empty` leaves it open and no state dict brings it
+        if without and not self.tau_s.is_meta:
+            self.tau_s.fill_(self._tau)
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "tau_s" and not isinstance(value, Tensor) and "tau_s" in self.__dict__.get("_buffers", ()):
@@ -177,7 +188,8 @@ class LoMACSSVDNet(nn.Module):
         """The constructor's arguments: `type(net)(**net.config)` has the same architecture."""
         names = ("M", "N", "r", "n_scene", "dim", "depth", "groups", "kernel_size", "temperature")
         values = {name: getattr(self, name) for name in names}
-        return values | {"k_len": self.k_len, "tau_s": float(self.tau_s), "gate_hidden": self.gate_hidden}
+        tau = self._tau if self.tau_s.is_meta else float(self.tau_s)
+        return values | {"k_len": self.k_len, "tau_s": tau, "gate_hidden": self.gate_hidden}
 
     def forward(self, H: Tensor, sid: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         H = self._complex_input(H)
@@ -191,8 +203,8 @@ class LoMACSSVDNet(nn.Module):
         feat = self.norm(x.mean(1)) + self.scene_emb(scene)
         # autocast gives half precision here; columns, spectrum and their order are full precision
         u, v, s = (head(feat).to(self.pos.dtype) for head in (self.u_head, self.v_head, self.s_head))
-        U = torch.view_as_complex(u.view(-1, self.M, self.r, 2))
-        V = torch.view_as_complex(v.view(-1, self.N, self.r, 2))
+        U = self.complex_of(u.view(-1, self.M, self.r, 2))
+        V = self.complex_of(v.view(-1, self.N, self.r, 2))
         U, S, V = self._tail(U, V, s + 1e-6, Hd)
         alive = real_view(H).ne(0).flatten(1).any(-1, keepdim=True)
         return U, torch.where(alive, S, 0), V, Hd
