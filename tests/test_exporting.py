@@ -256,9 +256,10 @@ def test_an_aotinductor_package_runs_in_another_process(kind, tmp_path):
             [sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, timeout=300
         )
 
-    without = run("leave")
-    assert without.returncode
-    assert "lomacs::" in without.stderr
+    if not frozen:
+        without = run("leave")
+        assert without.returncode
+        assert "lomacs::" in without.stderr
     done = run("load")
     assert done.returncode == 0, done.stderr
     exact = freeze(double) if frozen else double
