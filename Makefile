@@ -7,6 +7,8 @@ help:
 	@echo "make demo       install, then generate, train, prune, evaluate and report into runs/demo/"
 	@echo "make test       install with the pinned versions, then run the tests"
 	@echo "make lint       style and types"
+	@echo "make docs       the documentation site into build/site/, warnings are errors"
+	@echo "make wheel      sdist and platform wheel into dist/, and the smoke test without a compiler"
 	@echo "make sanitize   the native library with ASan and UBSan, then its tests"
 	@echo "make clean      remove .venv/ and what the tools cached"
 
@@ -38,6 +40,19 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/dev
+	$(BIN)/mkdocs build
+
+# the build sees torch of .venv; the wheel is then tried where nothing can be compiled
+wheel: .venv/dev
+	rm -rf dist build/smoke
+	$(BIN)/python -m build --no-isolation
+	$(PYTHON) -m venv build/smoke
+	build/smoke/bin/python -m pip --disable-pip-version-check install -q --constraint constraints.txt \
+		$$(grep '^torch==' constraints.txt) dist/lomacs_fast-*-py3-none-*.whl
+	cp tests/smoke.py build/smoke/smoke.py
+	cd build/smoke && PATH=$$PWD/bin LOMACS_FAST_BUILD=0 bin/python smoke.py cpp
+
 # a library of its own in the cache, since the flags are part of its key; torch and Python themselves leak at exit
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
 PRELOAD = $$($${CXX:-g++} -print-file-name=libasan.so):$$($${CXX:-g++} -print-file-name=libstdc++.so)
@@ -50,4 +65,4 @@ sanitize: .venv/dev
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help demo test lint sanitize clean
+.PHONY: help demo test lint docs wheel sanitize clean

@@ -73,9 +73,14 @@ setup(
     packages=[
         *find_packages(include=["lomacs_fast", "lomacs_fast.*"]),
         "lomacs_fast._csrc",
+        "lomacs_fast.benchmarks",
         "lomacs_fast.kernels",
     ],
-    package_dir={"lomacs_fast._csrc": "csrc", "lomacs_fast.kernels": "kernels"},
+    package_dir={
+        "lomacs_fast._csrc": "csrc",
+        "lomacs_fast.benchmarks": "benchmarks",
+        "lomacs_fast.kernels": "kernels",
+    },
     package_data={
         "lomacs_fast": ["py.typed"],
         "lomacs_fast._csrc": [f"{folder}*{suffix}" for folder in ("", "*/") for suffix in toolchain.TEXTS],

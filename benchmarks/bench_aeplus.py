@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import harness
 import torch
 
 from lomacs_fast import functional, reference
+from lomacs_fast.benchmarks import harness
 
 SIZES = ((64, 64, 32, 256), (128, 128, 64, 64), (64, 64, 32, 1))
 WEIGHTS = {"lam": 0.2, "w_energy": 0.4, "w_diag": 0.3, "w_match": 0.3}

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import bench_freq_gate as gate
-import harness
 import torch
 from torch import Tensor
 
 from lomacs_fast import functional, reference
+from lomacs_fast.benchmarks import bench_freq_gate as gate
+from lomacs_fast.benchmarks import harness
 
 SIZES = ((64, 64, 256), (128, 128, 64), (64, 64, 1))
 WIDTH = 64

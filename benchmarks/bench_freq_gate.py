@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import harness
 import torch
 from torch import Tensor
 
 from lomacs_fast import functional, reference
+from lomacs_fast.benchmarks import harness
 
 SIZES = ((64, 64, 256), (128, 128, 64), (96, 100, 64), (64, 64, 1))
 HIDDEN, TEMPERATURE = 32, 0.2

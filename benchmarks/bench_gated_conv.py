@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import harness
 import torch
 
 from lomacs_fast import nn, reference
+from lomacs_fast.benchmarks import harness
 
 # tokens, width, taps, batch
 SIZES = ((64, 64, 3, 256), (128, 64, 3, 64), (64, 64, 3, 1))

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import harness
 import torch
 
 from lomacs_fast import functional, reference
+from lomacs_fast.benchmarks import harness
 
 SIZES = ((256, 256, 32, 64), (256, 256, 32, 1), (4096, 4096, 64, 1))
 DTYPES = {"complex": torch.complex64, "real": torch.float32}

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import harness
 import torch
 from torch import Tensor, nn
 
 import lomacs_fast
 from lomacs_fast import reference
+from lomacs_fast.benchmarks import harness
 
 SIZES = ((64, 64, 32, 256), (128, 128, 64, 64), (64, 64, 32, 1))
 WEIGHTS = (0.4, 0.3, 0.3, 0.2)

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import harness
 import torch
 from torch import Tensor
 
 from lomacs_fast import functional, reference
+from lomacs_fast.benchmarks import harness
 
 SIZES = ((64, 32, 256), (128, 64, 64), (64, 32, 1))
 STEPS = 5

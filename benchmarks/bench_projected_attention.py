@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import harness
 import torch
 
 from lomacs_fast import nn, reference
+from lomacs_fast.benchmarks import harness
 
 # tokens, width, groups, width of queries, reduced rows, batch
 SIZES = ((64, 64, 4, 32, 32, 256), (128, 64, 4, 32, 32, 64), (64, 64, 4, 32, 32, 1))

@@ -17,13 +17,13 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-import harness
 import torch
-from bench_network import Step, channels, forward, product
 from torch import Tensor
 
 import lomacs_fast
 from lomacs_fast import reference
+from lomacs_fast.benchmarks import harness
+from lomacs_fast.benchmarks.bench_network import Step, channels, forward, product
 from lomacs_fast.metrics import contest_macs, eager_twin, true_macs
 from lomacs_fast.pruning import prune
 

@@ -7,6 +7,7 @@ JSON go to the folder given, and a step that fails stops no other.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -15,10 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +47,7 @@ def stage(folder: Path) -> None:
     shutil.copytree(ROOT / "lomacs_fast", package, ignore=ignore)
     shutil.copytree(ROOT / "kernels", package / "kernels", ignore=ignore)
     shutil.copytree(ROOT / "csrc", package / "_csrc", ignore=ignore)
+    shutil.copytree(ROOT / "benchmarks", package / "benchmarks", ignore=shutil.ignore_patterns("results"))
     if PREBUILT.is_dir():
         shutil.copytree(PREBUILT, package / "_native")
 
@@ -92,7 +91,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         stage(Path(folder))
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([folder, str(ROOT / "benchmarks"), str(ROOT / "tests")]),
+            "PYTHONPATH": os.pathsep.join([folder, str(ROOT / "tests")]),
             "LOMACS_FAST_CACHE": str(Path(folder) / "cache"),
             # kernels that no device has run are what this run is for
             "LOMACS_FAST_UNPROVED": "1",
@@ -165,10 +164,10 @@ def names_of(function: str) -> list[str]:
 
 def sanitize(out: Path, device: str) -> None:
     """Small odd sizes of everything once, under the sanitizer where it is there."""
-    import stems
     import torch
 
     from lomacs_fast import functional, use_backend
+    from lomacs_fast.benchmarks import stems
 
     for case in stems.CASES:
         drawn = stems.cast(stems.tensors(case, 3, stems.Size(19, 13, 5)), device)
@@ -180,221 +179,28 @@ def sanitize(out: Path, device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(call: Callable[[], Any], device: str) -> Callable[[], float]:
-    """What measures one run of `call`: replays of a captured graph on a device, the clock on a CPU."""
-    import torch
-
-    if device == "cpu":
-
-        def once() -> float:
-            begin = time.perf_counter()
-            call()
-            return time.perf_counter() - begin
-
-        return once
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-
-    def replay(times: int = 10) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(times):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / times
-
-    return replay
-
-
-def interleaved(variants: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(repeats):
-        for name, once in variants.items():
-            times[name].append(once())
-    return {name: median(values) for name, values in times.items()}
-
-
 def bench(out: Path, device: str) -> None:
-    """Every function, the training step and inference; a variant that is wrong gets no time."""
+    """The suite of `lomacs-fast bench` until time is up, the network and the decompositions first."""
     import torch
+
+    from lomacs_fast.benchmarks import report, suite
 
     torch.set_float32_matmul_precision("highest")
     rows: list[dict[str, Any]] = []
-    end = time.monotonic() + LIMITS["bench"] - 15
-    for work in (bench_network, bench_functions):
-        work(rows, device, end)
-        (out / "bench.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    lines = ["| what | size | batch | pass | variant | us | ratio to eager | error |", "|---" * 8 + "|"]
-    for row in rows:
-        time_us = f"{1e6 * row['median_s']:.1f}" if row.get("median_s") else row["trouble"]
-        ratio = f"{row['ratio_to_eager']:.2f}" if row.get("ratio_to_eager") else ""
-        error = f"{row['error']:.1e}" if row.get("error") is not None else ""
-        cells = (row["what"], row["size"], row["batch"], row["pass"], row["variant"], time_us, ratio, error)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    (out / "bench.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    target = out / "suite.json"
 
+    def keep(found: list[dict[str, Any]]) -> None:
+        # what was measured stays, should the next case end the process
+        rows.extend(found)
+        (out / "rows.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
-def collect(
-    rows: list[dict[str, Any]],
-    facts: dict[str, Any],
-    calls: Mapping[str, Callable[[], Any]],
-    errors: Mapping[str, float],
-    bound: float | None,
-    device: str,
-) -> None:
-    """Time the variants that are right and append a row each."""
-    ready: dict[str, Callable[[], float]] = {}
-    trouble: dict[str, str] = {}
-    for name, call in calls.items():
-        error = errors.get(name)
-        if bound is not None and error is not None and not error <= bound:
-            trouble[name] = "wrong"
-            continue
-        try:
-            ready[name] = timed(call, device)
-        except Exception as failure:
-            trouble[name] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:120]}"
-    medians = interleaved(ready, 3 if device == "cpu" else 11)
-    for name in calls:
-        row = facts | {"variant": name, "device": device, "error": errors.get(name)}
-        if name in medians:
-            row["median_s"] = medians[name]
-            row["ratio_to_eager"] = medians["eager"] / medians[name] if "eager" in medians else None
-        else:
-            row["trouble"] = trouble[name]
-        rows.append(row)
-
-
-def largest_error(call: Callable[[], Any], exact: list[Any]) -> float:
-    """The largest relative L2 error of what a variant computes; NaN where it raises, saying why."""
-    try:
-        return max(float((x.detach() - y).norm() / y.norm()) for x, y in zip(call(), exact, strict=True))
-    except Exception as failure:
-        print(f"{type(failure).__name__}: {' '.join(str(failure).split())[:500]}", flush=True)
-        return float("nan")
-
-
-def bench_functions(rows: list[dict[str, Any]], device: str, end: float) -> None:
-    import stems
-    import torch
-
-    from lomacs_fast import functional, reference, use_backend
-
-    def served(name: str, case: Any, drawn: Any, backward: bool) -> list[Any]:
-        with use_backend(name):
-            return stems.call(case, functional, drawn, backward)
-
-    eps = torch.finfo(torch.float32).eps
-    sizes = [(stems.Size(64, 64, 32), 256), (stems.Size(128, 128, 64), 64)]
+    end = time.monotonic() + LIMITS["bench"] - 20
+    options = suite.Options(device, device == "cpu", 0.01 if device == "cpu" else 0.2, end=end, sweeps=False)
     if device == "cpu":
-        sizes = [(stems.Size(16, 16, 4), 2)]
-    cases = [(*size, case, backward) for size in sizes for case in stems.CASES for backward in (False, True)]
-    for size, batch, case, backward in cases:
-        if time.monotonic() > end:
-            return
-        drawn = stems.tensors(case, batch, size)
-        single = stems.cast(drawn, device)
-        exact = stems.call(case, reference, stems.cast(drawn, device, double=True), backward)
-        calls = {"eager": partial(stems.call, case, reference, single, backward)}
-        for name in names_of(case.function) if device == "cuda" else ["auto"]:
-            calls[name] = partial(served, name, case, single, backward)
-        errors = {name: largest_error(call, exact) for name, call in calls.items()}
-        facts = {
-            "what": case.function,
-            "size": str(size),
-            "batch": batch,
-            "pass": "forward+backward" if backward else "forward",
-        }
-        collect(rows, facts, calls, errors, 2 * errors["eager"] + 4 * eps, device)
-
-
-def train(net: Any, loss: Any, backend: str, H: Any, sid: Any) -> list[Any]:
-    """Loss and gradients of a step."""
-    import torch
-
-    from lomacs_fast import use_backend
-
-    with use_backend(backend):
-        U, S, V, _ = net(H, sid)
-        value = loss(U, S, V, H, 0.4, 0.3, 0.3, 0.2)
-        return [value, *torch.autograd.grad(value, list(net.parameters()))]
-
-
-def infer(net: Any, backend: str, H: Any, sid: Any) -> Any:
-    import torch
-
-    from lomacs_fast import use_backend
-
-    with torch.no_grad(), use_backend(backend):
-        return net(H, sid)
-
-
-def bench_network(rows: list[dict[str, Any]], device: str, end: float) -> None:
-    """The training step, and the factors of as many channels as a slot has, beside the decompositions."""
-    import torch
-
-    import lomacs_fast
-    from lomacs_fast import reference
-
-    sizes = [(64, 64, 32, 256, 4368), (128, 128, 64, 64, 1092)]
-    if device == "cpu":
-        sizes = [(8, 8, 3, 4, 6)]
-    ours, theirs = lomacs_fast.AEPlusLoss(), reference.AEPlusLoss()
-    for M, N, r, batch, slot in sizes:
-        torch.manual_seed(0)
-        eager = reference.LoMACSSVDNet(M, N, r, 4).to(device)
-        fast = lomacs_fast.LoMACSSVDNet(M, N, r, 4).to(device)
-        double = reference.LoMACSSVDNet(M, N, r, 4).to(device).double()
-        for net in (fast, double):
-            net.load_state_dict(eager.state_dict())
-        H = torch.randn(slot, M, N, dtype=torch.complex64, device=device) / (M * N) ** 0.5
-        sid = torch.zeros(slot, dtype=torch.int64, device=device)
-        few = (H[:batch], sid[:batch])
-        exact = train(double, theirs, "eager", few[0].to(torch.complex128), few[1])
-        steps = {
-            "eager": partial(train, eager, theirs, "eager", *few),
-            "torch.compile": partial(train, torch.compile(eager), theirs, "eager", *few),
-            "ours": partial(train, fast, ours, "auto", *few),
-        }
-        errors = {name: largest_error(call, [x.detach() for x in exact]) for name, call in steps.items()}
-        facts = {"size": f"{M}x{N}x{r}", "batch": batch, "what": "training step", "pass": "forward+backward"}
-        # rounding grows through the network; a wrong gradient is far larger
-        collect(rows, facts, steps, errors, max(10 * errors["eager"], 1e-3), device)
-        if time.monotonic() > end:
-            return
-        calls = {
-            "eager": partial(infer, eager, "eager", H, sid),
-            "ours": partial(infer, fast, "auto", H, sid),
-        }
-        facts = {"size": f"{M}x{N}x{r}", "batch": slot, "what": "inference", "pass": "forward"}
-        collect(rows, facts, calls, {}, None, device)
-        decompositions(rows, facts, H, device)
-
-
-def decompositions(rows: list[dict[str, Any]], facts: dict[str, Any], H: Any, device: str) -> None:
-    import torch
-
-    # one after the other on a host loop: a part of the batch tells the time of one
-    part = H[: max(1, len(H) // 64)]
-    drivers = ["gesvd", "gesvdj", "gesvda"] if device == "cuda" else [None]
-    for driver in drivers:
-        begin = time.perf_counter()
-        torch.linalg.svd(part, full_matrices=False, driver=driver)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        torch.linalg.svd(part, full_matrices=False, driver=driver)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        took = (time.perf_counter() - begin) * len(H) / len(part)
-        rows.append(facts | {"variant": f"svd {driver or 'LAPACK'}", "device": device, "median_s": took})
+        options = dataclasses.replace(options, stems=("aeplus",), compiled=False)
+    result = suite.run(options, keep)
+    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (out / "bench.md").write_text(report.markdown(result), encoding="utf-8")
 
 
 STEPS = {"load": load, "sanitize": sanitize, "bench": bench}

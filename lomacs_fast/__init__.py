@@ -6,6 +6,7 @@ from .approximation import approx_svd
 from .auditing import Audit, audit
 from .exporting import export_onnx
 from .freezing import FrozenSVDNet, freeze
+from .neural_svd import NeuralSVD, NeuralSVDResult, neural_svd
 from .nn import (
     AEPlusLoss,
     AxialLowRankFreqGate,
@@ -32,6 +33,8 @@ __all__ = [
     "LoMACSSVDNet",
     "LowMACS_SVDNet",
     "NeuralOrthoRefiner",
+    "NeuralSVD",
+    "NeuralSVDResult",
     "SpectralRefiner",
     "accelerate",
     "approx_svd",
@@ -41,6 +44,7 @@ __all__ = [
     "freeze",
     "functional",
     "load_ops",
+    "neural_svd",
     "reference",
     "use_backend",
 ]

@@ -1,4 +1,4 @@
-"""The command `lomacs-fast`: generate, analyze, train, prune, evaluate, predict, info."""
+"""The command `lomacs-fast`: generate, analyze, train, prune, evaluate, predict, bench, info."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ EXAMPLES = {
     "prune": "lomacs-fast prune --checkpoint RUN/best.ckpt --k-len 16 --gate-hidden 16 --out PRUNED",
     "evaluate": "lomacs-fast evaluate --checkpoint RUN/best.ckpt --data DIR --json out.json",
     "predict": "lomacs-fast predict --checkpoint RUN/best.ckpt --input H.npy --scenario 1 --out out.npz",
+    "bench": "lomacs-fast bench --quick --json bench.json --markdown bench.md --figures FIGURES",
     "info": "lomacs-fast info",
 }
 
@@ -42,6 +43,7 @@ DESCRIPTIONS = {
     "prune": "Rebuild a smaller network from a trained one, and finetune it.",
     "evaluate": "Measure the approximation error of a checkpoint, its cost and its Score.",
     "predict": "Write U, S and V of channels in any layout, S in the scale of the input.",
+    "bench": "Time every stem, the training step and inference beside eager and the decompositions.",
     "info": "Show versions, devices, what is installed, and which backend can serve which op.",
 }
 
@@ -560,6 +562,60 @@ def _predict(args: Any) -> None:
     print(f"{args.out}: {n} samples, U {net.M}x{net.r}, S {net.r}, V {net.N}x{net.r}")
 
 
+def _add_bench(parser: Any) -> None:
+    parser.add_argument("--quick", action="store_true", help="64x64 and batch 1 alone: five minutes at most")
+    parser.add_argument("--stem", type=str, nargs="+", default=[], help="stems to measure instead of all")
+    parser.add_argument("--device", type=str, default="cpu", choices=["cpu", "cuda"], help="where to run")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch")
+    parser.add_argument("--seconds", type=float, default=None, help="of timing a variant (1; 0.3 if quick)")
+    parser.add_argument("--compile", type=_boolean, default=True, help="torch.compile is a variant")
+    parser.add_argument("--json", type=_path, default=None, help="file for the rows")
+    parser.add_argument("--markdown", type=_path, default=None, help="file for the tables")
+    parser.add_argument("--figures", type=_path, default=None, help="folder for figures")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def _bench(args: Any) -> None:
+    from .benchmarks import report, suite
+    from .data.files import atomic_path, refuse_existing
+
+    for path in (args.json, args.markdown):
+        if path is not None:
+            refuse_existing(path, args.overwrite)
+            if not Path(path).absolute().parent.is_dir():
+                raise FileNotFoundError(f"{path}: the folder {Path(path).parent} does not exist")
+    seconds = (0.3 if args.quick else 1.0) if args.seconds is None else args.seconds
+    if not 0 < seconds < 1e6:
+        raise ValueError(f"--seconds must be positive, got {args.seconds}")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    folder = None if args.figures is None else _output_folder(args.figures, args.overwrite)
+    options = suite.Options(args.device, args.quick, seconds, tuple(args.stem), compiled=args.compile)
+
+    def tell(rows: list[dict[str, Any]]) -> None:
+        # a case a line while they run, the table at the end
+        shown = [(r["variant"], r.get("median_s"), r["batch"]) for r in rows]
+        times = ", ".join(f"{n} {1e6 * t / b:.3g} us" if t else f"{n} no time" for n, t, b in shown)
+        first = rows[0]
+        print(f"{first['function']} {first['pass']} {first['size']} x {first['batch']}: {times}", flush=True)
+
+    result = suite.run(options, tell)
+    text = report.markdown(result)
+    print("\n" + text)
+    if args.json is not None:
+        _write_json(result, args.json, args.overwrite)
+    if args.markdown is not None:
+        with atomic_path(args.markdown, overwrite=args.overwrite) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    if folder is not None:
+        from .plots import save_figure
+
+        for name, figure in report.draw(result).items():
+            save_figure(figure, folder / name)
+
+
 def _add_info(parser: Any) -> None:
     parser.add_argument("--json", type=_path, default=None, help="file for the same as JSON")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
@@ -628,6 +684,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {
     "prune": (_add_prune, _prune),
     "evaluate": (_add_evaluate, _evaluate),
     "predict": (_add_predict, _predict),
+    "bench": (_add_bench, _bench),
     "info": (_add_info, _info),
 }
 

@@ -26,6 +26,7 @@ __all__ = [
     "gate_project",
     "gated_conv1d",
     "low_rank_loss",
+    "neural_svd_steps",
     "ortho_refine",
     "ortho_refine_pair",
     "projected_attention",
@@ -502,6 +503,18 @@ def low_rank_loss(
     if nesting not in ("none", "joint", "sequential"):
         raise ValueError(f'nesting must be "none", "joint" or "sequential", got {nesting!r}')
     return ops.low_rank_loss(F, G, H, nesting, shape)
+
+
+@_specified_by(reference.neural_svd_steps)
+def neural_svd_steps(H: Tensor, F: Tensor, steps: int, watch: int | None = None) -> tuple[Tensor, Tensor]:
+    _tensor("H", H, REAL + COMPLEX, ("...", None, None))
+    N = H.shape[-1]
+    L = _matrix("F", F, H, N, None).shape[-1]
+    if L > N:
+        raise ValueError(f"F must have at least as many rows as columns, got {tuple(F.shape)}")
+    steps = integer("steps", steps, 1)
+    watch = L if watch is None else integer("watch", watch, 1)
+    return reference.neural_svd_steps(H, F, steps, min(watch, L))
 
 
 @_specified_by(reference.frozen_svd)

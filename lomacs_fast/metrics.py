@@ -123,7 +123,7 @@ def eager_twin(net: reference.LoMACSSVDNet) -> reference.LoMACSSVDNet:
 
 
 @contextmanager
-def _quiet_profiler() -> Iterator[None]:
+def quiet_profiler() -> Iterator[None]:
     """Kineto reads its log level once, when the process first profiles; a level the user set stays."""
     name = "KINETO_LOG_LEVEL"
     before = os.environ.get(name)
@@ -158,7 +158,7 @@ def _profiled_macs(**sizes: Any) -> float:
         twin = reference.LoMACSSVDNet(**sizes).float().eval()
         H = torch.zeros(1, twin.M, twin.N, dtype=torch.complex64)
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.no_grad(), _quiet_profiler():
+    with torch.no_grad(), quiet_profiler():
         with torch.profiler.profile(activities=activities, with_flops=True) as profile:
             twin(H, 0)
         return sum(event.flops for event in profile.key_averages()) / 2
@@ -475,6 +475,19 @@ def _aeplus(
 
 
 register_macs("lomacs::aeplus", _aeplus)
+
+
+def _low_rank(
+    F: Tensor, G: Tensor, H: Tensor, rows: int, columns: int, nesting: int, *flags: bool, out: Any
+) -> float:
+    """`H F` and half of each Gram matrix; gradients `H^H G`, `F (G^H G)`, `G (F^H F)` and `G F^H`."""
+    (B, M, N), L = H.shape[:3], F.shape[2]
+    gf, gg, gh = flags
+    products = M * N * L * (1 + gf + gh) + (M + N) * L * L / 2 + L * L * (N * gf + M * gg)
+    return B * products * (4 if H.ndim == 4 else 1)
+
+
+register_macs("lomacs::low_rank", _low_rank)
 
 
 def _attention(x: Sequence[int], k: int, G: int, norm: bool, backward: bool, gx: bool, gw: bool) -> float:

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+
 from lomacs_fast.kernels.complex import cdot, load_complex, store_complex
 from lomacs_fast.kernels.launch import Launch, block, precision
 

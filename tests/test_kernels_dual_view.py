@@ -6,10 +6,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from lomacs_fast import reference
 from lomacs_fast.kernels import dual_view as kernels
 from lomacs_fast.kernels import freq_gate
-
-from lomacs_fast import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps

@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 import aot
-from lomacs_fast.kernels import freq_gate as kernels
 
 from lomacs_fast import reference
+from lomacs_fast.kernels import freq_gate as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps

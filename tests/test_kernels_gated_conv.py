@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 from aot import SHARED, reports
-from lomacs_fast.kernels import gated_conv as kernels
 
 from lomacs_fast import reference
+from lomacs_fast.kernels import gated_conv as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5

@@ -8,9 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from lomacs_fast.kernels import ortho
-
 from lomacs_fast import reference
+from lomacs_fast.kernels import ortho
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps

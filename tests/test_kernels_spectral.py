@@ -5,7 +5,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from lomacs_fast.kernels import ortho, spectral, svd_tail
 from test_kernels_ortho import (
     DEVICE,
     KINDS,
@@ -19,6 +18,7 @@ from test_kernels_ortho import (
 )
 
 from lomacs_fast import reference
+from lomacs_fast.kernels import ortho, spectral, svd_tail
 
 
 def real(*shape, seed=0):

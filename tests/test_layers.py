@@ -31,6 +31,7 @@ ALLOWED = {
         "auditing",
         "exporting",
         "freezing",
+        "neural_svd",
     },
 }
 THIRD_PARTIES = {

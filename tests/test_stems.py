@@ -1,10 +1,10 @@
 """Every public function at once, on the CPU and on a device: accuracy, repeated bits, threads, graph capture."""
 
 import pytest
-import stems
 import torch
 
 from lomacs_fast import functional, reference, use_backend
+from lomacs_fast.benchmarks import stems
 from lomacs_fast.ops.dispatch import OPS
 
 EPS = torch.finfo(torch.float32).eps

@@ -2,6 +2,10 @@
 // The left factor is read where it lies, interleaved, by broadcasts; the right one is planar, in panels;
 // the result goes to one of several sinks while it is still in registers.
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace lomacs {
 namespace LOMACS_ISA {
 namespace {
@@ -34,6 +38,20 @@ LOMACS_INLINE void store(T* p, Vec<T> x) {
 template <typename T>
 LOMACS_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};
+}
+
+template <typename T>
+LOMACS_INLINE Vec<T> square_root(Vec<T> x) {
+#if LOMACS_BYTES == 64
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_sqrt_ps((__m512)x);
+  else return (Vec<T>)_mm512_sqrt_pd((__m512d)x);
+#elif LOMACS_BYTES == 32
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_sqrt_ps((__m256)x);
+  else return (Vec<T>)_mm256_sqrt_pd((__m256d)x);
+#else
+  for (int i = 0; i < lanes<T>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
 }
 
 template <typename T>
@@ -226,6 +244,46 @@ struct Term {
   std::int64_t depth;
 };
 
+#if LOMACS_PRODUCTS == 3
+// a number in all lanes, by a load: GCC would add numbers and spread their sums by shuffles, in a multiplier's port
+template <typename T>
+LOMACS_INLINE Vec<T> spread(const T* p) {
+  Vec<T> x;
+  if constexpr (sizeof(T) == 4) asm("vbroadcastss %1, %0" : "=v"(x) : "m"(*p));
+  else asm("vbroadcastsd %1, %0" : "=v"(x) : "m"(*p));
+  return x;
+}
+
+// Three real products instead of four (Karatsuba): re += a_re b_re, im += a_im b_im, both += (a_re + a_im)
+// (b_re + b_im), a_im with its sign turned in `both` where the left factor is conjugated. The real part is
+// re - im (conjugated re + im), the imaginary part both - re - im (both - re + im). Normwise as accurate as four.
+template <bool CONJ, int R, int V, typename T>
+LOMACS_INLINE void multiply(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], Vec<T> (&both)[R][V], const Term<T>& term,
+                            std::int64_t i0, std::int64_t vec) {
+  const std::int64_t row = 2 * term.left.row, column = 2 * term.left.column;
+  const T* a = term.left.a + i0 * row;
+  const T* b = term.right.at(0, vec);
+  for (std::int64_t k = term.depth; k > 0; --k, a += column, b += Panels<T>::step) {
+    Vec<T> br[V], bi[V], bs[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      br[j] = load(b + j * lanes<T>);
+      bi[j] = load(b + j * lanes<T> + Panels<T>::imag);
+      bs[j] = br[j] + bi[j];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const Vec<T> ar = spread(a + i * row), ai = spread(a + i * row + 1), as = CONJ ? ar - ai : ar + ai;
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) {
+        re[i][j] += ar * br[j];
+        im[i][j] += ai * bi[j];
+        both[i][j] += as * bs[j];
+      }
+    }
+  }
+}
+#else
 // re + i im += (R rows of the left factor, conjugated or not) x (V vectors of columns of the right one)
 template <bool CONJ, int R, int V, typename T>
 LOMACS_INLINE void multiply(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], const Term<T>& term, std::int64_t i0,
@@ -258,6 +316,7 @@ LOMACS_INLINE void multiply(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], const Term<T
     }
   }
 }
+#endif
 
 // Sinks. Each takes a block of R rows from i0 on and V vectors of columns from `vec` on.
 
@@ -351,8 +410,22 @@ struct ToSum {
 template <bool CONJ, int R, int V, typename T, typename Sink>
 LOMACS_INLINE void block(const Term<T>* terms, int count, Sink& sink, std::int64_t i0, std::int64_t vec) {
   Vec<T> re[R][V] = {}, im[R][V] = {};
+#if LOMACS_PRODUCTS == 3
+  Vec<T> both[R][V] = {};
+#pragma GCC unroll 1
+  for (int t = 0; t < count; ++t) multiply<CONJ, R, V, T>(re, im, both, terms[t], i0, vec);
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      const Vec<T> x = re[i][j], y = im[i][j];
+      re[i][j] = CONJ ? x + y : x - y;
+      im[i][j] = CONJ ? (both[i][j] - x) + y : (both[i][j] - x) - y;
+    }
+#else
 #pragma GCC unroll 1
   for (int t = 0; t < count; ++t) multiply<CONJ, R, V, T>(re, im, terms[t], i0, vec);
+#endif
   sink.template take<R, V>(re, im, i0, vec);
 }
 

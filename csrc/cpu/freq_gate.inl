@@ -63,20 +63,6 @@ LOMACS_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-template <typename T>
-LOMACS_INLINE Vec<T> square_root(Vec<T> x) {
-#if LOMACS_BYTES == 64
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_sqrt_ps((__m512)x);
-  else return (Vec<T>)_mm512_sqrt_pd((__m512d)x);
-#elif LOMACS_BYTES == 32
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_sqrt_ps((__m256)x);
-  else return (Vec<T>)_mm256_sqrt_pd((__m256d)x);
-#else
-  for (int i = 0; i < lanes<T>; ++i) x[i] = std::sqrt(x[i]);
-  return x;
-#endif
-}
-
 // 1 / sqrt(x) of a positive x
 template <typename T>
 LOMACS_INLINE Vec<T> inverse_root(Vec<T> x) {

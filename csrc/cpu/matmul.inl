@@ -4,10 +4,6 @@
 // contiguous rows at any distance. Nothing outside the matrices is read or written, and nothing is packed.
 #include "cmatmul.inl"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace lomacs {
 namespace LOMACS_ISA {
 namespace {

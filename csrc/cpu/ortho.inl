@@ -65,16 +65,9 @@ struct Iterates {
   T* iterate(std::int64_t i) const { return rows + i % kept_rows * 2 * M * r; }
 };
 
-#if defined(__clang__)
-#define LOMACS_VECTOR_SQRT
-#else
-// without errno the loop becomes vectors
-#define LOMACS_VECTOR_SQRT __attribute__((optimize("no-math-errno,tree-vectorize"), noinline))
-#endif
-
 template <typename T>
-LOMACS_TARGET LOMACS_VECTOR_SQRT void magnitudes_of(const T* re, const T* im, int n, T* out) {
-  for (int k = 0; k < n; ++k) out[k] = std::sqrt(re[k] * re[k] + im[k] * im[k]);
+LOMACS_INLINE Vec<T> magnitudes(Vec<T> re, Vec<T> im) {
+  return square_root<T>(re * re + im * im);
 }
 
 // sums of |G_ij| over i: by symmetry the row sums; the largest, or NaN
@@ -85,9 +78,7 @@ LOMACS_TARGET double row_sums(const Iterates<T>& x, Panels<T> G) {
     Vec<T> total{};
     for (std::int64_t i = 0; i < x.r; ++i) {
       const T* p = G.at(i, vec);
-      T* m = x.X.at(i, vec);
-      magnitudes_of(p, p + Panels<T>::imag, lanes<T>, m);
-      total += load(m);
+      total += magnitudes<T>(load(p), load(p + Panels<T>::imag));
     }
     store(x.sums + vec * lanes<T>, total);
   }
@@ -99,6 +90,23 @@ LOMACS_TARGET double row_sums(const Iterates<T>& x, Panels<T> G) {
   return largest;
 }
 
+template <typename T>
+LOMACS_TARGET void copy_scaled(const T* from, T s, std::int64_t n, T* to) {
+  std::int64_t i = 0;
+  for (; i + lanes<T> <= n; i += lanes<T>) store(to + i, s * load(from + i));
+  for (; i < n; ++i) to[i] = s * from[i];
+}
+
+// to = A B of commuting Hermitian matrices, Hermitian itself: its upper half, mirrored; to may be A
+template <typename T>
+LOMACS_TARGET void hermitian_product(const Iterates<T>& x, Panels<T> A, Panels<T> B, Panels<T> to, Ahead& ahead) {
+  rows_of(A, x.r, x.square);
+  const Term<T> terms[] = {{{x.square, x.r, 1}, B, x.r}};
+  ToPanels<T> sink{to};
+  product<false>(terms, sink, x.r, x.r, ahead, Part::upper);
+  mirror(to, x.r);
+}
+
 // P = c0 I + c1 G, or c0 I + c1 G + c2 G^2
 template <typename T>
 LOMACS_TARGET void bjorck_polynomial(const Bjorck<T>& job, const Iterates<T>& x, Panels<T> G, Panels<T> P,
@@ -106,11 +114,7 @@ LOMACS_TARGET void bjorck_polynomial(const Bjorck<T>& job, const Iterates<T>& x,
   const std::int64_t r = job.r;
   const T c1 = static_cast<T>(job.c[1]);
   if (job.order == 2) {
-    rows_of(G, r, x.square);
-    const Term<T> terms[] = {{{x.square, r, 1}, G, r}};
-    ToPanels<T> sink{P};
-    product<false>(terms, sink, r, r, ahead, Part::upper);
-    mirror(P, r);
+    hermitian_product(x, G, G, P, ahead);
     combine(P, static_cast<T>(job.c[2]), G, c1, r, P);
   } else {
     multiple(G, c1, r, P);
@@ -118,16 +122,48 @@ LOMACS_TARGET void bjorck_polynomial(const Bjorck<T>& job, const Iterates<T>& x,
   add_identity(P, static_cast<T>(job.c[0]), r);
 }
 
+// Two steps of order 1 as one polynomial: with G = I + X and S = X^2, P = I - X/2 + S (3/8 I - 5/16 X + 1/16 S).
+// The powers of X, not those of G, keep their terms from cancelling where G is near I.
 template <typename T>
-LOMACS_TARGET void copy_scaled(const T* from, T s, std::int64_t n, T* to) {
-  for (std::int64_t i = 0; i < n; ++i) to[i] = s * from[i];
+LOMACS_TARGET void two_steps(const Iterates<T>& x, Panels<T> G, Panels<T> P, Ahead& ahead) {
+  const std::int64_t r = x.r;
+  add_identity(G, T(-1), r);
+  hermitian_product(x, G, G, x.S, ahead);
+  combine(G, T(-0.3125), x.S, T(0.0625), r, x.X);
+  add_identity(x.X, T(0.375), r);
+  hermitian_product(x, x.S, x.X, P, ahead);
+  combine(P, T(1), G, T(-0.5), r, P);
+  add_identity(P, T(1), r);
+  add_identity(G, T(1), r);
 }
 
-// Iterates, Gram matrices and polynomials into the scratch, the last iterate to `out` where there is one.
-// Returns the scale of the start; the sums of |U^H U| that it follows from stay in x.sums and `largest`.
+// The product of the polynomials of `steps` steps, from the Gram matrix in x.G, which is spent
 template <typename T>
-LOMACS_TARGET T bjorck_iterate(const Bjorck<T>& job, const Iterates<T>& x, const T* u, T* out, double& largest,
-                               Ahead& ahead) {
+LOMACS_TARGET Panels<T> product_of_steps(const Bjorck<T>& job, const Iterates<T>& x, std::int64_t steps,
+                                         Ahead& ahead) {
+  const Panels<T> G = x.gram(0);
+  bool first = true;
+  while (steps > 0) {
+    const Panels<T> P = first ? x.Z : x.polynomial(0);
+    const bool two = job.order == 1 && steps > 1;
+    if (two) two_steps(x, G, P, ahead);
+    else bjorck_polynomial(job, x, G, P, ahead);
+    steps -= two ? 2 : 1;
+    if (steps > 0) {
+      // P G P
+      hermitian_product(x, G, P, x.X, ahead);
+      hermitian_product(x, x.X, P, G, ahead);
+    }
+    if (!first) hermitian_product(x, x.Z, P, x.Z, ahead);
+    first = false;
+  }
+  return x.Z;
+}
+
+// The Gram matrix of u and the sums of its magnitudes, the largest of which is `largest`; returns the scale of the
+// start, by which the Gram matrix is multiplied already
+template <typename T>
+LOMACS_TARGET T bjorck_start(const Bjorck<T>& job, const Iterates<T>& x, const T* u, double& largest, Ahead& ahead) {
   const std::int64_t M = job.M, r = job.r;
   pack(u, M, r, x.U);
   if (job.backward) {
@@ -142,21 +178,59 @@ LOMACS_TARGET T bjorck_iterate(const Bjorck<T>& job, const Iterates<T>& x, const
   const double bound = job.bound;
   // NaN fails every comparison and passes on
   const T scale = static_cast<T>(largest < bound * bound ? 1.0 : bound / std::sqrt(largest));
-  T* first = job.steps == 0 && out != nullptr ? out : x.iterate(0);
-  copy_scaled(u, scale, 2 * M * r, first);
   multiple(x.gram(0), scale * scale, r, x.gram(0));
+  return scale;
+}
+
+// Steps that share a Gram matrix before the next is formed from U anew: errors of its smallest eigenvalues grow
+// 2.25-fold a step of order 1 and 3.5-fold one of order 2. So many keep to the error of the iteration on U itself
+// at every condition; five and three do not at 1e10. Wide factors gain nothing by it.
+template <typename T>
+std::int64_t steps_at_once(const Bjorck<T>& job) {
+  if (2 * job.M < 3 * job.r) return 1;
+  return job.order == 1 ? 3 : 2;
+}
+
+template <typename T>
+LOMACS_TARGET void bjorck_forward(const Bjorck<T>& job, const Iterates<T>& x, const T* u, T* out, Ahead& ahead) {
+  const std::int64_t M = job.M, r = job.r, most = steps_at_once(job), groups = (job.steps + most - 1) / most;
+  double largest = 0;
+  const T scale = bjorck_start(job, x, u, largest, ahead);
+  if (groups == 0) return copy_scaled(u, scale, 2 * M * r, out);
+  const T* now = u;
+  for (std::int64_t n = 0; n < groups; ++n) {
+    if (n > 0) gram_matrix(now, x.U, M, r, x.gram(0), ahead);
+    const Panels<T> Q = product_of_steps(job, x, (n + 1) * job.steps / groups - n * job.steps / groups, ahead);
+    if (n == 0) multiple(Q, scale, r, Q);
+    const Term<T> terms[] = {{{now, r, 1}, Q, r}};
+    if (n + 1 < groups) {
+      T* next = x.iterate(n);
+      ToRowsAndPanels<T> sink{{next, r}, {x.U}};
+      product<false>(terms, sink, M, r, ahead);
+      now = next;
+    } else {
+      ToRows<T> sink{out, r};
+      product<false>(terms, sink, M, r, ahead);
+    }
+  }
+}
+
+// Iterates, Gram matrices and polynomials of all steps into the scratch, for the backward. Returns the scale of
+// the start; the sums of |U^H U| that it follows from stay in x.sums and `largest`.
+template <typename T>
+LOMACS_TARGET T bjorck_iterate(const Bjorck<T>& job, const Iterates<T>& x, const T* u, double& largest,
+                               Ahead& ahead) {
+  const std::int64_t M = job.M, r = job.r;
+  const T scale = bjorck_start(job, x, u, largest, ahead);
+  copy_scaled(u, scale, 2 * M * r, x.iterate(0));
   for (std::int64_t i = 0; i < job.steps; ++i) {
     const T* now = x.iterate(i);
     if (i > 0) gram_matrix(now, x.U, M, r, x.gram(i), ahead);
     bjorck_polynomial(job, x, x.gram(i), x.polynomial(i), ahead);
+    if (i + 1 == job.steps) break;
     const Term<T> terms[] = {{{now, r, 1}, x.polynomial(i), r}};
-    if (i + 1 < job.steps) {
-      ToRowsAndPanels<T> sink{{x.iterate(i + 1), r}, {x.U}};
-      product<false>(terms, sink, M, r, ahead);
-    } else if (out != nullptr) {
-      ToRows<T> sink{out, r};
-      product<false>(terms, sink, M, r, ahead);
-    }
+    ToRowsAndPanels<T> sink{{x.iterate(i + 1), r}, {x.U}};
+    product<false>(terms, sink, M, r, ahead);
   }
   return scale;
 }
@@ -179,7 +253,7 @@ LOMACS_TARGET void bjorck_gradient(const Bjorck<T>& job, const Iterates<T>& x, c
                                    Ahead& ahead) {
   const std::int64_t M = job.M, r = job.r, size = 2 * M * r;
   double largest = 0;
-  const T scale = bjorck_iterate(job, x, u, static_cast<T*>(nullptr), largest, ahead);
+  const T scale = bjorck_iterate(job, x, u, largest, ahead);
   const bool scaled = !(largest < job.bound * job.bound);
   if (job.steps > 0) pack(g, M, r, x.U);
   const T* now = g;
@@ -221,8 +295,7 @@ LOMACS_TARGET void bjorck_gradient(const Bjorck<T>& job, const Iterates<T>& x, c
     for (std::int64_t i = 0; i < r; ++i) {
       const T* p = x.gram(0).at(i, vec);
       T* s = x.S.at(i, vec);
-      magnitudes_of(p, p + Panels<T>::imag, lanes<T>, s);
-      const Vec<T> m = load(s);
+      const Vec<T> m = magnitudes<T>(load(p), load(p + Panels<T>::imag));
       // a comparison is -1 where it holds
       const Vec<T> least = m - __builtin_convertvector(m == Vec<T>{}, Vec<T>);
       const Vec<T> weight = (load(x.sums + vec * lanes<T>) + splat(x.sums[i])) / least;
@@ -245,9 +318,8 @@ LOMACS_TARGET void bjorck_samples(const Bjorck<T>& job, std::int64_t begin, std:
       if (job.backward) ahead.add(job.g + (b + 1) * size, sizeof(T) * static_cast<std::size_t>(size));
       ahead.add(job.U + (b + 1) * size, sizeof(T) * static_cast<std::size_t>(size));
     }
-    double largest = 0;
     if (job.backward) bjorck_gradient(job, x, job.U + b * size, job.g + b * size, job.out + b * size, ahead);
-    else bjorck_iterate(job, x, job.U + b * size, job.out + b * size, largest, ahead);
+    else bjorck_forward(job, x, job.U + b * size, job.out + b * size, ahead);
   }
 }
 

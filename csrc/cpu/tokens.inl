@@ -91,20 +91,6 @@ LOMACS_INLINE Vec<T> sigmoid_of(Vec<T> x) {
   return splat<T>(1) / (splat<T>(1) + power_of_two<T>(moved, f * splat(static_cast<T>(log2_e))));
 }
 
-template <typename T>
-LOMACS_INLINE Vec<T> root_of(Vec<T> x) {
-#if LOMACS_BYTES == 64
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_sqrt_ps((__m512)x);
-  else return (Vec<T>)_mm512_sqrt_pd((__m512d)x);
-#elif LOMACS_BYTES == 32
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_sqrt_ps((__m256)x);
-  else return (Vec<T>)_mm256_sqrt_pd((__m256d)x);
-#else
-  for (int i = 0; i < lanes<T>; ++i) x[i] = std::sqrt(x[i]);
-  return x;
-#endif
-}
-
 // `to` (columns x vectors(rows)) = from^T, zeros beyond its rows
 template <typename T>
 LOMACS_TARGET __attribute__((noinline)) void tokens_to_rows(const T* from, std::int64_t from_row, std::int64_t rows,
@@ -194,7 +180,7 @@ LOMACS_TARGET __attribute__((noinline)) void normalise(T* x, std::int64_t row, s
       part[0] += e * e;
     }
     const Vec<T> variance = ((part[0] + part[1]) + (part[2] + part[3])) * splat(share) + splat(eps);
-    const Vec<T> scale = splat<T>(1) / root_of<T>(variance);
+    const Vec<T> scale = splat<T>(1) / square_root<T>(variance);
     store(inverse + t, scale);
     for (c = 0; c < d; ++c) {
       const Vec<T> e = load(x + c * row + t) * scale;

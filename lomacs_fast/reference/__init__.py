@@ -7,6 +7,7 @@ from .frozen import FrozenWeights, fold_network, frozen_svd
 from .gated_conv import GatedConv1D, gated_conv1d
 from .low_rank import low_rank_loss
 from .network import LoMACSSVDNet
+from .neural_svd import neural_svd_steps
 from .ortho import NeuralOrthoRefiner, bjorck, column_normalize, ortho_refine, ortho_refine_pair
 from .projected_attention import GroupedProjectedAttention, projected_attention
 from .refine import SpectralRefiner, refine_svd
@@ -37,6 +38,7 @@ __all__ = [
     "gate_project",
     "gated_conv1d",
     "low_rank_loss",
+    "neural_svd_steps",
     "ortho_refine",
     "ortho_refine_pair",
     "projected_attention",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import integer
-from .ortho import bjorck
 
 # a step's scalars: softening of its rotations; shift, gain and Frobenius bound of its residual
 SCALARS = ("soft", "mu", "gain", "bound")
@@ -23,8 +22,9 @@ SHIFTS = (0.02, 0.02, 0.02, 0.01, 0.01, 0.005)  # mu a step, the last one repeat
 SWEEPS = 2
 ROTATION = 1.5  # the polynomial of `_unitary` is unitary within 3% up to this norm
 POLISH = 3  # Björck's iterations on the Gram matrix, a step
-CLOSE = 3  # and on the columns, at the end
+CLOSE = 3  # and at the end, before one on the columns
 FILL = 8  # and on the Gram matrix of columns of any condition
+ROUNDS = 2  # in which directions without length are filled
 TINY = 1e-20  # under eps^2, far above underflow
 
 
@@ -147,25 +147,32 @@ def _diagonalize(
     return D, P, Q
 
 
-def _inverse_root(G: Tensor, iterations: int, square: Tensor | None = None) -> Tensor:
-    """Björck's iteration on a Gram matrix `X^H X`: F with `X F` nearer to orthonormal.
+def _inverse_root(G: Tensor, iterations: int, square: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Björck's iteration on a Gram matrix `X^H X`: F with `X F` nearer to orthonormal, and the last defect.
 
     X is thought scaled by the root of `square`, at most 1, that is to bring its spectral norm to 1.6 at most;
     where it is not given or might not, by `1.6 / |X|` with `|X|^4` at most the largest row sum of `G^2`. As
-    accurate as the iteration on X itself where the columns of X are nearly orthonormal.
+    accurate as the iteration on X itself where the columns of X are nearly orthonormal. The defect
+    `E = I - X^H X` goes to `E^2 (3 I + E) / 4` as X goes to `X (I + E / 2)`; that before the last of the
+    iterations is returned.
     """
     one = _eye(G)
-    row = (_energy(G @ G) + TINY).sqrt().sum(-1).amax(-1)[..., None, None].sqrt()
+    G2 = G @ G
+    row = (_energy(G2) + TINY).sqrt().sum(-1).amax(-1)[..., None, None].sqrt()
     safe = 1.6**2 / row.clamp_min(1.6**2)
     square = safe if square is None else torch.minimum(square, safe)
-    G = _scale(G, square)
-    B = 1.5 * one - 0.5 * G
-    F = _scale(B, square.sqrt())
-    for _ in range(iterations - 1):
-        G = B @ G @ B
-        B = 1.5 * one - 0.5 * G
-        F = F @ B
-    return F
+    E = one - _scale(G, square)
+    E2 = one - _scale(2 * G - _scale(G2, square), square)
+    F = _scale(one + 0.5 * E, square.sqrt())
+    for i in range(iterations - 1):
+        E = (E @ E if i else E2) @ (0.75 * one + 0.25 * E)
+        F = F + 0.5 * (F @ E)
+    return F, E
+
+
+def _straighten(X: Tensor) -> Tensor:
+    """One iteration of Björck on nearly orthonormal columns."""
+    return 1.5 * X - 0.5 * (X @ (X.mH @ X))
 
 
 def _expand(
@@ -182,7 +189,7 @@ def _expand(
     inverse = (inverse * gain * share.sqrt())[..., None, :]
     middle = 2 / (2 + total * share)
     X = X @ (A - _scale(A @ E, inverse)) + _scale(Y, inverse)
-    return X @ _inverse_root(X.mH @ X, POLISH, middle[..., None])
+    return X @ _inverse_root(X.mH @ X, POLISH, middle[..., None])[0]
 
 
 def refine_step(
@@ -222,19 +229,24 @@ def refine_close(
 
     Columns ordered by `|S|`, largest first.
     """
+
+    def orthonormalized(X: Tensor, A: Tensor) -> Tensor:
+        """A such that the columns of X A are orthonormal, X and A being nearly so."""
+        return A @ _inverse_root(A.mH @ (X.mH @ X) @ A, CLOSE)[0]
+
     W = H @ V
     D = U.mH @ W
     if hermitian:
         _, P, _ = _diagonalize(0.5 * (D + D.mH), soft, sweeps, True)
-        P = bjorck(P, CLOSE)
+        P = orthonormalized(U, P)
         S = (P.conj() * (D @ P)).sum(-2).real
-        U = bjorck(U @ P, CLOSE)
+        U = _straighten(U @ P)
         V = U
     else:
         _, P, Q = _diagonalize(D, soft, sweeps, False)
-        P, Q = bjorck(P, CLOSE), bjorck(Q, CLOSE)
+        P, Q = orthonormalized(U, P), orthonormalized(V, Q)
         s = (P.conj() * (D @ Q)).sum(-2)
-        U, V = bjorck(U @ P, CLOSE), bjorck(V @ (Q * _phase(s).conj()[..., None, :]), CLOSE)
+        U, V = _straighten(U @ P), _straighten(V @ (Q * _phase(s).conj()[..., None, :]))
         S = (_energy(s) + 1e-36).sqrt()  # differentiable at 0
     order = S.detach().abs().sort(dim=-1, descending=True, stable=True).indices
     S = S.gather(-1, order)
@@ -266,32 +278,41 @@ def dft_start(H: Tensor, k: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def orthonormal_fill(X: Tensor, U: Tensor | None = None, rounds: int = 2) -> Tensor:
+def orthonormal_fill(X: Tensor, U: Tensor | None = None) -> Tensor:
     """Orthonormal columns near those of X and orthogonal to those of U, whatever the rank of X.
 
     Björck's iteration on `X - U U^H X`; the directions that it leaves without length are given columns of a
-    chirped DFT with little energy in the span, and it begins anew, `rounds` times. X `(..., n, r)` with
-    `r + k <= n`; U `(..., n, k)` orthonormal.
+    chirped DFT with little energy in the span, and it begins anew, twice. X `(..., n, r)` with `r + k <= n`;
+    U `(..., n, k)` orthonormal.
     """
-    n, r = X.shape[-2:]
-
-    def outside(X: Tensor) -> Tensor:
-        return X if U is None else X - U @ (U.mH @ X)
-
     X = _scale(X, (_energy(X).sum(-2, keepdim=True) + TINY).rsqrt())
-    for turn in range(rounds):
-        X = outside(X)
-        G = X.mH @ X
-        F = _inverse_root(G, FILL)
-        X, left = X @ F, _eye(G) - F.mH @ G @ F
-        basis = dft_basis(n, X, (turn + 1) * 0.381966)
-        span = X if U is None else torch.cat([U, X], -1)
-        X = X + _columns(basis, -_energy(basis.mH @ span).sum(-1), r) @ left
-    X = outside(X)
-    X = X @ _inverse_root(X.mH @ X, FILL)
-    for _ in range(2):
-        X = bjorck(outside(X), 2)
-    return X
+    return _filled(_outside(X, U), U)
+
+
+def _outside(X: Tensor, U: Tensor | None) -> Tensor:
+    return X if U is None else X - U @ (U.mH @ X)
+
+
+def _least(span: Tensor, columns: int, chirp: float = 0.0) -> Tensor:
+    """Which columns of a DFT basis have the least energy in the span, `(..., columns)`."""
+    with torch.no_grad():
+        turn = dft_basis(span.shape[-2], span, chirp)[:, :1].conj() * math.sqrt(span.shape[-2])
+        # the FFT refuses an empty batch
+        turned = torch.fft.fft(span * turn, dim=-2, norm="ortho") if span.numel() else span
+        energy = _energy(turned).sum(-1)
+        return energy.sort(dim=-1, stable=True).indices[..., :columns]
+
+
+def _filled(X: Tensor, U: Tensor | None) -> Tensor:
+    """`orthonormal_fill` of columns of norm at most 1 outside U."""
+    for turn in range(ROUNDS):
+        F, E = _inverse_root(X.mH @ X, FILL)
+        left, X = E @ E @ (0.75 * _eye(E) + 0.25 * E), X @ F
+        chirp = (turn + 1) * 0.381966
+        free = _least(X if U is None else torch.cat([U, X], -1), X.shape[-1], chirp)
+        X = _outside(X + dft_basis(X.shape[-2], X, chirp).mT[free].mT @ left, U)
+    X = _outside(X @ _inverse_root(X.mH @ X, FILL)[0], U)
+    return _straighten(_straighten(X))
 
 
 def complete(U: Tensor, columns: int) -> Tensor:
@@ -301,9 +322,10 @@ def complete(U: Tensor, columns: int) -> Tensor:
     """
     if columns == U.shape[-1]:
         return U
-    basis = dft_basis(U.shape[-2], U)
-    free = _columns(basis, -_energy(basis.mH @ U).sum(-1), columns - U.shape[-1])
-    return torch.cat([U, orthonormal_fill(free, U)], -1)
+    n, k = U.shape[-2:]
+    free = _least(U, columns - k)
+    X = dft_basis(n, U).mT[free].mT
+    return torch.cat([U, _filled(_outside(X, U), U)], -1)
 
 
 def refine_span(

@@ -1,0 +1,1 @@
+"""Benchmarks of every stem, of the network and of the decompositions that they stand in for."""

@@ -1,0 +1,557 @@
+"""Every stem, the training step and inference against eager, `torch.compile` and the decompositions.
+
+`lomacs-fast bench`, `pytest benchmarks/` and `gpu_acceptance.sh` run these same cases. A variant is timed
+only where its values and gradients are right; variants take turns, so that drift and load fall on all.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lomacs_fast
+from lomacs_fast import functional, metrics, reference, use_backend
+from lomacs_fast.benchmarks import stems
+from lomacs_fast.cli import processor_name
+from lomacs_fast.data.generator import SCENARIOS, ChannelGenerator
+
+Call = Callable[[], Sequence[Tensor]]
+Row = dict[str, Any]
+
+MAIN = ((stems.Size(64, 64, 32), 256), (stems.Size(128, 128, 64), 64))
+SMALL = stems.Size(64, 64, 32)
+# channels in a slot of 273 resource blocks and 16 users; a quarter of them at four times the size
+SLOT = {64: 4368, 128: 1092}
+BATCHES = (1, 4, 16, 64, 256, 1024, 4096)
+SIDES = (16, 32, 48, 64, 96, 128)
+LOSS_WEIGHTS = (0.4, 0.3, 0.3, 0.2)
+EPS = torch.finfo(torch.float32).eps
+ACTIVE = 16
+# a percentile is given from so many repeats on
+TAIL = 100
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure and for how long.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        quick: the first main size and batch 1, and `torch.compile` only for the network.
+        seconds: of timing a variant of a case.
+        stems: those measured; all when empty. "network" and "inference" count as stems.
+        end: on the clock of `time.monotonic`: no case begins after it.
+        sweeps: also time against batch and against size.
+        compiled: whether `torch.compile` of the eager functions is a variant.
+    """
+
+    device: str = "cpu"
+    quick: bool = False
+    seconds: float = 1.0
+    stems: tuple[str, ...] = ()
+    end: float = float("inf")
+    sweeps: bool = True
+    compiled: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """Variants that do the same work: `variants` by name, eager first; `macs` and `bytes` are the batch's.
+
+    A variant outside `alike` computes something else, a decomposition; its error is in `errors`.
+    """
+
+    stem: str
+    function: str
+    size: str
+    batch: int
+    backward: bool
+    device: str
+    variants: Mapping[str, Call]
+    exact: Sequence[Tensor]
+    factor: float
+    macs: float
+    bytes: float
+    compared: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
+    alike: Sequence[str] = ("eager", "torch.compile", "ours")
+    errors: Mapping[str, float] | None = None
+    kind: str = "main"
+
+
+class Machine:
+    """What floors are counted against, measured in this process.
+
+    Attributes:
+        product: multiply-adds a second of a float32 matrix product, the best of some.
+        copy: bytes a second, read and written, of a copy that no cache holds.
+    """
+
+    def __init__(self, device: str) -> None:
+        n, count = (1024, 1 << 25) if device == "cpu" else (8192, 1 << 29)
+        a = torch.randn(n, n, device=device)
+        source, target = (torch.empty(count, device=device).zero_() for _ in range(2))
+        self.product = n**3 / min(seconds(partial(torch.mm, a, a), device) for _ in range(8))
+        self.copy = 8 * count / min(seconds(partial(target.copy_, source), device) for _ in range(5))
+
+    def floor(self, case: Case) -> tuple[float, str]:
+        """The least time that arithmetic or memory allow the case in seconds, and which of the two binds."""
+        times = {"arithmetic": case.macs / self.product, "memory": case.bytes / self.copy}
+        bound = max(times, key=times.__getitem__)
+        return times[bound], bound
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    """Wall time of one call, the device's work included."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def timer(call: Callable[[], Any], device: str) -> Callable[[], float]:
+    """What times one run of `call`: the clock on a CPU, replays of a captured graph on a device."""
+    if device == "cpu":
+        return partial(seconds, call, device)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+
+    def replay(times: int = 10) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(times):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / times
+
+    return replay
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int:
+    """The largest sum of torch's allocations during a call, what it returns included."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activity = torch.profiler.ProfilerActivity.CPU
+    with (
+        metrics.quiet_profiler(),
+        torch.profiler.profile(activities=[activity], profile_memory=True) as profiler,
+    ):
+        call()
+    held = peak = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def largest_error(values: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest relative L2 error of the tensors; NaN where a value is not finite."""
+    norm = torch.linalg.vector_norm
+    pairs = zip(values, exact, strict=True)
+    return max(float(norm(x.detach() - y) / norm(y).clamp_min(1e-300)) for x, y in pairs)
+
+
+def _reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
+
+
+def _quantile(times: Sequence[float], q: float) -> float:
+    return float(torch.tensor(times, dtype=torch.float64).quantile(q))
+
+
+def measure(case: Case, machine: Machine, budget: float) -> list[Row]:
+    """A row a variant: checked against `exact`, then timed in turns for `budget` seconds a variant.
+
+    A variant is wrong where its error is above `factor` times eager's plus 4 eps: it gets no time.
+    """
+    found: dict[str, float | None] = {}
+    trouble: dict[str, str] = {}
+    for name, call in case.variants.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = call()
+            if name in case.alike:
+                found[name] = largest_error(case.compared(result), case.exact)
+            elif case.errors is not None:
+                found[name] = case.errors.get(name)
+        except Exception as failure:
+            trouble[name] = f"failed: {_reason(failure)}"
+    bound = case.factor * (found.get("eager") or 0.0) + 4 * EPS
+    for name in case.alike:
+        error = found.get(name)
+        if error is not None and not error <= bound:
+            trouble[name] = f"wrong: error {error:.1e}, eager {found.get('eager', 0.0):.1e}"
+    timers: dict[str, Callable[[], float]] = {}
+    peaks: dict[str, int] = {}
+    for name, call in case.variants.items():
+        if name in trouble:
+            continue
+        try:
+            timers[name] = timer(call, case.device)
+            peaks[name] = peak_bytes(call, case.device)
+        except Exception as failure:
+            trouble[name] = f"failed: {_reason(failure)}"
+            timers.pop(name, None)
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    order, begin, turn = list(timers), time.perf_counter(), 0
+    while order and (time.perf_counter() - begin < budget * len(order) or turn < 5) and turn < 2000:
+        for i in range(len(order)):
+            name = order[(turn + i) % len(order)]
+            times[name].append(timers[name]())
+        turn += 1
+    floor_s, bound_by = machine.floor(case)
+    rows = []
+    for name in case.variants:
+        row: Row = {
+            "stem": case.stem,
+            "function": case.function,
+            "pass": "forward+backward" if case.backward else "forward",
+            "size": case.size,
+            "batch": case.batch,
+            "device": case.device,
+            "variant": name,
+            "kind": case.kind,
+            "median_s": None,
+            "ratio_to_eager": None,
+            "floor_s": floor_s,
+            "bound": bound_by,
+            "macs": case.macs,
+            "bytes": case.bytes,
+            "error": found.get(name),
+        }
+        if name in times:
+            middle = median(times[name])
+            row |= {
+                "median_s": middle,
+                "p99_s": _quantile(times[name], 0.99) if turn >= TAIL else None,
+                "spread": (_quantile(times[name], 0.75) - _quantile(times[name], 0.25)) / middle,
+                "times_the_floor": middle / floor_s if floor_s else None,
+                "peak_bytes": peaks[name],
+                "repeats": turn,
+            }
+            if "eager" in times:
+                pairs = zip(times["eager"], times[name], strict=True)
+                row["ratio_to_eager"] = median(e / o for e, o in pairs)
+        else:
+            row["trouble"] = trouble[name]
+        rows.append(row)
+    return rows
+
+
+def _counted(call: Callable[[], Any]) -> float:
+    """Real multiply-adds of a call of ours, forward and backward as they run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return metrics.true_macs(call, samples=1)
+
+
+def _bytes(*groups: Sequence[Tensor]) -> float:
+    return float(sum(x.numel() * x.element_size() for group in groups for x in group))
+
+
+def function_case(
+    case: stems.Case, size: stems.Size, batch: int, backward: bool, device: str, compiled: bool, kind: str
+) -> Case:
+    """A public function at a size: eager, compiled where asked for, and ours as `auto` serves it."""
+    drawn = stems.tensors(case, batch, size)
+    single = stems.cast(drawn, device)
+    exact = stems.call(case, reference, stems.cast(drawn, device, double=True), backward)
+    variants = {"eager": partial(stems.call, case, reference, single, backward)}
+    if compiled:
+        torch._dynamo.reset()
+        names = {case.function: torch.compile(getattr(reference, case.function))}
+        variants["torch.compile"] = partial(stems.call, case, _Namespace(names), single, backward)
+    variants["ours"] = partial(stems.call, case, functional, single, backward)
+    outputs = stems.call(case, functional, single, False)
+    results = variants["ours"]()
+    moved = _bytes(list(single.values()), results, outputs if backward else [])
+    macs = _counted(variants["ours"])
+    return Case(
+        case.stem,
+        case.function,
+        str(size),
+        batch,
+        backward,
+        device,
+        variants,
+        exact,
+        2,
+        macs,
+        moved,
+        kind=kind,
+    )
+
+
+class _Namespace:
+    """Functions by name, as a module holds them."""
+
+    def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
+        self.__dict__.update(functions)
+
+
+def channels(size: stems.Size, batch: int, device: str) -> Tensor:
+    """Noisy covariances of the built-in generator where the size is square, else channels; unit norm."""
+    kind = "covariance" if size.M == size.N else "channel"
+    few = range(min(-(-batch // len(SCENARIOS)), 64))
+    generators = [ChannelGenerator(size.M, size.N, scenario=s, kind=kind) for s in SCENARIOS]
+    H = torch.stack([g.batch(few).input for g in generators], 1).flatten(0, 1)
+    H = H.repeat(-(-batch // len(H)), 1, 1)[:batch]
+    return (H / torch.linalg.vector_norm(H, dim=(1, 2), keepdim=True)).to(device)
+
+
+def network(kind: type[nn.Module], size: stems.Size, device: str, double: bool = False) -> nn.Module:
+    """A network of four scenarios with the same weights for every kind."""
+    torch.manual_seed(0)
+    net = reference.LoMACSSVDNet(*size, 4)
+    made = net if kind is reference.LoMACSSVDNet else kind(*size, 4)
+    made.load_state_dict(net.state_dict())
+    return made.to(device, torch.float64 if double else torch.float32)
+
+
+def step(net: nn.Module, loss: nn.Module, H: Tensor, sid: Tensor, optimizer: Any = None) -> list[Tensor]:
+    """Forward, AE+ loss and backward; with an optimizer also clipping and its step. Loss and gradients."""
+    parameters = list(net.parameters())
+    U, S, V, _ = net(H, sid)
+    value = loss(U, S, V, H, *LOSS_WEIGHTS)
+    gradients = torch.autograd.grad(value, parameters)
+    if optimizer is not None:
+        for p, g in zip(parameters, gradients, strict=True):
+            p.grad = g
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    return [value.detach(), *gradients]
+
+
+def _joined(results: Sequence[Tensor]) -> Sequence[Tensor]:
+    # one vector of all gradients: a single small one may be rounding alone
+    return [results[0], torch.cat([g.flatten() for g in results[1:]])]
+
+
+def _stepper(net: nn.Module, loss: nn.Module, H: Tensor, sid: Tensor, device: str) -> Call:
+    # a captured graph holds the whole step only where the optimizer can be captured
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, weight_decay=1e-4, capturable=device == "cuda")
+    return partial(step, net, loss, H, sid, optimizer)
+
+
+def training_case(size: stems.Size, batch: int, device: str, compiled: bool, kind: str) -> Case:
+    """Forward, loss, backward, clipping and AdamW of the published network."""
+    H, sid = channels(size, batch, device), torch.arange(batch, device=device) % 4
+    double = network(reference.LoMACSSVDNet, size, device, double=True)
+    exact = _joined(_stepper(double, reference.AEPlusLoss(), H.to(torch.complex128), sid, device)())
+    eager = network(reference.LoMACSSVDNet, size, device)
+    variants = {"eager": _stepper(eager, reference.AEPlusLoss(), H, sid, device)}
+    if compiled:
+        torch._dynamo.reset()
+        other = network(reference.LoMACSSVDNet, size, device)
+        compiled_net = torch.compile(other)
+        variants["torch.compile"] = _stepper(compiled_net, reference.AEPlusLoss(), H, sid, device)
+    ours = network(lomacs_fast.LoMACSSVDNet, size, device)
+    variants["ours"] = _stepper(ours, lomacs_fast.AEPlusLoss(), H, sid, device)
+    # weights, gradients and both moments of AdamW: read forward, written, read and written again
+    weights = list(ours.parameters())
+    moved = _bytes([H], *[weights] * 8)
+    macs = _counted(partial(step, ours, lomacs_fast.AEPlusLoss(), H, sid))
+    return Case(
+        "network",
+        "training step",
+        str(size),
+        batch,
+        True,
+        device,
+        variants,
+        exact,
+        4,
+        macs,
+        moved,
+        compared=_joined,
+        kind=kind,
+    )
+
+
+def _infer(net: nn.Module, H: Tensor, sid: Tensor) -> Sequence[Tensor]:
+    with torch.no_grad():
+        return net(H, sid)[:3]
+
+
+def _product(factors: Sequence[Tensor]) -> Sequence[Tensor]:
+    # columns of close singular values may change places between precisions
+    U, S, V = factors
+    return [(U * S[:, None].to(U.dtype)) @ V.mH]
+
+
+def _approximate(H: Tensor, rank: int) -> Sequence[Tensor]:
+    with torch.no_grad():
+        return lomacs_fast.approx_svd(H, rank)
+
+
+def decompositions(H: Tensor, rank: int, device: str) -> dict[str, Call]:
+    """What a user would call instead: the SVD by every driver, `eigh` for Hermitian input, the sketch."""
+    calls: dict[str, Call] = {}
+    for driver in ("gesvd", "gesvdj", "gesvda") if device == "cuda" else (None,):
+        name = f"svd {driver}" if driver else "svd"
+        calls[name] = partial(torch.linalg.svd, H, full_matrices=False, driver=driver)
+    if H.shape[-2] == H.shape[-1] and bool(torch.allclose(H, H.mH, atol=1e-6)):
+        calls["eigh"] = partial(torch.linalg.eigh, H)
+    calls["svd_lowrank"] = partial(torch.svd_lowrank, H, q=min(ACTIVE, rank))
+    return calls
+
+
+def _spectrum_error(result: Sequence[Tensor], exact: Tensor) -> float:
+    # (U, S, V) of an SVD, (values, vectors) of eigh
+    values = result[1] if len(result) == 3 else result[0].abs().flip(-1)
+    values = values.sort(-1, descending=True).values
+    k = min(ACTIVE, values.shape[-1])
+    return largest_error([values[..., :k].double()], [exact[..., :k]])
+
+
+def inference_case(size: stems.Size, batch: int, device: str, compiled: bool, kind: str) -> Case:
+    """Factors of channels: eager network, ours, frozen, `approx_svd`, and the decompositions."""
+    H, sid = channels(size, batch, device), torch.zeros(batch, dtype=torch.int64, device=device)
+    double = network(reference.LoMACSSVDNet, size, device, double=True)
+    few = min(batch, 32)
+    exact = _product(_infer(double, H[:few].to(torch.complex128), sid[:few]))
+    eager = network(reference.LoMACSSVDNet, size, device)
+    ours = network(lomacs_fast.LoMACSSVDNet, size, device)
+    variants: dict[str, Call] = {"eager": partial(_infer, eager, H, sid)}
+    if compiled:
+        torch._dynamo.reset()
+        variants["torch.compile"] = partial(_infer, torch.compile(eager), H, sid)
+    variants["ours"] = partial(_infer, ours, H, sid)
+    frozen = lomacs_fast.freeze(ours)
+    variants["frozen"] = partial(_infer, frozen, H, sid)
+    alike = tuple(variants)
+    variants["approx_svd"] = partial(_approximate, H, size.r)
+    variants |= decompositions(H, size.r, device)
+    spectrum = torch.linalg.svdvals(H[:few].to(torch.complex128))
+    errors = {
+        name: _spectrum_error([x[:few] for x in call()], spectrum)
+        for name, call in variants.items()
+        if name not in (*alike, "approx_svd")
+    }
+    macs = _counted(variants["ours"])
+    moved = _bytes([H], variants["frozen"]())
+    return Case(
+        "inference",
+        "U, S, V",
+        str(size),
+        batch,
+        False,
+        device,
+        variants,
+        exact,
+        4,
+        macs,
+        moved,
+        compared=lambda factors: _product([x[:few] for x in factors]),
+        alike=alike,
+        errors=errors,
+        kind=kind,
+    )
+
+
+def cases(options: Options) -> Iterator[Callable[[], Case]]:
+    """The suite, the network first; each is made when its turn comes."""
+    device = options.device
+    wanted = options.stems or tuple(dict.fromkeys([*(c.stem for c in stems.CASES), "network", "inference"]))
+    main = [(s, SLOT[s.M] if device == "cuda" else b, b) for s, b in MAIN]
+    main = main[:1] if options.quick else main
+    whole = options.compiled
+    for size, slot, batch in main:
+        if "network" in wanted:
+            yield partial(training_case, size, batch, device, whole, "main")
+        if "inference" in wanted:
+            yield partial(inference_case, size, slot, device, whole, "main")
+    if "inference" in wanted:
+        yield partial(inference_case, SMALL, 1, device, whole and not options.quick, "latency")
+    compiled = options.compiled and not options.quick
+    sizes = [(size, batch, "main") for size, _, batch in main] + [(SMALL, 1, "latency")]
+    for size, batch, kind in sizes:
+        for case in stems.CASES:
+            if case.stem in wanted:
+                for backward in (False, True):
+                    yield partial(
+                        function_case, case, size, batch, backward, device, compiled and kind == "main", kind
+                    )
+    if options.sweeps and "inference" in wanted:
+        for batch in BATCHES[:5:2] if options.quick else BATCHES:
+            yield partial(inference_case, SMALL, batch, device, False, "batch")
+        for side in () if options.quick else SIDES:
+            size = stems.Size(side, side, side // 2)
+            yield partial(inference_case, size, 64, device, False, "size")
+
+
+def facts(device: str) -> dict[str, Any]:
+    """Versions, processor or device, threads and date."""
+    found: dict[str, Any] = {
+        "date": str(date.today()),
+        "lomacs_fast": lomacs_fast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }
+    if device == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
+
+
+def run(options: Options, each: Callable[[list[Row]], None] = lambda rows: None) -> dict[str, Any]:
+    """Measure the suite; `each` is told the rows of every case as it ends.
+
+    Returns:
+        Facts of the machine with its measured rates, `cases` (the rows), and `left_out`, the number of cases
+        that did not begin before `options.end`.
+
+    Raises:
+        ValueError: for a stem that the suite does not have, and for CUDA where there is no device.
+    """
+    known = {*(c.stem for c in stems.CASES), "network", "inference"}
+    for stem in options.stems:
+        if stem not in known:
+            raise ValueError(f"stem must be one of {', '.join(sorted(known))}, got {stem!r}")
+    if options.device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {options.device!r}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu here: torch sees no CUDA device")
+    with use_backend("auto"):
+        machine = Machine(options.device)
+        rows: list[Row] = []
+        left = 0
+        for make in cases(options):
+            if time.monotonic() > options.end:
+                left += 1
+                continue
+            made = measure(make(), machine, options.seconds)
+            rows += made
+            each(made)
+    rates = {"product_gmacs": machine.product / 1e9, "copy_gb": machine.copy / 1e9}
+    return facts(options.device) | rates | {"quick": options.quick, "left_out": left, "cases": rows}
