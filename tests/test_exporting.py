@@ -86,7 +86,7 @@ class TestTwin:
             real_twin(net)
         net = network()
         net.norm.eps = 1.0
-        with pytest.raises(ValueError, match=r"net must compute what its state says, its U diag"):
+        with pytest.raises(ValueError, match=r"net must compute what its config and state say, its U diag"):
             export_onnx(net, tmp_path / "net.onnx")
         net = network()
         net.freq_gate.temperature = 3.0
