@@ -150,7 +150,10 @@ def _rebuild(ours: type[nn.Module], kind: type[nn.Module]) -> nn.Module:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return type(module) in OURS or type(module) in JOINED.values()
+    kind = type(module)
+    # what we have no published class of, as a frozen network
+    other = kind.__module__.split(".")[0] == "lomacs_fast" and kind.__name__ not in RECIPES
+    return kind in OURS or kind in JOINED.values() or other
 
 
 def _configs(recipe: _Recipe, module: nn.Module) -> Iterator[dict[str, Any]]:

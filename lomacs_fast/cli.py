@@ -485,7 +485,10 @@ def _evaluate(args: Any) -> None:
     folder = None if args.figures is None else _output_folder(args.figures, args.overwrite)
     part = args.part
     result = evaluate_network(net, info, scenarios, part=part, batch_size=args.batch_size)
-    keys = ("samples", "ae", "rec", "ortho_u", "ortho_v", "profiler_macs_m", "true_macs_m", "score")
+    keys = (
+        *("samples", "ae", "rec", "ortho_u", "ortho_v"),
+        *("profiler_macs_m", "true_macs_m", "fast_true_macs_m", "score"),
+    )
     rows = [[name, *[entry[k] for k in keys]] for name, entry in result["scenarios"].items()]
     rows.append(["all", *[result[k] for k in keys]])
     if args.svd:

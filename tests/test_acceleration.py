@@ -291,6 +291,8 @@ def test_ours_are_not_touched_and_the_reference_is_swapped():
     assert not report.swapped
     assert not report.left
     assert str(report) == "nothing to swap"
+    report = accelerate(nn.ModuleList([lomacs_fast.freeze(ours), lomacs_fast.SpectralRefiner(3, 2)]))
+    assert not report.left
     eager = lomacs_fast.reference.LoMACSSVDNet(8, 8, 3, 2, dim=8, groups=2, k_len=4)
     report = accelerate(eager)
     assert "" in report.swapped

@@ -16,7 +16,7 @@ import yaml
 
 from lomacs_fast.cli import COMMANDS, EXAMPLES, main
 from lomacs_fast.data.output import load_predictions
-from lomacs_fast.metrics import truncated_svd
+from lomacs_fast.metrics import eager_twin, true_macs, truncated_svd
 from lomacs_fast.training import load_network, read_checkpoint
 
 SIZES = ["--size", "16x16x4"]
@@ -126,11 +126,15 @@ def test_evaluate_writes_the_promised_keys(trained, data, tmp_path, capsys):
     words = ["evaluate", "--checkpoint", str(trained / "best.ckpt"), "--data", str(data), "--svd"]
     assert main([*words, "--json", str(target), "--figures", str(tmp_path / "figures")]) == 0
     result = json.loads(target.read_text())
-    keys = {"ae", "rec", "ortho_u", "ortho_v", "profiler_macs_m", "true_macs_m", "score"}
+    macs = {"profiler_macs_m", "true_macs_m", "fast_true_macs_m"}
+    keys = {"ae", "rec", "ortho_u", "ortho_v", "score"} | macs
     for entry in (result, *result["scenarios"].values()):
         assert keys <= entry.keys()
         assert entry["ae"] == pytest.approx(entry["rec"] + entry["ortho_u"] + entry["ortho_v"])
         assert entry["score"] == pytest.approx(100 * entry["ae"] + entry["profiler_macs_m"])
+    net, _ = load_network(trained / "best.ckpt")
+    assert result["true_macs_m"] == true_macs(eager_twin(net)) / 1e6
+    assert result["fast_true_macs_m"] == true_macs(net) / 1e6
     assert set(result["scenarios"]) == {"1", "2"}
     assert result["ae"] == pytest.approx(sum(s["ae"] for s in result["scenarios"].values()) / 2)
     assert result["svd"]["ae"] < 0.3

@@ -229,6 +229,8 @@ class TestCopies:
         frozen, H = freeze(network()), channels()
         want = frozen(H, 1)
         other = way(frozen)
+        # what it remembers goes by the identities of the original's buffers
+        assert other._last is None
         assert same(other(H, 1), want)
         other.table.zero_()
         assert not same(other(H, 1), want)
@@ -276,12 +278,36 @@ def test_hooks_of_the_state_are_called():
     assert (other.pos == 3).all()
 
 
-def test_hooks_of_blocks_are_called():
-    net, seen = network(), []
-    for name in ("blocks.0", "blocks.0.0", "blocks.1.1", "norm", "u_head", "ortho_refine"):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["freq_gate"],
+        ["input_proj"],
+        ["blocks.0", "blocks.1"],
+        ["blocks.0.0", "blocks.0.1", "blocks.1.0", "blocks.1.1"],
+        ["norm", "u_head", "v_head", "s_head", "ortho_refine"],
+    ],
+    ids=str,
+)
+def test_hooks_of_parts_are_called(names):
+    net, seen, H = network(dtype=torch.float64), [], channels(dtype=torch.complex128)
+    want = net(H, scenes())
+    for name in names:
         net.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
-    net(channels(), scenes())
-    assert sorted(seen) == sorted(["blocks.0", "blocks.0.0", "blocks.1.1", "norm", "u_head", "ortho_refine"])
+    got = net(H, scenes())
+    assert sorted(seen) == sorted(names)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+def test_what_a_hook_returns_counts():
+    net, H = network(), channels()
+    net.input_proj.register_forward_hook(lambda module, args, out: out + 1)
+    other = network()
+    with torch.no_grad():
+        other.pos += 1
+    for x, y in zip(net(H, scenes()), other(H, scenes()), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
 
 
 class TestMeta:

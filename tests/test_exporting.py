@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ class TestTwin:
             real_twin(net)
         net = network()
         net.norm.eps = 1.0
-        with pytest.raises(ValueError, match=r"net must compute what its state says, its U diag"):
+        with pytest.raises(ValueError, match=r"net must compute what its config and state say, its U diag"):
             export_onnx(net, tmp_path / "net.onnx")
         net = network()
         net.freq_gate.temperature = 3.0
@@ -220,7 +221,11 @@ def test_exported_whole(kind, layout, tmp_path):
 @pytest.mark.usefixtures("native")
 def test_a_frozen_network_exports_with_the_mean_scene():
     frozen, H = freeze(network()), channels(dtype=torch.complex64)
-    loaded = torch.export.export(frozen, (H,)).module()
+    frozen(H)
+    with warnings.catch_warnings():
+        # said where tracing leaves something of its own in the module
+        warnings.simplefilter("error", UserWarning)
+        loaded = torch.export.export(frozen, (H,)).module()
     for x, y in zip(loaded(H), frozen(H), strict=True):
         assert torch.equal(x, y)
 
@@ -256,9 +261,10 @@ def test_an_aotinductor_package_runs_in_another_process(kind, tmp_path):
             [sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, timeout=300
         )
 
-    without = run("leave")
-    assert without.returncode
-    assert "lomacs::" in without.stderr
+    if not frozen:
+        without = run("leave")
+        assert without.returncode
+        assert "lomacs::" in without.stderr
     done = run("load")
     assert done.returncode == 0, done.stderr
     exact = freeze(double) if frozen else double

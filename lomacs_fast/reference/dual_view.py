@@ -27,6 +27,13 @@ def coarse_map(Hd: Tensor) -> Tensor:
     return nn.functional.interpolate(pooled, size=Hd.shape[-2:], mode="bilinear", align_corners=False)
 
 
+def both_views(Hd: Tensor) -> Tensor:
+    """`[raw_m, coarse_m]` of every token, real `(B, M, 4N)`; see `dual_view_project`."""
+    raw = real_view(Hd).flatten(-2)
+    coarse = coarse_map(Hd).permute(0, 2, 3, 1).flatten(-2)
+    return torch.cat([raw, coarse], -1)
+
+
 def dual_view_project(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
     """Tokens `X_m = W [raw_m, coarse_m] + b + pos_m`.
 
@@ -42,9 +49,7 @@ def dual_view_project(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> 
     Returns:
         Real `(B, M, d)`.
     """
-    raw = real_view(Hd).flatten(-2)
-    coarse = coarse_map(Hd).permute(0, 2, 3, 1).flatten(-2)
-    return nn.functional.linear(torch.cat([raw, coarse], -1), weight, bias) + pos
+    return nn.functional.linear(both_views(Hd), weight, bias) + pos
 
 
 def gate_project(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import integer, number, positive
-from .dual_view import gate_project, real_view
+from .dual_view import both_views, gate_project, real_view
 from .freq_gate import AxialLowRankFreqGate
 from .gated_conv import GatedConv1D
 from .ortho import NeuralOrthoRefiner, column_normalize
@@ -194,10 +194,7 @@ class LoMACSSVDNet(nn.Module):
     def forward(self, H: Tensor, sid: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         H = self._complex_input(H)
         scene = self._scene_input(sid, H)
-        gate, project = self.freq_gate, self.input_proj
-        x, Hd = self.functions.gate_project(
-            H, *gate.weights, gate.temperature, project.weight, project.bias, self.pos
-        )
+        x, Hd = self._front(H)
         for block in self.blocks:
             x = _residual(cast(nn.Sequential, block), x)
         feat = self.norm(x.mean(1)) + self.scene_emb(scene)
@@ -208,6 +205,16 @@ class LoMACSSVDNet(nn.Module):
         U, S, V = self._tail(U, V, s + 1e-6, Hd)
         alive = real_view(H).ne(0).flatten(1).any(-1, keepdim=True)
         return U, torch.where(alive, S, 0), V, Hd
+
+    def _front(self, H: Tensor) -> tuple[Tensor, Tensor]:
+        gate, project = self.freq_gate, self.input_proj
+        if _unhooked(gate, project):
+            return self.functions.gate_project(
+                H, *gate.weights, gate.temperature, project.weight, project.bias, self.pos
+            )
+        Hf = torch.fft.fft2(H, norm="ortho")
+        Hd = torch.fft.ifft2(Hf * gate(Hf), norm="ortho")
+        return project(both_views(Hd)) + self.pos, Hd
 
     def _tail(self, U: Tensor, V: Tensor, S: Tensor, Hd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         refiner, f = self.ortho_refine, self.functions
