@@ -29,7 +29,7 @@ def floor_macs(M: int, N: int, r: int, backward: bool) -> int:
 def inputs(
     M: int, N: int, r: int, batch: int, dtype: torch.dtype = torch.complex64
 ) -> tuple[torch.Tensor, ...]:
-    """Nearly orthonormal factors of a noisy low-rank channel: what the loss sees in training."""
+    """Nearly orthonormal factors of a noisy low-rank channel, contiguous: what the loss sees in training."""
     generator = torch.Generator().manual_seed(0)
     real = torch.float64 if dtype == torch.complex128 else torch.float32
 
@@ -39,7 +39,8 @@ def inputs(
     U, V = (torch.linalg.qr(normal(batch, n, r))[0] + 0.02 * normal(batch, n, r) for n in (M, N))
     S = torch.rand(batch, r, dtype=torch.float64, generator=generator).sort(-1, descending=True).values
     H = U * S[:, None] @ V.mH + 0.01 * normal(batch, M, N)
-    return U.to(dtype), S.to(real), V.to(dtype), H.to(dtype)
+    # a QR factor lies column by column: left so, its copies would be timed with the loss
+    return U.to(dtype).contiguous(), S.to(real), V.to(dtype).contiguous(), H.to(dtype)
 
 
 def call(module: Any, tensors: tuple[torch.Tensor, ...], backward: bool) -> tuple[torch.Tensor, ...]:

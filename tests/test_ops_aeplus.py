@@ -2,6 +2,7 @@
 
 import itertools
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,6 +282,39 @@ def test_a_gradient_of_one_is_not_copied(monkeypatch):
     assert len(shared) == 4
     (OP(*raw(*args))[0] * 2).backward()
     assert len(shared) == 4
+
+
+def resident(name):
+    """Bytes of this process: `VmRSS` now, `VmHWM` at most since the last reset."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_peak_memory_is_the_gradients_and_a_few_blocks_a_thread(threads):
+    M, N, r, B = 64, 48, 32, 1024
+    U, S, V, H = (torch.rand(B, *shape, dtype=torch.complex64) for shape in ((M, r), (r,), (N, r), (M, N)))
+    S = S.real.contiguous()
+    leaves = [x.requires_grad_() for x in (U, S, V)]
+    gradients, block = sum(x.nbytes for x in leaves), 8 * M * N
+    before_threads = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        # what the first call loads, and the threads' own heaps, are not the op's
+        functional.aeplus_loss(*(x[:8] for x in leaves), H[:8], **WEIGHTS)[0].backward()
+        for x in leaves:
+            x.grad = None
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError as error:
+            pytest.skip(f"the peak cannot be reset: {error}")
+        before = resident("VmRSS")
+        functional.aeplus_loss(*leaves, H, **WEIGHTS)[0].backward()
+        extra = resident("VmHWM") - before
+    finally:
+        torch.set_num_threads(before_threads)
+    assert all(x.grad is not None for x in leaves)
+    assert extra <= gradients + 32 * block * threads + 2**21, (extra, gradients)
 
 
 @pytest.mark.parametrize("scale", [1, 0.5])

@@ -40,11 +40,7 @@ void run(const AEPlus<T>& job, std::int64_t B) {
   // a share of less than about 20 us is not worth a thread
   const std::int64_t grain = std::max<std::int64_t>(1, (1 << 17) / (job.M * job.N * job.r));
   torch::stable::parallel_for(0, B, grain, [&](std::int64_t begin, std::int64_t end) {
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) return avx512::aeplus_samples(job, begin, end);
-    if (isa == Isa::avx2) return avx2::aeplus_samples(job, begin, end);
-#endif
-    portable::aeplus_samples(job, begin, end);
+    LOMACS_DISPATCH(isa, aeplus_samples(job, begin, end));
   });
 }
 

@@ -17,33 +17,19 @@ struct Scratch {
 
   // columns and rows beyond the matrices enter sums and transposed squares, so they are zero
   explicit Scratch(const AEPlus<T>& job)
-      : arena([&](const auto& take) { lay_out(job, take); }, job.r % panel<T> || job.N % lanes<T>) {}
+      : arena([&](Arena<T>& a) { plan(a, job); }, job.r % panel<T> || job.N % lanes<T>) {}
 
-  template <typename Take>
-  void lay_out(const AEPlus<T>& job, const Take& take) {
+  void plan(Arena<T>& arena, const AEPlus<T>& job) {
     const std::int64_t M = job.M, N = job.N, r = job.r;
-    const std::int64_t square = (r + lanes<T> - 1) / lanes<T> * lanes<T>;
-    const std::int64_t tall = (N + lanes<T> - 1) / lanes<T> * lanes<T>;
-    const auto panels = [&](std::int64_t rows, std::int64_t columns) {
-      return Panels<T>{take(Panels<T>::size(rows, columns)), rows};
-    };
-    U = panels(M, r);
-    V = panels(tall, r);
-    Vh = panels(square, tall);
-    Mh = panels(square, r);
-    Gu = panels(square, r);
-    Gv = panels(square, r);
-    A = panels(square, r);
-    B = panels(square, r);
-    C = panels(square, r);
-    X = take(2 * std::max(M, N) * r);
-    US = take(2 * M * r);
-    SG = take(2 * r * r);
-    E = take(2 * M * N);
-    s = take(square);
-    re = take(square);
-    im = take(square);
-    e = take(square);
+    U = take_panels(arena, M, r);
+    V = take_squares(arena, N, r);
+    Vh = take_squares(arena, r, whole<T>(N));
+    for (Panels<T>* square : {&Mh, &Gu, &Gv, &A, &B, &C}) *square = take_squares(arena, r, r);
+    X = arena.take(2 * std::max(M, N) * r);
+    US = arena.take(2 * M * r);
+    SG = arena.take(2 * r * r);
+    E = arena.take(2 * M * N);
+    for (T** row : {&s, &re, &im, &e}) *row = take_row(arena, r);
   }
 };
 

@@ -131,6 +131,28 @@ struct Panels {
 };
 
 template <typename T>
+Panels<T> take_panels(Arena<T>& arena, std::int64_t rows, std::int64_t columns) {
+  return {arena.take(Panels<T>::size(rows, columns)), rows};
+}
+
+template <typename T>
+std::int64_t whole(std::int64_t n) {
+  return (n + lanes<T> - 1) / lanes<T> * lanes<T>;
+}
+
+// in whole squares of vectors, as transposing takes them
+template <typename T>
+Panels<T> take_squares(Arena<T>& arena, std::int64_t rows, std::int64_t columns) {
+  return take_panels(arena, whole<T>(rows), columns);
+}
+
+// whole vectors
+template <typename T>
+T* take_row(Arena<T>& arena, std::int64_t n) {
+  return arena.take(whole<T>(n));
+}
+
+template <typename T>
 LOMACS_TARGET void pack(const T* x, std::int64_t rows, std::int64_t columns, Panels<T> to) {
   for (std::int64_t j = 0; j < columns; j += lanes<T>) {
     T* p = to.at(0, j / lanes<T>);

@@ -41,11 +41,7 @@ void forward(const Sizes& z, const Tensor& Hd, const Tensor& weight, const Tenso
   T* to = output<T>(X);
   const Isa isa = choose_isa();
   torch::stable::parallel_for(0, z.B, share_of(z.M * z.N * z.d), [&](std::int64_t begin, std::int64_t end) {
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) return avx512::project_samples(job, from, to, begin, end);
-    if (isa == Isa::avx2) return avx2::project_samples(job, from, to, begin, end);
-#endif
-    portable::project_samples(job, from, to, begin, end);
+    LOMACS_DISPATCH(isa, project_samples(job, from, to, begin, end));
   });
 }
 
@@ -61,11 +57,7 @@ void backward(const Sizes& z, const Tensor& gX, const Tensor& Hd, const Tensor& 
   const Isa isa = choose_isa();
   torch::stable::parallel_for(
       0, chunks, share_of(job.chunk * z.M * z.N * z.d), [&](std::int64_t begin, std::int64_t end) {
-#if defined(__x86_64__)
-        if (isa == Isa::avx512) return avx512::project_chunks_back(job, g, x, to, sums, z.B, begin, end);
-        if (isa == Isa::avx2) return avx2::project_chunks_back(job, g, x, to, sums, z.B, begin, end);
-#endif
-        portable::project_chunks_back(job, g, x, to, sums, z.B, begin, end);
+        LOMACS_DISPATCH(isa, project_chunks_back(job, g, x, to, sums, z.B, begin, end));
       });
   if (!gw) return;
 

@@ -141,11 +141,7 @@ void forward(const Sizes& z, Front<T>& front, Tensor& Hd, Tensor& norms, bool no
   job.Hd = output<T>(Hd), job.norms = output<T>(norms, normalize);
   const Isa isa = choose_isa();
   torch::stable::parallel_for(0, z.B, share_of(operations(z)), [&](std::int64_t begin, std::int64_t end) {
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) return avx512::gate_samples(job, begin, end);
-    if (isa == Isa::avx2) return avx2::gate_samples(job, begin, end);
-#endif
-    portable::gate_samples(job, begin, end);
+    LOMACS_DISPATCH(isa, gate_samples(job, begin, end));
   });
 }
 
@@ -173,11 +169,7 @@ void backward(const Sizes& z, Front<T>& front, Tensor& gH, const std::vector<Ten
   const Isa isa = choose_isa();
   const std::int64_t grain = share_of(2 * job.chunk * operations(z));
   torch::stable::parallel_for(0, chunks, grain, [&](std::int64_t begin, std::int64_t end) {
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) return avx512::gate_chunks_back(job, z.B, begin, end);
-    if (isa == Isa::avx2) return avx2::gate_chunks_back(job, z.B, begin, end);
-#endif
-    portable::gate_chunks_back(job, z.B, begin, end);
+    LOMACS_DISPATCH(isa, gate_chunks_back(job, z.B, begin, end));
   });
   if (!weights) return;
   const std::vector<double> total = sum_of_chunks(partial, count);
@@ -256,11 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_project(const Tensor& H, const Tensor& r
     projection.forward(pointer<T>(bias), pointer<T>(pos));
     T* x = output<T>(X);
     torch::stable::parallel_for(0, z.B, share_of(operations(z)), [&](std::int64_t begin, std::int64_t end) {
-#if defined(__x86_64__)
-      if (isa == Isa::avx512) return avx512::gate_and_project_samples(job, projection, x, begin, end);
-      if (isa == Isa::avx2) return avx2::gate_and_project_samples(job, projection, x, begin, end);
-#endif
-      portable::gate_and_project_samples(job, projection, x, begin, end);
+      LOMACS_DISPATCH(isa, gate_and_project_samples(job, projection, x, begin, end));
     });
   };
   if (dtype == ScalarType::Float) run(float{});
@@ -282,11 +270,7 @@ FrontStage<T> stages::front(const FrontWeights<T>& w) {
   return [front, projection, isa](const T* H, std::int64_t n, T* Hd, T* norms, T* X) {
     Gate<T> job = front->job;
     job.H = H, job.Hd = Hd, job.norms = norms, job.normalize = true;
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) return avx512::gate_and_project_samples(job, *projection, X, 0, n);
-    if (isa == Isa::avx2) return avx2::gate_and_project_samples(job, *projection, X, 0, n);
-#endif
-    portable::gate_and_project_samples(job, *projection, X, 0, n);
+    LOMACS_DISPATCH(isa, gate_and_project_samples(job, *projection, X, 0, n));
   };
 }
 

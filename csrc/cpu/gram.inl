@@ -9,44 +9,6 @@ namespace {
 
 constexpr double normal_eps = 1e-8;
 
-// The scratch of one thread. `plan` is run twice, to measure and to hand out.
-template <typename T>
-class Arena {
- public:
-  template <typename Plan>
-  explicit Arena(bool zeros, Plan&& plan) {
-    plan(*this);
-    memory_ = next_ = allocate<T>(size_);
-    plan(*this);
-    // columns and rows beyond the matrices enter transposed squares
-    if (zeros) std::memset(static_cast<void*>(memory_), 0, sizeof(T) * static_cast<std::size_t>(size_));
-  }
-  ~Arena() { release(memory_); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-
-  T* take(std::int64_t n) {
-    // odd multiples of a cache line keep equal offsets of two matrices apart
-    const std::int64_t padded = (n + 31) / 32 * 32 + 16;
-    T* p = next_;
-    if (memory_ != nullptr) next_ += padded;
-    else size_ += padded;
-    return p;
-  }
-  Panels<T> panels(std::int64_t rows, std::int64_t columns) {
-    return Panels<T>{take(Panels<T>::size(rows, columns)), rows};
-  }
-  // in whole squares of vectors, as transposing takes them
-  Panels<T> squares(std::int64_t rows, std::int64_t columns) {
-    return panels((rows + lanes<T> - 1) / lanes<T> * lanes<T>, columns);
-  }
-  T* row(std::int64_t n) { return take((n + lanes<T> - 1) / lanes<T> * lanes<T>); }
-
- private:
-  T *memory_ = nullptr, *next_ = nullptr;
-  std::int64_t size_ = 0;
-};
-
 template <typename T>
 struct ToRowsAndPanels {
   ToRows<T> rows;
@@ -224,15 +186,15 @@ struct Factor {
   T *Y, *squares, *scale, *slope;
 
   void plan(Arena<T>& arena, std::int64_t rows, std::int64_t r, bool backward) {
-    U = arena.panels(rows, r);
-    G = arena.squares(r, r);
-    P = arena.squares(r, r);
-    squares = arena.row(r);
-    scale = arena.row(r);
-    slope = arena.row(r);
+    U = take_panels(arena, rows, r);
+    G = take_squares(arena, r, r);
+    P = take_squares(arena, r, r);
+    squares = take_row(arena, r);
+    scale = take_row(arena, r);
+    slope = take_row(arena, r);
     if (!backward) return;
-    K = arena.squares(r, r);
-    C = arena.squares(r, r);
+    K = take_squares(arena, r, r);
+    C = take_squares(arena, r, r);
     Y = arena.take(2 * rows * r);
   }
 };

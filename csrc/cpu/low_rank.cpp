@@ -41,14 +41,8 @@ constexpr Checks checks{"low_rank"};
 
 template <typename T>
 void run(const LowRank<T>& job) {
-#if defined(__x86_64__)
   const Isa isa = choose_isa();
-  if (isa == Isa::avx512) return avx512::low_rank_matrices(job);
-  if (isa == Isa::avx2) return avx2::low_rank_matrices(job);
-#else
-  choose_isa();
-#endif
-  portable::low_rank_matrices(job);
+  LOMACS_DISPATCH(isa, low_rank_matrices(job));
 }
 
 template <typename T>

@@ -160,21 +160,19 @@ struct Factors {
   Arena<T> arena;
 
   explicit Factors(const LowRank<T>& job)
-      : arena([&](const auto& take) { lay_out(job, take); }, job.L % Planar::step || job.N % lanes<T>) {}
+      : arena([&](Arena<T>& a) { plan(a, job); }, job.L % Planar::step || job.N % lanes<T>) {}
 
-  template <typename Take>
-  void lay_out(const LowRank<T>& job, const Take& take) {
-    const auto whole = [](std::int64_t n) { return (n + lanes<T> - 1) / lanes<T> * lanes<T>; };
+  void plan(Arena<T>& arena, const LowRank<T>& job) {
     const auto planar = [&](std::int64_t rows, std::int64_t columns) {
-      return Planar{take(Planar::size(rows, columns)), rows};
+      return Planar{arena.take(Planar::size(rows, columns)), rows};
     };
-    F = planar(whole(job.N), job.L);
+    F = planar(whole<T>(job.N), job.L);
     G = planar(job.M, job.L);
-    Fh = planar(whole(job.L), job.gH ? whole(job.N) : 0);
-    of_G = planar(whole(job.L), job.L);
-    of_F = planar(whole(job.L), job.L);
-    weights = take(whole(job.L));
-    mask = take(whole(job.L));
+    Fh = planar(whole<T>(job.L), job.gH ? whole<T>(job.N) : 0);
+    of_G = planar(whole<T>(job.L), job.L);
+    of_F = planar(whole<T>(job.L), job.L);
+    weights = take_row(arena, job.L);
+    mask = take_row(arena, job.L);
   }
 };
 
@@ -187,12 +185,11 @@ struct StripScratch {
   Arena<T> arena;
 
   explicit StripScratch(const LowRank<T>& job)
-      : arena([&](const auto& take) {
-          const std::int64_t columns = (job.L + lanes<T> - 1) / lanes<T> * lanes<T>;
-          X = take(K::parts * strip * job.L);
-          re = take(columns);
-          im = take(columns);
-          tile = take(job.copied ? K::parts * strip * chain : 0);
+      : arena([&](Arena<T>& a) {
+          X = a.take(K::parts * strip * job.L);
+          re = take_row(a, job.L);
+          im = take_row(a, job.L);
+          tile = a.take(job.copied ? K::parts * strip * chain : 0);
         }) {}
 };
 
@@ -329,8 +326,13 @@ LOMACS_TARGET void one_by_one(const LowRank<T>& job, std::int64_t begin, std::in
   Factors<K> factors(job);
   const StripScratch<K> scratch(job);
   for (std::int64_t b = begin; b < end; ++b) {
-    Ahead ahead = ahead_of<K>(job.H + K::parts * (b + 1) * job.M * job.N, job.M * job.N, b + 1 < end, 0,
-                              blocks_of<K>(job.M + (job.gF ? job.N : 0), job.L));
+    const std::int64_t M = job.M, N = job.N, L = job.L, blocks = blocks_of<K>(M + (job.gF ? N : 0), L);
+    Ahead ahead(static_cast<std::int64_t>(K::parts * sizeof(T)) * (M * N + (M + N) * L) / 64 / blocks + 1);
+    if (b + 1 < end) {
+      ahead.add(job.H + K::parts * (b + 1) * M * N, K::parts * sizeof(T) * static_cast<std::size_t>(M * N));
+      ahead.add(job.G + K::parts * (b + 1) * M * L, K::parts * sizeof(T) * static_cast<std::size_t>(M * L));
+      ahead.add(job.F + K::parts * (b + 1) * N * L, K::parts * sizeof(T) * static_cast<std::size_t>(N * L));
+    }
     prepare_side<K>(job, b, false, factors, ahead);
     prepare_side<K>(job, b, true, factors, ahead);
     double loss = couple<K>(job, factors);

@@ -57,11 +57,7 @@ void run(const OrthoRefine<T>& job, std::int64_t count) {
   const Isa isa = choose_isa();
   const std::int64_t rows = std::max(job.factors[0].rows, job.factors[1].rows);
   torch::stable::parallel_for(0, count, grain(6 * rows * job.r * job.r), [&](std::int64_t begin, std::int64_t end) {
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) return avx512::ortho_refine_factors(job, begin, end);
-    if (isa == Isa::avx2) return avx2::ortho_refine_factors(job, begin, end);
-#endif
-    portable::ortho_refine_factors(job, begin, end);
+    LOMACS_DISPATCH(isa, ortho_refine_factors(job, begin, end));
   });
 }
 
@@ -70,11 +66,7 @@ void run(const Bjorck<T>& job, std::int64_t count) {
   const Isa isa = choose_isa();
   const std::int64_t macs = 6 * job.M * job.r * job.r * (job.steps + 1);
   torch::stable::parallel_for(0, count, grain(macs), [&](std::int64_t begin, std::int64_t end) {
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) return avx512::bjorck_samples(job, begin, end);
-    if (isa == Isa::avx2) return avx2::bjorck_samples(job, begin, end);
-#endif
-    portable::bjorck_samples(job, begin, end);
+    LOMACS_DISPATCH(isa, bjorck_samples(job, begin, end));
   });
 }
 

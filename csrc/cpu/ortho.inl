@@ -10,9 +10,8 @@ template <typename T>
 LOMACS_TARGET void ortho_refine_factors(const OrthoRefine<T>& job, std::int64_t begin, std::int64_t end) {
   const std::int64_t r = job.r;
   Factor<T> x;
-  const Arena<T> arena(r % lanes<T> != 0, [&](Arena<T>& a) {
-    x.plan(a, std::max(job.factors[0].rows, job.factors[1].rows), r, job.backward);
-  });
+  const std::int64_t rows = std::max(job.factors[0].rows, job.factors[1].rows);
+  const Arena<T> arena([&](Arena<T>& a) { x.plan(a, rows, r, job.backward); }, r % lanes<T> != 0);
   for (std::int64_t n = begin; n < end; ++n) {
     const bool second = n >= job.batch;
     const FactorOf<T>& f = job.factors[second];
@@ -46,20 +45,19 @@ struct Iterates {
     M = job.M, r = job.r;
     kept_rows = job.backward ? std::max<std::int64_t>(job.steps, 1) : 2;
     kept = job.backward ? std::max<std::int64_t>(job.steps, 1) : 1;
-    U = arena.panels(M, r);
+    U = take_panels(arena, M, r);
     // side by side, each in whole squares
-    G = {arena.take(kept * square_size()), padded()};
-    P = {arena.take(kept * square_size()), padded()};
-    X = arena.squares(r, r);
-    S = arena.squares(r, r);
-    Z = arena.squares(r, r);
+    G = {arena.take(kept * square_size()), whole<T>(r)};
+    P = {arena.take(kept * square_size()), whole<T>(r)};
+    X = take_squares(arena, r, r);
+    S = take_squares(arena, r, r);
+    Z = take_squares(arena, r, r);
     rows = arena.take(kept_rows * 2 * M * r);
     square = arena.take(2 * r * r);
-    sums = arena.row(r);
+    sums = take_row(arena, r);
     if (job.backward) g = arena.take(2 * 2 * M * r);
   }
-  std::int64_t padded() const { return (r + lanes<T> - 1) / lanes<T> * lanes<T>; }
-  std::int64_t square_size() const { return Panels<T>::size(padded(), r); }
+  std::int64_t square_size() const { return Panels<T>::size(whole<T>(r), r); }
   Panels<T> gram(std::int64_t i) const { return {G.data + i % kept * square_size(), G.rows}; }
   Panels<T> polynomial(std::int64_t i) const { return {P.data + i % kept * square_size(), P.rows}; }
   T* iterate(std::int64_t i) const { return rows + i % kept_rows * 2 * M * r; }
@@ -311,7 +309,7 @@ template <typename T>
 LOMACS_TARGET void bjorck_samples(const Bjorck<T>& job, std::int64_t begin, std::int64_t end) {
   const std::int64_t size = 2 * job.M * job.r;
   Iterates<T> x{};
-  const Arena<T> arena(job.r % lanes<T> != 0, [&](Arena<T>& a) { x.plan(a, job); });
+  const Arena<T> arena([&](Arena<T>& a) { x.plan(a, job); }, job.r % lanes<T> != 0);
   for (std::int64_t b = begin; b < end; ++b) {
     Ahead ahead;
     if (b + 1 < end) {

@@ -88,6 +88,18 @@ class Ahead {
 
 }  // namespace lomacs
 
+// calls a function of the namespace of an instruction set
+#if defined(__x86_64__)
+#define LOMACS_DISPATCH(isa, call)             \
+  do {                                         \
+    if ((isa) == Isa::avx512) avx512::call;    \
+    else if ((isa) == Isa::avx2) avx2::call;   \
+    else portable::call;                       \
+  } while (false)
+#else
+#define LOMACS_DISPATCH(isa, call) ((void)(isa), portable::call)
+#endif
+
 #if defined(__clang__)
 #define LOMACS_SHUFFLE(T, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else

@@ -49,11 +49,7 @@ void run(const Calibrate<T>& job, std::int64_t B) {
   // a share of less than about 20 us is not worth a thread
   const std::int64_t grain = std::max<std::int64_t>(1, (1 << 18) / (job.M * job.N * job.r));
   torch::stable::parallel_for(0, B, grain, [&](std::int64_t begin, std::int64_t end) {
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) return avx512::calibrate_samples(job, begin, end);
-    if (isa == Isa::avx2) return avx2::calibrate_samples(job, begin, end);
-#endif
-    portable::calibrate_samples(job, begin, end);
+    LOMACS_DISPATCH(isa, calibrate_samples(job, begin, end));
   });
 }
 
@@ -62,11 +58,7 @@ void run(const Tail<T>& job, std::int64_t B) {
   const Isa isa = choose_isa();
   const std::int64_t grain = std::max<std::int64_t>(1, (1 << 17) / (job.M * job.N * job.r));
   torch::stable::parallel_for(0, B, grain, [&](std::int64_t begin, std::int64_t end) {
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) return avx512::tail_samples(job, begin, end);
-    if (isa == Isa::avx2) return avx2::tail_samples(job, begin, end);
-#endif
-    portable::tail_samples(job, begin, end);
+    LOMACS_DISPATCH(isa, tail_samples(job, begin, end));
   });
 }
 
@@ -235,11 +227,7 @@ TailStage<T> stages::tail(std::int64_t M, std::int64_t N, std::int64_t r, double
     job.U = U, job.V = V, job.S_pred = S, job.H = Hd;
     job.oU = oU, job.oS = oS, job.oV = oV;
     job.M = M, job.N = N, job.r = r, job.a = a, job.b = b, job.tau = tau;
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) return avx512::tail_samples(job, 0, n);
-    if (isa == Isa::avx2) return avx2::tail_samples(job, 0, n);
-#endif
-    portable::tail_samples(job, 0, n);
+    LOMACS_DISPATCH(isa, tail_samples(job, 0, n));
   };
 }
 

@@ -95,11 +95,11 @@ struct Diagonal {
   T *re, *im;
 
   void plan(Arena<T>& arena, std::int64_t r) {
-    re = arena.row(r);
-    im = arena.row(r);
+    re = take_row(arena, r);
+    im = take_row(arena, r);
   }
   void clear(std::int64_t r) const {
-    const std::int64_t padded = (r + lanes<T> - 1) / lanes<T> * lanes<T>;
+    const std::int64_t padded = whole<T>(r);
     std::fill(re, re + padded, T(0));
     std::fill(im, im + padded, T(0));
   }
@@ -134,14 +134,15 @@ LOMACS_TARGET void calibrate_samples(const Calibrate<T>& job, std::int64_t begin
   Diagonal<T> z;
   T* Uz = nullptr;
   const bool ragged = r % lanes<T> != 0 || N % lanes<T> != 0;
-  const Arena<T> arena(ragged, [&](Arena<T>& a) {
-    V = a.squares(N, r);
+  const auto plan = [&](Arena<T>& a) {
+    V = take_squares(a, N, r);
     z.plan(a, r);
-    if (job.gV) U = a.panels(M, r);
+    if (job.gV) U = take_panels(a, M, r);
     if (!job.gH) return;
-    Vh = a.squares(r, (N + lanes<T> - 1) / lanes<T> * lanes<T>);
+    Vh = take_squares(a, r, whole<T>(N));
     Uz = a.take(2 * M * r);
-  });
+  };
+  const Arena<T> arena(plan, ragged);
   for (std::int64_t b = begin; b < end; ++b) {
     const T *u = job.U + 2 * b * M * r, *h = job.H + 2 * b * M * N, *v = job.V + 2 * b * N * r;
     const T* s = job.S_pred + b * r;
@@ -193,8 +194,8 @@ struct TailFactor {
   void plan(Arena<T>& arena, std::int64_t rows, std::int64_t r, bool backward) {
     x.plan(arena, rows, r, backward);
     columns = arena.take(2 * rows * r);
-    scale = arena.row(r);
-    slope = arena.row(r);
+    scale = take_row(arena, r);
+    slope = take_row(arena, r);
     if (backward) g = arena.take(2 * rows * r);
   }
 };
@@ -242,18 +243,19 @@ LOMACS_TARGET void tail_samples(const Tail<T>& job, std::int64_t begin, std::int
   Panels<T> U, V, Vh;
   Diagonal<T> z;
   T *u_rows = nullptr, *v_rows = nullptr, *W = nullptr;
-  const Arena<T> arena(ragged, [&](Arena<T>& a) {
+  const auto plan = [&](Arena<T>& a) {
     fu.plan(a, M, r, backward);
     fv.plan(a, N, r, backward);
-    V = a.squares(N, r);
+    V = take_squares(a, N, r);
     z.plan(a, r);
     if (!backward) return;
-    U = a.panels(M, r);
+    U = take_panels(a, M, r);
     u_rows = a.take(2 * M * r);
     v_rows = a.take(2 * N * r);
     W = a.take(2 * M * r);
-    if (job.oH) Vh = a.squares(r, (N + lanes<T> - 1) / lanes<T> * lanes<T>);
-  });
+    if (job.oH) Vh = take_squares(a, r, whole<T>(N));
+  };
+  const Arena<T> arena(plan, ragged);
   std::vector<std::int64_t> order(static_cast<std::size_t>(r));
   for (std::int64_t b = begin; b < end; ++b) {
     const std::int64_t left = 2 * b * M * r, right = 2 * b * N * r, square = 2 * b * M * N;

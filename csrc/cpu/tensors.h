@@ -71,32 +71,33 @@ T* allocate(std::int64_t n) {
 
 inline void release(void* p) { ::operator delete(p, cache_line); }
 
-// One allocation in parts: `layout(take)` is called to measure, and again to hand out by `take(n)`.
+// One allocation of one thread in parts: `plan(arena)` runs twice, to measure and to get what it takes.
 template <typename T>
 class Arena {
  public:
-  template <typename Layout>
-  explicit Arena(const Layout& layout, bool zeros = false) {
-    std::int64_t size = 0;
-    const auto take = [&](std::int64_t n) {
-      T* p = memory_ == nullptr ? nullptr : memory_ + size;
-      // odd multiples of a cache line keep equal offsets of two parts from falling together
-      size += (n + 31) / 32 * 32 + 16;
-      return p;
-    };
-    layout(take);
-    const std::int64_t total = size;
-    memory_ = allocate<T>(total);
-    if (zeros) std::memset(memory_, 0, sizeof(T) * static_cast<std::size_t>(total));
-    size = 0;
-    layout(take);
+  template <typename Plan>
+  explicit Arena(const Plan& plan, bool zeros = false) {
+    plan(*this);
+    memory_ = next_ = allocate<T>(size_);
+    if (zeros) std::memset(static_cast<void*>(memory_), 0, sizeof(T) * static_cast<std::size_t>(size_));
+    plan(*this);
   }
   ~Arena() { release(memory_); }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
+  T* take(std::int64_t n) {
+    // odd multiples of a cache line keep equal offsets of two parts from falling together
+    const std::int64_t padded = (n + 31) / 32 * 32 + 16;
+    T* p = next_;
+    if (memory_ != nullptr) next_ += padded;
+    else size_ += padded;
+    return p;
+  }
+
  private:
-  T* memory_ = nullptr;
+  T *memory_ = nullptr, *next_ = nullptr;
+  std::int64_t size_ = 0;
 };
 
 }  // namespace lomacs

@@ -117,15 +117,3 @@ struct Memory {
 };
 
 }  // namespace lomacs
-
-// calls a function of the namespace of an instruction set
-#if defined(__x86_64__)
-#define LOMACS_DISPATCH(isa, call)             \
-  do {                                         \
-    if ((isa) == Isa::avx512) avx512::call;    \
-    else if ((isa) == Isa::avx2) avx2::call;   \
-    else portable::call;                       \
-  } while (false)
-#else
-#define LOMACS_DISPATCH(isa, call) portable::call
-#endif

@@ -6,35 +6,6 @@ namespace lomacs {
 namespace LOMACS_ISA {
 namespace {
 
-// Aligned memory of one thread, not initialised, in pieces: `plan` takes them twice, to measure and to get them.
-template <typename T>
-class Arena {
- public:
-  template <typename Plan>
-  LOMACS_TARGET explicit Arena(const Plan& plan) {
-    plan(*this);
-    memory_ = next_ = allocate<T>(size_);
-    plan(*this);
-  }
-  ~Arena() { release(memory_); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-
-  T* take(std::int64_t n) {
-    // odd multiples of a cache line keep equal offsets of two matrices apart
-    const std::int64_t padded = (n + 31) / 32 * 32 + 16;
-    size_ += padded;
-    if (memory_ == nullptr) return nullptr;
-    T* p = next_;
-    next_ += padded;
-    return p;
-  }
-
- private:
-  T *memory_ = nullptr, *next_ = nullptr;
-  std::int64_t size_ = 0;
-};
-
 constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.693147180559945309417;
 
 // adding it leaves the nearest whole number, with the exponent's bias, in the low bits
