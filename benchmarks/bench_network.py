@@ -1,8 +1,10 @@
 """The network: training step, forward and frozen inference, against the eager reference and LAPACK.
 
 `python benchmarks/bench_network.py [--json FILE] [--threads 2]`. The step is forward, AE+ loss, backward,
-clipping and AdamW. Before it is timed its gradients are compared with double precision. The floor is the
-arithmetic of the architecture, a complex product four real ones, over the measured rate of a float32 product.
+clipping and AdamW, fused for both sides. Before it is timed its gradients are compared with double precision.
+The floor is the arithmetic of the architecture, a complex product four real ones, over the measured rate of a
+float32 product. `peak_MB` is what a step holds at most beyond weights, gradients and moments, the kernels'
+scratch included.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class Step:
     ) -> None:
         self.net, self.loss, self.H = network(kind, *H.shape[1:], r, dtype), loss, H
         self.sid = torch.arange(len(H)) % 4
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.0, weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.0, weight_decay=1e-4, fused=True)
 
     def __call__(self) -> Sequence[Tensor]:
         self.optimizer.zero_grad()
@@ -127,7 +129,7 @@ def cases(rate: float, budget: float) -> Iterator[dict[str, Any]]:
         exact = Step(reference.LoMACSSVDNet, reference.AEPlusLoss(), H, r)
         exact.net.load_state_dict(double.state_dict())
         exact.net.double()
-        yield harness.measure(
+        step = harness.measure(
             op="training step",
             backward=True,
             eager=steps[0],
@@ -137,6 +139,14 @@ def cases(rate: float, budget: float) -> Iterator[dict[str, Any]]:
             factor=4,
             **common,
         )
+        del exact
+        yield step | {"peak_MB": peaks(steps)}
+
+
+def peaks(steps: Sequence[Step]) -> dict[str, float] | None:
+    """Peak memory of a step, eager and ours."""
+    found = [harness.peak_bytes(step) for step in steps]
+    return {name: x / 1e6 for name, x in zip(("eager", "ours"), found, strict=True) if x is not None} or None
 
 
 if __name__ == "__main__":

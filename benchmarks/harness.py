@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -25,6 +26,28 @@ def seconds(call: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
+
+
+def _kilobytes(name: str) -> int:
+    """A line of what the system says about this process."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def peak_bytes(call: Callable[[], Any]) -> int | None:
+    """What a call holds at most beyond what was held before it, scratch of kernels included.
+
+    Resident memory, so make the call once before; None where the system does not tell.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        # begins the peak anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = _kilobytes("VmRSS")
+        call()
+        return 1024 * (_kilobytes("VmHWM") - before)
+    except (OSError, AttributeError):
+        return None
 
 
 def product_rate() -> float:

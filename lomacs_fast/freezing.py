@@ -42,7 +42,7 @@ class FrozenSVDNet(nn.Module):
         self.M, self.N, self.r = config["M"], config["N"], config["r"]
         self.n_scene = config["n_scene"]
         self._numbers = (weights.temperature, weights.eps)
-        self._last: tuple[tuple[int, ...], FrozenWeights] | None = None
+        self._last: tuple[tuple[int, ...], FrozenWeights, list[Tensor]] | None = None
         for name, tensor in _flat(weights).items():
             self.register_buffer(name, tensor)
         self.eval()
@@ -50,13 +50,17 @@ class FrozenSVDNet(nn.Module):
     @property
     def weights(self) -> FrozenWeights:
         """The folded weights, on the device and in the precision that the module has by now."""
+        return self._gathered()[0]
+
+    def _gathered(self) -> tuple[FrozenWeights, list[Tensor]]:
         # the tensors of the last answer are held by it, so their identities name no others
         key = tuple(map(id, self._buffers.values()))
         if torch.compiler.is_compiling():
             return _nested(dict(self.named_buffers()), *self._numbers)
         if self._last is None or self._last[0] != key:
-            self._last = key, _nested(dict(self.named_buffers()), *self._numbers)
-        return self._last[1]
+            weights = _nested(dict(self.named_buffers()), *self._numbers)
+            self._last = key, weights, functional.flat_weights(weights)
+        return self._last[1:]
 
     def __getstate__(self) -> dict[str, Any]:
         # identities mean nothing in a copy or another process
@@ -76,9 +80,13 @@ class FrozenSVDNet(nn.Module):
         Raises:
             TypeError, ValueError: for another type, dtype, shape or scene, naming it.
         """
+        weights, flat = self._gathered()
+        found = functional.frozen_svd_at_once(H, sid, weights, flat)
+        if found is not None:
+            return found
         with torch.no_grad():
             H = self._channels(H)
-            return functional.frozen_svd(H, self._scenes(sid, H), self.weights)
+            return functional.frozen_svd(H, self._scenes(sid, H), weights)
 
     def _channels(self, H: Tensor) -> Tensor:
         expected = f"complex (B, {self.M}, {self.N}) or real (B, {self.M}, {self.N}, 2)"

@@ -527,3 +527,6 @@ def frozen_svd(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor
     if scene.shape != H.shape[:1]:
         raise ValueError(f"scene must have shape ({H.shape[0]},) as H has, got {tuple(scene.shape)}")
     return ops.frozen_svd(H, scene, weights)
+
+
+flat_weights, frozen_svd_at_once = ops.flat_weights, ops.frozen_svd_at_once

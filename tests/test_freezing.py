@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import lomacs_fast
 from lomacs_fast import FrozenSVDNet, freeze, reference, use_backend
@@ -114,30 +115,32 @@ def test_the_native_op_equals_the_reference(changes, isa, monkeypatch):
 
 @pytest.mark.usefixtures("native")
 def test_threads_and_company_do_not_change_a_bit():
-    frozen, H = freeze(network(dtype=torch.float32)), channels(40, dtype=torch.complex64)
+    frozen = freeze(network(dtype=torch.float32, M=40, N=30, r=10))
+    H = channels(40, 40, 30, dtype=torch.complex64)
     before = torch.get_num_threads()
-    results = []
+    results, alone = [], []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             with use_backend("cpp"):
                 results.append(frozen(H, 1))
+                # one sample is shared by two threads, who come as they please
+                alone += [frozen(H[37:38], 1) for _ in range(20)]
     finally:
         torch.set_num_threads(before)
-    with use_backend("cpp"):
-        alone = frozen(H[37:38], 1)
     for result in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
-    assert all(torch.equal(x[0], y[37]) for x, y in zip(alone, results[0], strict=True))
+    for result in alone:
+        assert all(torch.equal(x[0], y[37]) for x, y in zip(result, results[0], strict=True))
 
 
 @pytest.mark.usefixtures("native")
 def test_opcheck():
-    from lomacs_fast.ops.frozen import _flat
+    from lomacs_fast.ops.frozen import flat_weights
 
     w = freeze(network()).weights
     H, scene = torch.view_as_real(channels(3)), torch.tensor([0, 3, 1])
-    args = (H, scene, _flat(w), w.scalars, w.temperature, w.eps)
+    args = (H, scene, flat_weights(w), w.scalars, w.temperature, w.eps)
     torch.library.opcheck(torch.ops.lomacs.frozen_svd.default, args)
     with pytest.raises(RuntimeError, match="scene must name a row of table"):
         torch.ops.lomacs.frozen_svd(H, scene + 1, *args[2:])
@@ -212,6 +215,13 @@ def test_the_network_is_left_as_it_is_and_no_graph_is_recorded():
     assert list(before) == list(net.state_dict())
 
 
+def test_a_traced_call_leaves_nothing_behind():
+    frozen, H = freeze(network()), channels(5)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert frozen(mode.from_tensor(H))[1].shape == (5, 4)
+    assert all(x.isfinite().all() for x in frozen(H))
+
+
 def test_a_pruned_network_freezes():
     net = network()
     smaller, _ = prune(net, k_len=3, gate_hidden=2)
@@ -266,6 +276,8 @@ def test_a_file_that_is_none_is_refused(tmp_path, content):
         ((channels(dtype=torch.complex64),), TypeError, "H must be torch.complex128"),
         ((channels(), 3), ValueError, "sid must lie between 0 and 2, got 3 to 3"),
         ((channels(), -1), ValueError, "sid must lie"),
+        # the row of the mean scene is there, but no scene
+        ((channels(), torch.full((6,), 3)), ValueError, "sid must lie between 0 and 2, got 3 to 3"),
         ((channels(), torch.zeros(5, dtype=torch.int64)), ValueError, r"sid must have shape \(6,\)"),
         ((channels(), torch.zeros(6)), TypeError, "sid must be an integer tensor"),
         ((channels(), "a"), TypeError, "sid must be an integer"),

@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 
 import lomacs_fast
 from lomacs_fast import reference
+from lomacs_fast.ops.native import reasons as native_reasons
 
 PARITY = Path(__file__).parent / "data" / "parity_small.npz"
 CONFIG = ["M", "N", "r", "n_scene", "dim", "depth", "groups", "kernel_size", "temperature", "k_len"]
@@ -354,3 +357,31 @@ def test_compiled_forward_in_one_graph():
     for scenes in (sid, 0, 2, 1):
         for x, y in zip(compiled(H, scenes), net(H, scenes), strict=True):
             torch.testing.assert_close(x, y)
+
+
+MEMORY = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import bench_network, harness, torch
+import lomacs_fast
+from lomacs_fast import reference
+
+H = bench_network.channels(64, 64, 256).to(torch.complex64)
+for module in (reference, lomacs_fast):
+    step = bench_network.Step(module.LoMACSSVDNet, module.AEPlusLoss(), H, 32)
+    step()
+    print(harness.peak_bytes(step))
+"""
+
+
+def test_a_step_holds_at_most_half_of_what_eager_holds():
+    if reasons := native_reasons("cpu"):
+        pytest.skip(f"no native library: {'; '.join(reasons)}")
+    root = Path(__file__).parents[1]
+    # a process of its own: what other tests left would be used again, and counts for nothing
+    command = [sys.executable, "-c", MEMORY, str(root), str(root / "benchmarks")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    eager, ours = done.stdout.split()
+    if "None" in (eager, ours):
+        pytest.skip("the system does not tell a process's peak memory")
+    assert int(ours) <= int(eager) / 2

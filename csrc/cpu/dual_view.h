@@ -33,8 +33,9 @@ struct Projection {
   std::int64_t M, N, d;
   const T* weight;
   Taps rows, columns;
-  // (2N, d), (2 (N / 2), d), (d, 2 (N / 2)), (M, d)
-  std::vector<T> w1t, w2t, w2, base;
+  // (2N, d), (2 (N / 2), d), (M, d): the caller's or `own`; (d, 2 (N / 2))
+  const T *w1t = nullptr, *w2t = nullptr, *base = nullptr;
+  std::vector<T> w2, own;
   std::int64_t chunk = 1;
 
   Projection(const T* w, std::int64_t M, std::int64_t N, std::int64_t d)
@@ -61,22 +62,23 @@ struct Projection {
         weight(nullptr),
         rows(M),
         columns(N),
-        w1t(raw, raw + 2 * N * d),
-        w2t(pooled, pooled + narrow() * d),
-        base(base, base + M * d) {}
+        w1t(raw),
+        w2t(pooled),
+        base(base) {}
+  Projection(const Projection&) = delete;
 
   void forward(const T* bias, const T* pos) {
-    const auto transposed = [&](const T* from, std::int64_t stride, std::int64_t columns) {
-      std::vector<T> to(at(columns * d));
+    own.resize(at((2 * N + narrow() + M) * d));
+    T *first = own.data(), *second = first + 2 * N * d, *third = second + narrow() * d;
+    const auto transpose = [&](const T* from, std::int64_t stride, std::int64_t columns, T* to) {
       for (std::int64_t c = 0; c < d; ++c)
-        for (std::int64_t j = 0; j < columns; ++j) to[at(j * d + c)] = from[c * stride + j];
-      return to;
+        for (std::int64_t j = 0; j < columns; ++j) to[j * d + c] = from[c * stride + j];
     };
-    w1t = transposed(weight, 4 * N, 2 * N);
-    w2t = transposed(w2.data(), narrow(), narrow());
-    base.resize(at(M * d));
+    transpose(weight, 4 * N, 2 * N, first);
+    transpose(w2.data(), narrow(), narrow(), second);
     for (std::int64_t m = 0; m < M; ++m)
-      for (std::int64_t c = 0; c < d; ++c) base[at(m * d + c)] = bias[c] + pos[m * d + c];
+      for (std::int64_t c = 0; c < d; ++c) third[m * d + c] = bias[c] + pos[m * d + c];
+    w1t = first, w2t = second, base = third;
   }
 
   static std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }

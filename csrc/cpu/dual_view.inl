@@ -95,20 +95,20 @@ template <typename T>
 LOMACS_TARGET void project_sample(const Projection<T>& job, const T* Hd, T* X, ProjectionScratch<T>& s) {
   const std::int64_t d = job.d, narrow = job.narrow();
   pool(job, Hd, s.pooled.data());
-  matmul<T>({s.pooled.data(), narrow, 1}, {job.w2t.data(), d}, s.low.data(), d, job.low(), d, narrow);
+  matmul<T>({s.pooled.data(), narrow, 1}, {job.w2t, d}, s.low.data(), d, job.low(), d, narrow);
   for (std::int64_t m = 0; m < job.M; ++m) {
     const std::size_t i = static_cast<std::size_t>(m);
     const T share = static_cast<T>(job.rows.share[i]);
-    blend(job.base.data() + m * d, 1 - share, s.low.data() + job.rows.low[i] * d, share,
+    blend(job.base + m * d, 1 - share, s.low.data() + job.rows.low[i] * d, share,
           s.low.data() + job.rows.high[i] * d, d, X + m * d);
   }
-  matmul<T>({Hd, 2 * job.N, 1}, {job.w1t.data(), d}, X, d, job.M, d, 2 * job.N, true);
+  matmul<T>({Hd, 2 * job.N, 1}, {job.w1t, d}, X, d, job.M, d, 2 * job.N, true);
 }
 
-// gHd where it is wanted, and this sample's part of the sums where they are
+// gHd where it is wanted, plus `more` where there is some, and this sample's part of the sums where they are
 template <typename T>
-LOMACS_TARGET void project_sample_back(const Projection<T>& job, const T* gX, const T* Hd, T* gHd, T* sums,
-                                       ProjectionScratch<T>& s) {
+LOMACS_TARGET void project_sample_back(const Projection<T>& job, const T* gX, const T* Hd, const T* more, T* gHd,
+                                       T* sums, ProjectionScratch<T>& s) {
   const std::int64_t M = job.M, N = job.N, d = job.d, narrow = job.narrow(), low = job.low();
   std::memset(s.low.data(), 0, sizeof(T) * static_cast<std::size_t>(low * d));
   for (std::int64_t m = 0; m < M; ++m) {
@@ -121,6 +121,7 @@ LOMACS_TARGET void project_sample_back(const Projection<T>& job, const T* gX, co
     matmul<T>({s.low.data(), d, 1}, {job.w2.data(), narrow}, s.wide.data(), narrow, low, narrow, d);
     spread(job, s.wide.data(), gHd);
     matmul<T>({gX, d, 1}, {job.weight, 4 * N}, gHd, 2 * N, M, 2 * N, d, true);
+    if (more != nullptr) add_times<T>(1, more, 2 * M * N, gHd);
   }
   if (sums != nullptr) {
     pool(job, Hd, s.pooled.data());
@@ -141,8 +142,8 @@ LOMACS_TARGET void project_samples(const Projection<T>& job, const T* Hd, T* X, 
 }
 
 template <typename T>
-LOMACS_TARGET void project_chunks_back(const Projection<T>& job, const T* gX, const T* Hd, T* gHd, T* sums,
-                                       std::int64_t B, std::int64_t begin, std::int64_t end) {
+LOMACS_TARGET void project_chunks_back(const Projection<T>& job, const T* gX, const T* Hd, const T* more, T* gHd,
+                                       T* sums, std::int64_t B, std::int64_t begin, std::int64_t end) {
   ProjectionScratch<T> scratch(job);
   for (std::int64_t c = begin; c < end; ++c) {
     T* own = sums ? sums + c * job.sums() : nullptr;
@@ -150,7 +151,8 @@ LOMACS_TARGET void project_chunks_back(const Projection<T>& job, const T* gX, co
     const std::int64_t stop = std::min(B, (c + 1) * job.chunk);
     for (std::int64_t b = c * job.chunk; b < stop; ++b) {
       const std::int64_t at = 2 * b * job.M * job.N;
-      project_sample_back(job, gX + b * job.M * job.d, Hd + at, gHd ? gHd + at : nullptr, own, scratch);
+      project_sample_back(job, gX + b * job.M * job.d, Hd + at, more ? more + at : nullptr, gHd ? gHd + at : nullptr,
+                          own, scratch);
     }
   }
 }

@@ -4,6 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 namespace lomacs {
@@ -31,6 +34,18 @@ struct FftPlan {
     std::int64_t width = 1;
     for (const FftPass<T>& pass : passes) width = std::max(width, pass.radix);
     return width;
+  }
+
+  // the plan of a length, made once: its sines cost as much as a small transform
+  static std::shared_ptr<const FftPlan> of(std::int64_t length) {
+    static std::mutex mutex;
+    static std::map<std::int64_t, std::shared_ptr<const FftPlan>> plans;
+    const std::lock_guard<std::mutex> guard(mutex);
+    // lengths without end would be kept without end
+    if (plans.size() > 64) plans.clear();
+    std::shared_ptr<const FftPlan>& plan = plans[length];
+    if (plan == nullptr) plan = std::make_shared<const FftPlan>(length);
+    return plan;
   }
 
   explicit FftPlan(std::int64_t length) : n(length), frequency(static_cast<std::size_t>(length)) {

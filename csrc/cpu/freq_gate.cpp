@@ -31,18 +31,22 @@ struct Perceptron {
   // rows padded to whole vectors: (n, hidden), (hidden, n), and for the gradients (hidden, n), (n, hidden)
   std::vector<T> w1t, w2t, w1, w2;
 
-  Perceptron(const T* first, const T* second, std::int64_t hidden, const std::vector<std::int64_t>& frequency)
+  Perceptron(const T* first, const T* second, std::int64_t hidden, const std::vector<std::int64_t>& frequency,
+             bool backward)
       : n(static_cast<std::int64_t>(frequency.size())), hidden(hidden) {
     const std::int64_t np = padded(n), hp = padded(hidden);
-    for (auto* x : {&w1t, &w2}) x->resize(static_cast<std::size_t>(n * hp));
-    for (auto* x : {&w2t, &w1}) x->resize(static_cast<std::size_t>(hidden * np));
-    for (std::int64_t p = 0; p < n; ++p)
-      for (std::int64_t k = 0; k < hidden; ++k) {
-        const std::int64_t f = frequency[static_cast<std::size_t>(p)];
-        const auto tall = static_cast<std::size_t>(p * hp + k), wide = static_cast<std::size_t>(k * np + p);
-        w1t[tall] = w1[wide] = first[k * n + f];
-        w2[tall] = w2t[wide] = second[f * hidden + k];
+    w1t.resize(static_cast<std::size_t>(n * hp)), w2t.resize(static_cast<std::size_t>(hidden * np));
+    if (backward) w2.resize(w1t.size()), w1.resize(w2t.size());
+    for (std::int64_t p = 0; p < n; ++p) {
+      const std::int64_t f = frequency[static_cast<std::size_t>(p)];
+      const auto tall = static_cast<std::size_t>(p * hp);
+      for (std::int64_t k = 0; k < hidden; ++k) w1t[tall + static_cast<std::size_t>(k)] = first[k * n + f];
+      for (std::int64_t k = 0; k < hidden; ++k) w2t[static_cast<std::size_t>(k * np + p)] = second[f * hidden + k];
+      for (std::int64_t k = 0; backward && k < hidden; ++k) {
+        w1[static_cast<std::size_t>(k * np + p)] = first[k * n + f];
+        w2[tall + static_cast<std::size_t>(k)] = second[f * hidden + k];
       }
+    }
   }
   std::int64_t sums() const { return hidden * padded(n) + n * padded(hidden); }
 };
@@ -110,24 +114,25 @@ Sizes sizes_of(const Checks& checks, const Tensor& H, const Weights& w, double t
 // What a call holds for all its samples.
 template <typename T>
 struct Front {
-  FftPlan<T> rows, cols;
+  std::shared_ptr<const FftPlan<T>> rows, cols;
   Perceptron<T> row_mlp, col_mlp;
   Gate<T> job{};
 
-  Front(const Sizes& z, const Tensor& H, const Weights& w, double temperature, bool normalize)
+  Front(const Sizes& z, const Tensor& H, const Weights& w, double temperature, bool normalize, bool backward = false)
       : Front(z, pointer<T>(w.row_w1), pointer<T>(w.row_w2), pointer<T>(w.col_w1), pointer<T>(w.col_w2),
-              temperature) {
+              temperature, backward) {
     job.H = pointer<T>(H), job.normalize = normalize;
   }
-  Front(const Sizes& z, const T* row_w1, const T* row_w2, const T* col_w1, const T* col_w2, double temperature)
-      : rows(z.M),
-        cols(z.N),
-        row_mlp(row_w1, row_w2, z.row_hidden, rows.frequency),
-        col_mlp(col_w1, col_w2, z.col_hidden, cols.frequency) {
+  Front(const Sizes& z, const T* row_w1, const T* row_w2, const T* col_w1, const T* col_w2, double temperature,
+        bool backward = false)
+      : rows(FftPlan<T>::of(z.M)),
+        cols(FftPlan<T>::of(z.N)),
+        row_mlp(row_w1, row_w2, z.row_hidden, rows->frequency, backward),
+        col_mlp(col_w1, col_w2, z.col_hidden, cols->frequency, backward) {
     job.M = z.M, job.N = z.N, job.hidden = std::max(z.row_hidden, z.col_hidden), job.chunk = chunk_of(z.B);
     job.temperature = temperature;
     job.ortho = 1 / std::sqrt(static_cast<double>(z.M) * static_cast<double>(z.N));
-    job.rows = &rows, job.cols = &cols, job.row_mlp = &row_mlp, job.col_mlp = &col_mlp;
+    job.rows = rows.get(), job.cols = cols.get(), job.row_mlp = &row_mlp, job.col_mlp = &col_mlp;
   }
   Front(const Front&) = delete;
 };
@@ -173,8 +178,8 @@ void backward(const Sizes& z, Front<T>& front, Tensor& gH, const std::vector<Ten
   });
   if (!weights) return;
   const std::vector<double> total = sum_of_chunks(partial, count);
-  unpack(total.data(), front.row_mlp, front.rows.frequency, output<T>(gw[0]), output<T>(gw[1]));
-  unpack(total.data() + front.row_mlp.sums(), front.col_mlp, front.cols.frequency, output<T>(gw[2]),
+  unpack(total.data(), front.row_mlp, front.rows->frequency, output<T>(gw[0]), output<T>(gw[1]));
+  unpack(total.data() + front.row_mlp.sums(), front.col_mlp, front.cols->frequency, output<T>(gw[2]),
          output<T>(gw[3]));
 }
 
@@ -213,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> freq_gate_backward(
   const std::vector<Tensor> of_weights{make(gw, {z.row_hidden, z.M}), make(gw, {z.M, z.row_hidden}),
                                        make(gw, {z.col_hidden, z.N}), make(gw, {z.N, z.col_hidden})};
   const auto run = [&]<typename T>(T) {
-    Front<T> front(z, H, w, temperature, normalize);
+    Front<T> front(z, H, w, temperature, normalize, true);
     front.job.gHd = pointer<T>(gHd), front.job.gnorms = of_norms ? pointer<T>(*gnorms) : nullptr;
     backward(z, front, gH, of_weights, gh, gw);
   };

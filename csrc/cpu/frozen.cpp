@@ -4,12 +4,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "simd.h"
 #include "stages.h"
-#include "tensors.h"
+#include "team.h"
+#include "tokens.h"
 
 #define LOMACS_KERNELS "frozen.inl"
 #include "isa.inl"
@@ -34,35 +36,56 @@ struct Network {
   double eps;
 };
 
+// columns of the heads that one thread takes at a time
+constexpr std::int64_t columns_at_once = 512;
+
+// The heads of one sample's feature, by `team` where there is one.
 template <typename T>
-void run(const Network<T>& net, std::int64_t begin, std::int64_t end) {
+void heads_of_one(const Network<T>& net, const T* feat, std::int64_t scene, T* out, Team* team) {
+  const T* bias = net.table + scene * net.out;
+  const Isa isa = choose_isa();
+  const auto columns = [&](std::uint64_t i) {
+    const std::int64_t from = static_cast<std::int64_t>(i) * columns_at_once;
+    const std::int64_t end = std::min(net.out, from + columns_at_once);
+    LOMACS_DISPATCH(isa, head_columns(feat, net.head, bias, net.d, net.out, from, end, out));
+  };
+  const auto shares = static_cast<std::uint64_t>((net.out + columns_at_once - 1) / columns_at_once);
+  if (team != nullptr && shares < 0x8000) return team->share(shares, columns);
+  for (std::uint64_t i = 0; i < shares; ++i) columns(i);
+}
+
+// samples begin to end; `team` shares the stages of a single one
+template <typename T>
+void run(const Network<T>& net, std::int64_t begin, std::int64_t end, Team* team = nullptr) {
   const std::int64_t M = net.M, N = net.N, r = net.r, d = net.d;
   const std::int64_t most = std::min(samples_at_once, end - begin);
-  std::vector<T> memory(static_cast<std::size_t>(most * (2 * M * N + 1 + 2 * M * d + d + net.out)));
-  T *Hd = memory.data(), *norms = Hd + most * 2 * M * N, *x = norms + most, *y = x + most * M * d;
+  const Memory<T> memory(most * (2 * M * N + 1 + 2 * M * d + d + net.out));
+  T *Hd = memory.p, *norms = Hd + most * 2 * M * N, *x = norms + most, *y = x + most * M * d;
   T *feat = y + most * M * d, *u = feat + most * d, *v = u + most * 2 * M * r, *s = v + most * 2 * N * r;
   const Isa isa = choose_isa();
   for (std::int64_t b = begin; b < end; b += most) {
     const std::int64_t n = std::min(most, end - b);
     net.front(net.H + 2 * b * M * N, n, Hd, norms, x);
     for (const BlockStage<T>& block : net.blocks) {
-      block(x, n, y);
+      if (team != nullptr && block.parts > 1)
+        team->share(2, [&](std::uint64_t i) {
+          const auto half = static_cast<std::int64_t>(i);
+          block.run(x, half * block.parts / 2, (half + 1) * block.parts / 2, y);
+        });
+      else block.run(x, 0, n * block.parts, y);
       std::swap(x, y);
     }
-    const auto heads = [&](auto& features, auto& head_product) {
-      features(x, n, M, d, net.eps, feat);
+    LOMACS_DISPATCH(isa, features(x, n, M, d, net.eps, feat));
+    if (most == 1) {
+      // one sample's u, v and s lie one after the other
+      heads_of_one(net, feat, net.scene[b], u, team);
+    } else {
       std::int64_t from = 0;
       for (const auto& [width, to] : {std::pair{2 * M * r, u}, std::pair{2 * N * r, v}, std::pair{r, s}}) {
-        head_product(feat, net.head, net.table, net.scene + b, n, d, net.out, from, width, to);
+        LOMACS_DISPATCH(isa, head_product(feat, net.head, net.table, net.scene + b, n, d, net.out, from, width, to));
         from += width;
       }
-    };
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) heads(avx512::features<T>, avx512::head_product<T>);
-    else if (isa == Isa::avx2) heads(avx2::features<T>, avx2::head_product<T>);
-    else
-#endif
-      heads(portable::features<T>, portable::head_product<T>);
+    }
     for (std::int64_t i = 0; i < n * r; ++i) {
       const double z = static_cast<double>(s[i]);
       // softplus that neither overflows nor loses small values
@@ -72,6 +95,34 @@ void run(const Network<T>& net, std::int64_t begin, std::int64_t end) {
     net.tail(u, v, s, Hd, n, net.U + 2 * b * M * r, S, net.V + 2 * b * N * r);
     for (std::int64_t i = 0; i < n * r; ++i) S[i] *= norms[i / r];
   }
+}
+
+// One sample by two threads: the second fetches the heads' last columns, which will be its own, while it waits.
+template <typename T>
+void run_shared(const Network<T>& net) {
+  Team team;
+  torch::stable::parallel_for(0, 2, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      if (team.enter()) {
+        struct Finish {
+          Team& team;
+          ~Finish() { team.finish(); }
+        } finish{team};
+        run(net, 0, 1, &team);
+        continue;
+      }
+      constexpr std::int64_t line = 64 / sizeof(T), lines = 32;
+      const std::int64_t middle = net.out / 2;
+      std::int64_t row = 0, column = net.out;
+      team.follow([&] {
+        for (std::int64_t n = 0; n < lines && row < net.d; ++n) {
+          column -= line;
+          if (column < middle) column = net.out - line, ++row;
+          __builtin_prefetch(net.head + std::min(row, net.d - 1) * net.out + column, 0, 2);
+        }
+      });
+    }
+  });
 }
 
 // What the op takes after the channels: see FrozenWeights in lomacs_fast/reference/frozen.py.
@@ -98,6 +149,7 @@ void evaluate(const Tensor& H, const Tensor& scene, const std::vector<Tensor>& w
   net.H = pointer<T>(H), net.head = at(head), net.table = at(table);
   net.scene = static_cast<const std::int64_t*>(scene.const_data_ptr());
   net.U = output<T>(U), net.S = output<T>(S), net.V = output<T>(V);
+  if (B == 1 && torch::stable::get_num_threads() > 1) return run_shared(net);
   torch::stable::parallel_for(0, B, 1, [&](std::int64_t begin, std::int64_t end) { run(net, begin, end); });
 }
 
@@ -109,8 +161,8 @@ std::tuple<Tensor, Tensor, Tensor> frozen_svd(const Tensor& H, const Tensor& sce
   const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2);
   checks.expect(M > 1 && N > 1, "M and N must be at least 2");
   checks.tensor("H", H, dtype, {B, M, N, 2});
-  checks.expect(w.size() >= first_block && (w.size() - first_block) % 6 == 0,
-                "weights must hold 9 tensors and 6 a block, got " + std::to_string(w.size()));
+  if (w.size() < first_block || (w.size() - first_block) % 6 != 0)
+    checks.fail("weights must hold 9 tensors and 6 a block, got " + std::to_string(w.size()));
   checks.expect(w[pos].dim() == 2 && w[row_w1].dim() == 2 && w[col_w1].dim() == 2 && w[head].dim() == 2 &&
                     w[table].dim() == 2,
                 "pos, row_w1, col_w1, head and table must have two dimensions");

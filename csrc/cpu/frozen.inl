@@ -49,6 +49,36 @@ LOMACS_TARGET void head_product(const T* feat, const T* head, const T* table, co
   matmul<T>({feat, d, 1}, {head + from, all}, out, width, n, width, d, true);
 }
 
+// Columns from to end of one sample's row of `all`, as head_product gives them, each row of head read along its
+// length: a product's tiles would wait for 64 numbers of every row in turn, which no prefetcher foresees.
+template <typename T>
+LOMACS_TARGET void head_columns(const T* feat, const T* head, const T* bias, std::int64_t d, std::int64_t all,
+                                std::int64_t from, std::int64_t end, T* out) {
+  constexpr int together = 8;
+  for (std::int64_t k = 0; k < d; k += together) {
+    const int rows = static_cast<int>(std::min<std::int64_t>(together, d - k));
+    const bool first = k == 0, last = k + together >= d;
+    const T* w = head + k * all;
+    std::int64_t j = from;
+    if (rows == together) {
+      Vec<T> x[together];
+#pragma GCC unroll 8
+      for (int n = 0; n < together; ++n) x[n] = splat(feat[k + n]);
+      for (; j + lanes<T> <= end; j += lanes<T>) {
+        Vec<T> sum = first ? Vec<T>{} : load(out + j);
+#pragma GCC unroll 8
+        for (int n = 0; n < together; ++n) sum += x[n] * load(w + n * all + j);
+        store(out + j, last ? sum + load(bias + j) : sum);
+      }
+    }
+    for (; j < end; ++j) {
+      T sum = first ? T(0) : out[j];
+      for (int n = 0; n < rows; ++n) sum += feat[k + n] * w[n * all + j];
+      out[j] = last ? sum + bias[j] : sum;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace LOMACS_ISA
 }  // namespace lomacs

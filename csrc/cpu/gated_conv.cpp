@@ -179,11 +179,11 @@ BlockStage<T> stages::conv(const ConvWeights<T>& w) {
   job.pw_weight = w.pw_weight, job.pw_bias = w.pw_bias;
   job.tokens = w.tokens, job.d = w.d, job.taps = w.taps;
   const Isa isa = choose_isa();
-  return [job, isa](const T* x, std::int64_t n, T* y) {
-    GatedConv<T> own = job;
-    own.x = x, own.y = y, own.batch = n;
-    LOMACS_DISPATCH(isa, conv_forward(own, 0, n));
-  };
+  return {1, [job, isa](const T* x, std::int64_t begin, std::int64_t end, T* y) {
+            GatedConv<T> own = job;
+            own.x = x, own.y = y;
+            LOMACS_DISPATCH(isa, conv_forward(own, begin, end));
+          }};
 }
 
 template BlockStage<float> stages::conv(const ConvWeights<float>&);

@@ -277,11 +277,11 @@ BlockStage<T> stages::attention(const AttentionWeights<T>& w) {
       }
   }
   const Isa isa = choose_isa();
-  return [job, folded, isa](const T* x, std::int64_t n, T* y) {
-    Attention<T> own = job;
-    own.x = x, own.y = y, own.batch = n;
-    LOMACS_DISPATCH(isa, attention_forward(own, 0, n * own.groups));
-  };
+  return {job.groups, [job, folded, isa](const T* x, std::int64_t begin, std::int64_t end, T* y) {
+            Attention<T> own = job;
+            own.x = x, own.y = y;
+            LOMACS_DISPATCH(isa, attention_forward(own, begin, end));
+          }};
 }
 
 template BlockStage<float> stages::attention(const AttentionWeights<float>&);

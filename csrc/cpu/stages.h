@@ -36,9 +36,12 @@ struct ConvWeights {
 // n channels (M, N, 2) of any scale: the gated ones at unit norm, their norms, tokens (M, d)
 template <typename T>
 using FrontStage = std::function<void(const T* H, std::int64_t n, T* Hd, T* norms, T* X)>;
-// x + mixer(norm(x)) of n samples' tokens; y is not x
+// x + mixer(norm(x)) of parts begin to end of samples' tokens, each sample in so many parts; y is not x
 template <typename T>
-using BlockStage = std::function<void(const T* x, std::int64_t n, T* y)>;
+struct BlockStage {
+  std::int64_t parts;
+  std::function<void(const T* x, std::int64_t begin, std::int64_t end, T* y)> run;
+};
 // raw columns and predicted spectrum to the factors: normalised, sorted, refined, calibrated on Hd
 template <typename T>
 using TailStage = std::function<void(const T* U, const T* V, const T* S, const T* Hd, std::int64_t n, T* oU, T* oS,

@@ -5,8 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -27,27 +29,44 @@ inline std::string shape_of(const std::vector<std::int64_t>& sizes) {
 struct Checks {
   const char* op;
 
+  // the message of a check that holds is never made
+  void expect(bool ok, const char* message) const {
+    if (!ok) fail(message);
+  }
   void expect(bool ok, const std::string& message) const {
-    if (!ok) throw std::runtime_error(std::string("lomacs::") + op + ": " + message);
+    if (!ok) fail(message);
+  }
+  [[noreturn]] void fail(const std::string& message) const {
+    throw std::runtime_error(std::string("lomacs::") + op + ": " + message);
   }
 
   void real(const char* name, ScalarType dtype) const {
-    expect(dtype == ScalarType::Float || dtype == ScalarType::Double,
-           std::string(name) + " must be float32 or float64");
+    if (dtype != ScalarType::Float && dtype != ScalarType::Double)
+      fail(std::string(name) + " must be float32 or float64");
   }
 
   // contiguous, on the CPU, of this dtype and shape
-  void tensor(const char* name, const Tensor& x, ScalarType dtype,
-              const std::vector<std::int64_t>& sizes) const {
+  void tensor(const char* name, const Tensor& x, ScalarType dtype, std::initializer_list<std::int64_t> sizes) const {
+    tensor(name, x, dtype, sizes.begin(), sizes.end());
+  }
+  void tensor(const char* name, const Tensor& x, ScalarType dtype, const std::vector<std::int64_t>& sizes) const {
+    tensor(name, x, dtype, sizes.data(), sizes.data() + sizes.size());
+  }
+
+ private:
+  void tensor(const char* name, const Tensor& x, ScalarType dtype, const std::int64_t* begin,
+              const std::int64_t* end) const {
     const auto given = x.sizes();
-    const std::vector<std::int64_t> got(given.begin(), given.end());
-    expect(got == sizes,
-           std::string(name) + " must have shape " + shape_of(sizes) + ", got " + shape_of(got));
-    expect(x.scalar_type() == dtype, std::string(name) + " must be " +
-                                         (dtype == ScalarType::Float ? "float32" : "float64") +
-                                         " to go with the other arguments");
-    expect(x.is_cpu(), std::string(name) + " must be on the CPU");
-    expect(x.is_contiguous(), std::string(name) + " must be contiguous");
+    const bool fits = std::equal(given.begin(), given.end(), begin, end);
+    if (fits && x.scalar_type() == dtype && x.is_cpu() && x.is_contiguous()) return;
+    const std::string who = name;
+    if (!fits)
+      fail(who + " must have shape " + shape_of({begin, end}) + ", got " + shape_of({given.begin(), given.end()}));
+    if (x.scalar_type() != dtype)
+      fail(who + " must be " + (dtype == ScalarType::Float ? "float32" : "float64") +
+           " to go with the other arguments");
+    if (!x.is_cpu()) fail(who + " must be on the CPU");
+    fail(who + " must be contiguous");
   }
 };
 

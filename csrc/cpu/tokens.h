@@ -74,8 +74,9 @@ struct RealChecks {
     if (std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()) && t.scalar_type() == dtype &&
         t.is_cpu() && t.is_contiguous())
       return;
-    checks.expect(t.scalar_type() == dtype,
-                  std::string(name) + " must be " + dtype_name(dtype) + " as x is, got " + dtype_name(t.scalar_type()));
+    if (t.scalar_type() != dtype)
+      checks.fail(std::string(name) + " must be " + dtype_name(dtype) + " as x is, got " +
+                  dtype_name(t.scalar_type()));
     checks.tensor(name, t, dtype, sizes);
   }
 

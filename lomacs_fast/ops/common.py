@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from . import native
 from .dispatch import chosen, constant_in_graphs
 
 REAL = (torch.float32, torch.float64)
@@ -192,6 +193,23 @@ def transform_reasons() -> list[str]:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return ["torch.func transforms and forward-mode derivatives need the formula"]
     return []
+
+
+# numbers up to which the detailed checks of a call would be felt
+SMALL = 1 << 16
+
+
+def small_native(x: Any) -> bool:
+    """Whether a kernel of the CPU may be asked at once: one serves here, and x is small and of the CPU."""
+    return (
+        not torch.compiler.is_compiling()
+        and isinstance(x, Tensor)
+        and x.is_cpu
+        and x.numel() <= SMALL
+        and not transform_reasons()
+        and chosen() in ("auto", "cpp")
+        and not native.reasons("cpu")
+    )
 
 
 @constant_in_graphs

@@ -17,7 +17,7 @@ from .dispatch import Backend, Op
 PROJECTION = "Tensor weight, Tensor bias, Tensor pos"
 library.define(f"dual_view_project(Tensor Hd, {PROJECTION}) -> Tensor X", tags=common.TAGS)
 library.define(
-    "dual_view_project_backward(Tensor gX, Tensor Hd, Tensor weight, bool gh, bool gw) -> "
+    "dual_view_project_backward(Tensor gX, Tensor Hd, Tensor weight, bool gh, bool gw, Tensor? more=None) -> "
     "(Tensor gHd, Tensor gweight, Tensor gbias, Tensor gpos)",
     tags=common.TAGS,
 )
@@ -51,8 +51,13 @@ def _fake(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("lomacs::dual_view_project_backward", lib=library)
-def _fake_backward(gX: Tensor, Hd: Tensor, weight: Tensor, gh: bool, gw: bool) -> tuple[Tensor, ...]:
+def _fake_backward(
+    gX: Tensor, Hd: Tensor, weight: Tensor, gh: bool, gw: bool, more: Tensor | None = None
+) -> tuple[Tensor, ...]:
     B, M, d = _check("Hd", Hd, weight)
+    if more is not None:
+        given = tuple(more.shape)
+        torch._check(more.shape == Hd.shape, lambda: f"more must be {tuple(Hd.shape)}, got {given}")
     torch._check(gX.shape == (B, M, d), lambda: f"gX must be {(B, M, d)}, got {tuple(gX.shape)}")
     shapes = (weight.shape, (d,), (1, M, d))
     return Hd.new_empty(Hd.shape if gh else (0,)), *(Hd.new_empty(s if gw else (0,)) for s in shapes)
@@ -84,10 +89,13 @@ def _on_cuda(*args: Any) -> Tensor:
 
 
 @torch.library.impl("lomacs::dual_view_project_backward", "CUDA", lib=library)
-def _backward_on_cuda(*args: Any) -> tuple[Tensor, ...]:
+def _backward_on_cuda(
+    gX: Tensor, Hd: Tensor, weight: Tensor, gh: bool, gw: bool, more: Tensor | None = None
+) -> tuple[Tensor, ...]:
     from ..kernels import dual_view as kernels
 
-    return kernels.dual_view_project_backward(*args)
+    gHd, *of_weights = kernels.dual_view_project_backward(gX, Hd, weight, gh, gw)
+    return (gHd.add_(more) if gh and more is not None else gHd), *of_weights
 
 
 @torch.library.impl("lomacs::gate_project", "CUDA", lib=library)
@@ -98,13 +106,14 @@ def _front_on_cuda(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _project_backward(
-    needs: Sequence[bool], gX: Tensor | None, Hd: Tensor, weight: Tensor
+    needs: Sequence[bool], gX: Tensor | None, Hd: Tensor, weight: Tensor, more: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of Hd, weight, bias and pos, None where `needs` wants none."""
+    """Gradients of Hd, weight, bias and pos, None where `needs` wants none; that of Hd with `more` added."""
     gh, gw = needs[0], any(needs[1:4])
     if gX is None or not (gh or gw):
-        return (None,) * 4
-    gradients = torch.ops.lomacs.dual_view_project_backward(gX.contiguous(), Hd, weight, gh, gw)
+        return (more, None, None, None)
+    more = more.contiguous() if more is not None and gh else None
+    gradients = torch.ops.lomacs.dual_view_project_backward(gX.contiguous(), Hd, weight, gh, gw, more)
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
@@ -133,10 +142,8 @@ def _front_backward(
     common.refuse_second_derivatives("the fused front")
     H, *weights, weight, Hd = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    through, *of_projection = _project_backward((any(needs[:5]), *needs[7:10]), gX, Hd, weight)
-    if through is not None and gHd is not None:
-        through = through + gHd
-    whole = gHd if through is None else through
+    # what comes by Hd itself is added where the projection's is made: a pass over the batch less
+    whole, *of_projection = _project_backward((any(needs[:5]), *needs[7:10]), gX, Hd, weight, gHd)
     of_gate = freq_gate.gate_backward(needs[:5], whole, gnorms, H, weights, ctx.temperature, ctx.normalize)
     return (*of_gate, None, None, *of_projection)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ library.define(
 )
 
 
-# place of the heads in what `_flat` gives
+# place of the heads in what `flat_weights` gives
 HEAD = 7
 
 
@@ -57,7 +58,7 @@ def _flops(
     return total + flops_of_refine(U, V, (2,)) + spectral._flops_calibrate(U, H, V)
 
 
-def _flat(w: FrozenWeights) -> list[Tensor]:
+def flat_weights(w: FrozenWeights) -> list[Tensor]:
     """The tensors in the order that the kernel takes them, six a block."""
     first = [w.row_w1, w.row_w2, w.col_w1, w.col_w2, w.raw, w.pooled, w.pos, w.head, w.table]
     return first + [x for block in w.blocks for x in block]
@@ -66,9 +67,47 @@ def _flat(w: FrozenWeights) -> list[Tensor]:
 def _native(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor, Tensor, Tensor]:
     w = weights
     U, S, V = torch.ops.lomacs.frozen_svd.default(
-        common.planes(H), scene.contiguous(), _flat(w), w.scalars, w.temperature, w.eps
+        common.planes(H), scene.contiguous(), flat_weights(w), w.scalars, w.temperature, w.eps
     )
     return torch.view_as_complex(U), S, torch.view_as_complex(V)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(row: int, B: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((B,), row)
+
+
+def frozen_svd_at_once(
+    H: Any, sid: Any, weights: FrozenWeights, flat: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What the kernel answers to a small call that nobody has looked at yet; see `tokens.at_once`.
+
+    Args:
+        sid: scenes, as the module takes them; None, or what is out of range, is not served.
+        flat: of `flat_weights`.
+    """
+    # what is made under a tracer must not be kept
+    if not (isinstance(H, Tensor) and common.plain(H) and common.small_native(H)):
+        return None
+    scenes = weights.table.shape[0] - 1
+    if sid is None:
+        scene = _rows(scenes, H.shape[0]) if H.ndim else None
+    elif type(sid) is Tensor and sid.ndim == 1 and sid.numel():
+        # the kernel takes the row behind the scenes too, their mean
+        scene = sid if max(sid.tolist()) < scenes else None
+    else:
+        scene = None
+    if scene is None:
+        return None
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            U, S, V = torch.ops.lomacs.frozen_svd.default(
+                torch.view_as_real(H), scene, flat, weights.scalars, weights.temperature, weights.eps
+            )
+            return torch.view_as_complex(U), S, torch.view_as_complex(V)
+    except (RuntimeError, TypeError):
+        return None
 
 
 def _reasons(H: Tensor, scene: Tensor, weights: FrozenWeights) -> list[str]:

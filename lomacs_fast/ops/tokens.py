@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import common, native
-from .dispatch import chosen
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
@@ -58,21 +57,13 @@ def unrecorded(op: Any, *args: Any) -> Any:
         return op(*args)
 
 
-# numbers of x up to which the detailed checks of a call would be felt
-SMALL = 1 << 16
-
-
 def at_once(op: Any, x: Any, *args: Any) -> Tensor | None:
     """What the kernel of the CPU answers to a small call without gradients that nobody has looked at yet.
 
     It checks every argument itself. What it refuses, or None, is for the caller to look at: to name what is
     wrong, or to serve it another way.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not isinstance(x, Tensor):
-        return None
-    if x.device.type != "cpu" or x.numel() > SMALL or torch.is_autocast_enabled("cpu"):
-        return None
-    if common.transform_reasons() or chosen() not in ("auto", "cpp") or native.reasons("cpu"):
+    if torch.is_grad_enabled() or not common.small_native(x) or torch.is_autocast_enabled("cpu"):
         return None
     try:
         with torch._C._AutoDispatchBelowAutograd():

