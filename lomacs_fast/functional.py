@@ -428,17 +428,7 @@ def refine_svd(
         raise ValueError(f"H must be square where hermitian is True, got {M} x {N}")
     if scalars is not None:
         _weight("scalars", scalars, ("H", H), (None, 4))
-    return reference.refine_svd(
-        H,
-        U,
-        V,
-        steps,
-        active=active,
-        hermitian=hermitian,
-        scalars=scalars,
-        sweeps=sweeps,
-        orthonormal=orthonormal,
-    )
+    return ops.refine_svd(H, U, V, steps, active, hermitian, scalars, sweeps, orthonormal)
 
 
 @_specified_by(reference.spectral_calibrate)

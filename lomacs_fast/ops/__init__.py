@@ -9,6 +9,7 @@ from .gated_conv import gated_conv1d, gated_conv1d_at_once
 from .low_rank import low_rank_loss
 from .ortho import bjorck, ortho_refine
 from .projected_attention import projected_attention, projected_attention_at_once
+from .refine import refine_svd
 from .spectral import spectral_calibrate, svd_tail
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ortho_refine",
     "projected_attention",
     "projected_attention_at_once",
+    "refine_svd",
     "spectral_calibrate",
     "svd_tail",
     "use_backend",
