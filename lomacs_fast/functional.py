@@ -431,6 +431,19 @@ def refine_svd(
     return ops.refine_svd(H, U, V, steps, active, hermitian, scalars, sweeps, orthonormal)
 
 
+def fused_approximation(
+    H: Tensor, rank: int, steps: int, active: int | None, hermitian: bool | None, denoise: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """All of `approx_svd` with the DFT's start in one pass, where a kernel serves it; None where none does.
+
+    Arguments as checked there. Also the state of every sample: -1 where it is not finite, -2 where it is not
+    Hermitian and should be, else twice its active columns and 1 more where one factor served both sides.
+    """
+    found: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    found = ops.approx_svd(H, rank, steps, active, hermitian, denoise)
+    return found
+
+
 @_specified_by(reference.spectral_calibrate)
 def spectral_calibrate(U: Tensor, H: Tensor, V: Tensor, S_pred: Tensor, tau: Tensor | float) -> Tensor:
     _factors(U, V, H, "S_pred", S_pred)

@@ -157,10 +157,10 @@ LOMACS_INLINE void adjoint_times(Planar<T> c, Index rows, Planar<T> a, Planar<T>
   combined<true, T>(c, rows, T(1), turned(a), b, depth);
 }
 
-// to = from^H, both square
+// to = from^H; both hold whole squares of vectors
 template <typename T>
-LOMACS_TARGET void adjoint_square_of(Planar<T> from, Planar<T> to) {
-  for (Index i = 0; i < from.vecs(); ++i)
+LOMACS_TARGET void adjoint_of(Planar<T> from, Index rows, Planar<T> to) {
+  for (Index i = 0; i * lanes<T> < rows; ++i)
     for (Index j = 0; j < from.vecs(); ++j)
       for (int part = 0; part < 2; ++part) {
         Vec<T> x[lanes<T>];

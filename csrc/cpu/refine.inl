@@ -148,7 +148,8 @@ struct Columns {
 
   void plan(Arena<T>& a, Index size, Index k) {
     n = size, rows = whole_blocks(size);
-    for (Planar<T>* x : {&U, &W, &Y}) *x = planar(a, n, k);
+    // adjoints are taken in squares of vectors
+    for (Planar<T>* x : {&U, &W, &Y}) *x = planar(a, whole_vectors<T>(n), k);
   }
 };
 
@@ -161,20 +162,23 @@ struct Refinement {
   Planar<T> H, D, DH, X, Y, A, B, P, Q, P2, Q2, C, X2, X4, X8, kept;
   // of the completion and of a start: columns, basis, transform, cross
   Columns<T> more[2];
-  Planar<T> basis[2], freq[2], start_basis[2], start_freq[2], cross;
+  Planar<T> basis[2], freq[2], start_basis[2], start_freq[2], cross, adjoint_span, adjoint_other;
   T *s, *off, *off2, *index, *turn_re, *turn_im, *scale, *energy;
   std::vector<double> bins;
   std::vector<Index> sorted;
   double norm;
+  bool hermitian;
+  bool projected = false;  // W is that of these factors already
 
-  explicit Refinement(const RefineSvd<T>& j) : job(j) {}
+  explicit Refinement(const RefineSvd<T>& j) : job(j), hermitian(j.hermitian) {}
 
   void plan(Arena<T>& a) {
     k = job.k, krows = whole_blocks(k), rest = job.r - job.k;
     left.plan(a, job.M, k);
     right.plan(a, job.N, k);
     root.plan(a, k);
-    H = planar(a, job.M, job.N);
+    // its adjoint is taken in squares of vectors
+    H = planar(a, whole_vectors<T>(job.M), job.N);
     for (Planar<T>* x : {&D, &DH, &X, &Y, &A, &B, &P, &Q, &P2, &Q2, &C, &X2, &X4, &X8, &kept}) *x = planar_square(a, k);
     for (T** x : {&s, &off, &off2, &index, &turn_re, &turn_im, &scale, &energy}) *x = a.row(whole_vectors<T>(k));
     const Index sizes[] = {job.M, job.N};
@@ -188,6 +192,8 @@ struct Refinement {
       freq[side] = planar(a, sizes[side], rest);
     }
     if (rest > 0) cross = planar(a, k, rest);
+    adjoint_span = planar(a, whole_vectors<T>(k), job.M);
+    adjoint_other = planar(a, whole_vectors<T>(k), job.N);
     bins.resize(static_cast<std::size_t>(std::max(job.M, job.N)));
     sorted.resize(bins.size());
   }
@@ -234,7 +240,7 @@ struct Refinement {
 
   // P and Q of D, its diagonal in s
   LOMACS_TARGET void rotations(T soft) {
-    adjoint_square_of(D, DH);
+    adjoint_of(D, k, DH);
     column_energies(D, k, off);
     column_energies(DH, k, off2);
     for (Index j = 0; j < index_width(); ++j) {
@@ -244,12 +250,12 @@ struct Refinement {
     }
     for (Index i = 0; i < k; ++i) {
       rotation_row(D.row(i), D.imag(i), DH.row(i), DH.imag(i), s, off, index, i, D.width, soft, X.row(i), X.imag(i));
-      if (!job.hermitian)
+      if (!hermitian)
         skew_rotation_row(D.row(i), D.imag(i), DH.row(i), DH.imag(i), s, off, index, i, D.width, soft, X.row(i),
                           X.imag(i), Y.row(i), Y.imag(i));
     }
     unitary(X, A);
-    if (!job.hermitian) unitary(Y, B);
+    if (!hermitian) unitary(Y, B);
   }
 
   LOMACS_TARGET void unitary(Planar<T> x, Planar<T> out) {
@@ -287,7 +293,7 @@ struct Refinement {
 
   // D = (D + D^H) / 2
   LOMACS_TARGET void symmetric() {
-    adjoint_square_of(D, DH);
+    adjoint_of(D, k, DH);
     blended(D, k, T(0.5), D, T(0.5), DH, T(0));
   }
 
@@ -298,7 +304,7 @@ struct Refinement {
   }
 
   LOMACS_TARGET void diagonalize(T soft) {
-    if (job.hermitian) {
+    if (hermitian) {
       symmetric();
       for (Index n = 0; n < job.sweeps; ++n) {
         rotations(soft);
@@ -347,7 +353,7 @@ struct Refinement {
     double total = 0;
     for (Index j = 0; j < k; ++j) {
       const T value = D.row(j)[j];
-      const T inverse = (job.hermitian && value < 0 ? T(-1) : T(1)) / ((job.hermitian ? std::fabs(value) : value) + row[1]);
+      const T inverse = (hermitian && value < 0 ? T(-1) : T(1)) / ((hermitian ? std::fabs(value) : value) + row[1]);
       const T left_over = off[j] - off2[j];
       total += static_cast<double>((left_over < 0 ? T(0) : left_over) * inverse * inverse);
       scale[j] = inverse;
@@ -368,21 +374,22 @@ struct Refinement {
 
   // W = H V, Z = H^H U, D = U^H W
   LOMACS_TARGET void project() {
-    Columns<T>& other = job.hermitian ? left : right;
-    times(left.W, left.rows, H, other.U, job.N);
+    Columns<T>& other = hermitian ? left : right;
+    if (!projected) times(left.W, left.rows, H, other.U, job.N);
+    projected = false;
     adjoint_times(D, krows, left.U, left.W, job.M);
   }
 
   LOMACS_TARGET void step(const T* row) {
     project();
-    if (!job.hermitian) adjoint_times(right.W, right.rows, H, left.U, job.M);
+    if (!hermitian) adjoint_times(right.W, right.rows, H, left.U, job.M);
     diagonalize(row[0]);
-    if (job.hermitian) {
+    if (hermitian) {
       expand(left, P, P, D, row);
       return;
     }
     expand(left, P, Q, D, row);
-    adjoint_square_of(D, DH);
+    adjoint_of(D, k, DH);
     expand(right, Q, P, DH, row);
   }
 
@@ -429,8 +436,8 @@ struct Refinement {
     diagonalize(soft);
     std::swap(D, kept);
     orthonormalized(left, P, A);
-    if (!job.hermitian) orthonormalized(right, Q, B);
-    const Planar<T> b = job.hermitian ? A : B;
+    if (!hermitian) orthonormalized(right, Q, B);
+    const Planar<T> b = hermitian ? A : B;
     times(C, krows, D, b, k);
     for (Index j = 0; j < k; ++j) {
       T re = 0, im = 0;
@@ -439,7 +446,7 @@ struct Refinement {
         re += ar * cr + ai * ci;
         im += ar * ci - ai * cr;
       }
-      if (job.hermitian) {
+      if (hermitian) {
         s[j] = re;
       } else {
         T c, d;
@@ -455,15 +462,20 @@ struct Refinement {
       const T x = std::fabs(s[a]), y = std::fabs(s[c]);
       return x > y || (x != x && y == y);
     });
-    if (!job.hermitian) turned_columns(B, k, turn_re, turn_im);
+    if (!hermitian) turned_columns(B, k, turn_re, turn_im);
     permuted(A, places.data(), P);
-    if (!job.hermitian) permuted(B, places.data(), Q);
+    if (!hermitian) permuted(B, places.data(), Q);
     for (Index j = 0; j < k; ++j) order[j] = places[static_cast<std::size_t>(j)], values[j] = s[order[j]];
     rotate(left, P);
-    if (!job.hermitian) rotate(right, Q);
+    if (!hermitian) rotate(right, Q);
   }
 
   // energies of the columns of a chirped DFT in the span of x, added to bins
+  void clear_bins() { std::fill(bins.begin(), bins.end(), 0.0); }
+  void negate_bins() {
+    for (double& x : bins) x = -x;
+  }
+
   LOMACS_TARGET void add_energies(Planar<T> x, Index n, Index columns, int side, int chirp, Planar<T> f) {
     const T *roots = job.roots[side], *turns = chirp == 0 ? nullptr : job.chirps[side] + 2 * n * (chirp - 1);
     if ((n & (n - 1)) != 0) {
@@ -583,7 +595,7 @@ struct Refinement {
       times(q.E2, q.rows, q.E, q.E, q.n);
       shifted(q.S, q.n, T(0.25), q.E, T(0.75));
       times(q.G, q.rows, q.E2, q.S, q.n);
-      std::fill(bins.begin(), bins.end(), 0.0);
+      clear_bins();
       if (span != nullptr) add_energies(span->U, x.n, k, side, turn + 1, start_freq[side]);
       add_energies(x.U, x.n, q.n, side, turn + 1, f);
       least_columns(x.n, q.n, side, turn + 1, free_columns);
@@ -611,7 +623,7 @@ struct Refinement {
   }
 
   LOMACS_TARGET void complete(const Columns<T>& span, Columns<T>& x, int side) {
-    std::fill(bins.begin(), bins.end(), 0.0);
+    clear_bins();
     add_energies(span.U, x.n, k, side, 0, start_freq[side]);
     least_columns(x.n, rest, side, 0, x.U);
     outside(span, x, x.U);
@@ -623,21 +635,20 @@ struct Refinement {
     if (rest > 0) store_planar(other.U, x.n, rest, out + 2 * k, job.r);
   }
 
-  LOMACS_TARGET void sample(Index b) {
+  LOMACS_TARGET void steps(Index count) {
+    for (Index n = 0; n < count; ++n) step(job.scalars + 4 * n);
+  }
+
+  // soft of the last step, or the untrained one
+  T last_soft(Index count) const { return count > 0 ? job.scalars[4 * (count - 1)] : T(0.5); }
+
+  // completion, signs into V, S in the scale of H
+  LOMACS_TARGET void finish(Index b) {
     const Index M = job.M, N = job.N, r = job.r;
-    load_channel(job.H + 2 * b * M * N);
-    load_planar(job.U + 2 * b * M * r, r, M, k, left.U);
-    start(left, 0);
-    if (!job.hermitian) {
-      load_planar(job.V + 2 * b * N * r, r, N, k, right.U);
-      start(right, 1);
-    }
-    for (Index n = 0; n < job.steps; ++n) step(job.scalars + 4 * n);
     T* values = job.outS + b * r;
-    close(job.steps > 0 ? job.scalars[4 * (job.steps - 1)] : T(0.5), job.order + b * k, values);
     if (rest > 0) complete(left, more[0], 0);
     write(left, more[0], job.outU + 2 * b * M * r);
-    if (job.hermitian) {
+    if (hermitian) {
       for (Index j = 0; j < whole_vectors<T>(k); ++j) scale[j] = j < k && values[j] < 0 ? T(-1) : T(1);
       scaled_columns(left.U, M, scale);
       write(left, more[0], job.outV + 2 * b * N * r);
@@ -648,6 +659,20 @@ struct Refinement {
     for (Index j = 0; j < k; ++j) values[j] = static_cast<T>(static_cast<double>(std::fabs(values[j])) * norm);
     for (Index j = k; j < r; ++j) values[j] = norm == norm ? T(0) : static_cast<T>(norm);
   }
+
+  LOMACS_TARGET void sample(Index b) {
+    const Index M = job.M, N = job.N, r = job.r;
+    load_channel(job.H + 2 * b * M * N);
+    load_planar(job.U + 2 * b * M * r, r, M, k, left.U);
+    start(left, 0);
+    if (!hermitian) {
+      load_planar(job.V + 2 * b * N * r, r, N, k, right.U);
+      start(right, 1);
+    }
+    steps(job.steps);
+    close(last_soft(job.steps), job.order + b * k, job.outS + b * r);
+    finish(b);
+  }
 };
 
 template <typename T>
@@ -655,6 +680,301 @@ LOMACS_TARGET void refine_samples(const RefineSvd<T>& job, std::int64_t begin, s
   Refinement<T> x(job);
   const Arena<T> arena(true, [&](Arena<T>& a) { x.plan(a); });
   x.prepare();
+  for (std::int64_t b = begin; b < end; ++b) x.sample(b);
+}
+
+constexpr Index first_columns = 16, scouting_steps = 2;
+constexpr double enough_left = 0.005, whitest = 1.5, most_isotropic = 0.4, floors_above = 4.0;
+
+// `approx_svd` of a share of the samples, with the choices of each.
+template <typename T>
+class Approximation {
+ public:
+  explicit Approximation(const ApproxSvd<T>& job)
+      : job_(job), M_(job.refine.M), N_(job.refine.N), rank_(job.refine.r),
+        arena_(true, [this](Arena<T>& a) {
+          const Index m = whole_vectors<T>(M_), n = whole_vectors<T>(N_);
+          plain_ = planar(a, m, N_);
+          adjoint_ = planar(a, n, M_);
+          freq_[0] = planar(a, m, N_);
+          freq_[1] = planar(a, n, M_);
+          sums_ = a.row(std::max(m, n));
+        }) {}
+
+  LOMACS_TARGET void sample(Index b) {
+    const ApproxSvd<T>& job = job_;
+    const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
+    Index k = job.active > 0 ? job.active : std::min(first_columns, rank_), left = job.refine.steps;
+    Stage* now = &stage(k, rank_);
+    now->load_channel(job.refine.H + 2 * b * M_ * N_);
+    std::int64_t& state = job.state[b];
+    now->projected = turned_ = false;
+    state = now->norm - now->norm == 0 ? 0 : -1;
+    bool tied = false;
+    if (state == 0 && job.form != 0) {
+      tied = M_ == N_ && is_hermitian(*now, 100 * eps);
+      if (!tied && job.form == 1) state = -2;
+      tied = tied && semidefinite(*now, -100 * eps);
+    }
+    if (state != 0) return refuse(b);
+    first_start(*now, now->H, tied, now->left.U, now->right.U, k);
+    T* values = job.refine.outS + b * rank_;
+    std::vector<std::int64_t>& order = order_;
+    order.resize(static_cast<std::size_t>(rank_));
+    for (;;) {
+      now->hermitian = tied;
+      if (job.active == 0 && k < rank_) {
+        const Index scout = std::min(scouting_steps, std::max<Index>(left - 1, 0));
+        now->steps(scout);
+        now->close(now->last_soft(scout), order.data(), values);
+        left -= scout;
+        if (!enough(*now, tied)) {
+          now = &grown(*now, k, tied);
+          k = now->k;
+          continue;
+        }
+      }
+      now->steps(left);
+      now->close(now->last_soft(left), order.data(), values);
+      if (tied && job.denoise) {
+        const double below = noise_floor(*now);
+        // signs of eigenvalues as they are where nothing is subtracted
+        if (below > 0)
+          for (Index j = 0; j < k; ++j) {
+            const T value = std::fabs(values[j]) - static_cast<T>(below);
+            values[j] = std::copysign(value > 0 ? value : T(0), values[j]);
+          }
+      }
+      now->finish(b);
+      state = 2 * k + tied;
+      return;
+    }
+  }
+
+ private:
+  using Stage = Refinement<T>;
+
+  struct Kept {
+    RefineSvd<T> job;
+    Stage stage;
+    Arena<T> arena;
+
+    explicit Kept(const RefineSvd<T>& given)
+        : job(given), stage(job), arena(true, [this](Arena<T>& a) { stage.plan(a); }) {
+      stage.prepare();
+    }
+  };
+
+  // made when first needed
+  Stage& stage(Index k, Index r) {
+    for (const std::unique_ptr<Kept>& kept : stages_)
+      if (kept->job.k == k && kept->job.r == r) return kept->stage;
+    RefineSvd<T> job = job_.refine;
+    job.k = k;
+    job.r = r;
+    stages_.push_back(std::make_unique<Kept>(job));
+    return stages_.back()->stage;
+  }
+
+  void refuse(Index b) {
+    const RefineSvd<T>& job = job_.refine;
+    std::fill_n(job.outU + 2 * b * M_ * rank_, 2 * M_ * rank_, T(0));
+    std::fill_n(job.outV + 2 * b * N_ * rank_, 2 * N_ * rank_, T(0));
+    std::fill_n(job.outS + b * rank_, rank_, T(0));
+  }
+
+  // adjoint_ is that of H afterwards
+  LOMACS_TARGET bool is_hermitian(Stage& x, double bound) {
+    adjoint_of(x.H, M_, adjoint_);
+    turned_ = true;
+    double square = 0;
+    for (Index i = 0; i < M_; ++i) {
+      Vec<T> part{};
+      for (Index j = 0; j < 2 * x.H.width; j += lanes<T>) {
+        const Vec<T> d = load(x.H.row(i) + j) - load(adjoint_.row(i) + j);
+        part += d * d;
+      }
+      square += sum<T>(part);
+    }
+    return std::sqrt(square) <= bound;
+  }
+
+  LOMACS_TARGET bool semidefinite(Stage& x, double bound) {
+    const T least = static_cast<T>(bound);
+    for (Index j = 0; j < N_; ++j) sums_[j] = x.H.row(j)[j];
+    for (Index j = 0; j < N_; ++j)
+      if (!(sums_[j] >= least)) return false;
+    Vec<T> lowest{};
+    for (Index i = 0; i < M_; ++i)
+      for (Index j = 0; j < x.H.width; j += lanes<T>) {
+        const Vec<T> re = load(x.H.row(i) + j), im = load(x.H.imag(i) + j);
+        const Vec<T> minor = splat(sums_[i]) * load(sums_ + j) - re * re - im * im;
+        lowest = minor < lowest ? minor : lowest;
+      }
+    for (int i = 0; i < lanes<T>; ++i)
+      if (!(lowest[i] >= least)) return false;
+    return true;
+  }
+
+  // the DFT columns with most energy of X, `columns` of them, on the left and on the right
+  LOMACS_TARGET void first_start(Stage& x, Planar<T> X, bool tied, Planar<T> left, Planar<T> right, Index columns) {
+    x.clear_bins();
+    x.add_energies(X, M_, N_, 0, 0, freq_[0]);
+    x.negate_bins();
+    x.least_columns(M_, columns, 0, 0, left);
+    if (tied) return;
+    if (X.data != x.H.data || !turned_) adjoint_of(X, M_, adjoint_);
+    turned_ = X.data == x.H.data;
+    x.clear_bins();
+    x.add_energies(adjoint_, N_, M_, 1, 0, freq_[1]);
+    x.negate_bins();
+    x.least_columns(N_, columns, 1, 0, right);
+  }
+
+  LOMACS_TARGET bool enough(Stage& x, bool tied) {
+    Columns<T>& other = tied ? x.left : x.right;
+    times(x.left.W, x.left.rows, x.H, other.U, N_);
+    x.projected = true;
+    const double whole = energy_of(x.H, M_, N_, sums_), found = energy_of(x.left.W, M_, x.k, x.off);
+    if (std::max(whole - found, 0.0) <= enough_left * enough_left) return true;
+    return tied && job_.denoise && noise_floor(x) > 0;
+  }
+
+  // `_floor` of H of unit norm under the orthonormal columns of x; 0 where a test fails
+  LOMACS_TARGET double noise_floor(Stage& x) {
+    const Index M = M_, k = x.k, rest = M - k;
+    const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
+    if (rest < std::max<Index>(8, M / 2)) return 0;
+    if (!x.projected) times(x.left.W, x.left.rows, x.H, x.left.U, N_);
+    x.projected = true;
+    adjoint_times(x.D, x.krows, x.left.U, x.left.W, M);
+    double highest = -1, lowest = 1;
+    for (Index j = 0; j < k; ++j) {
+      const double value = static_cast<double>(x.D.row(j)[j]);
+      highest = std::max(highest, value), lowest = std::min(lowest, value);
+    }
+    if (!(lowest >= -100 * eps)) return 0;
+    // E = H - T - T^H, T = (W - U D / 2) U^H
+    combined<false, T>(x.left.Y, x.left.rows, T(-0.5), straight(x.left.U), x.D, k, &x.left.W, T(1));
+    adjoint_of(x.left.U, M, x.adjoint_span);
+    times(plain_, x.left.rows, x.left.Y, x.adjoint_span, k);
+    adjoint_of(plain_, M, adjoint_);
+    turned_ = false;
+    double square = 0, trace = 0;
+    for (Index i = 0; i < M; ++i) {
+      Vec<T> part{};
+      for (Index j = 0; j < 2 * plain_.width; j += lanes<T>) {
+        const Vec<T> e = load(x.H.row(i) + j) - load(plain_.row(i) + j) - load(adjoint_.row(i) + j);
+        store(plain_.row(i) + j, e);
+        part += e * e;
+      }
+      square += sum<T>(part);
+      trace += static_cast<double>(plain_.row(i)[i]);
+    }
+    const double below = trace / static_cast<double>(rest);
+    if (!(trace > 0 && square > 1e4 * eps * eps && static_cast<double>(rest) * square <= whitest * trace * trace &&
+          highest > floors_above * below))
+      return 0;
+    // the deviation E - f (I - U U^H): its energy, its diagonal in the antennas' and in the DFT's domain
+    const double size = std::max(square - below * below * static_cast<double>(rest), 0.0);
+    if (size <= 1e-3 * square) return below;
+    double antennas = 0, bins = 0;
+    for (Index i = 0; i < M; ++i) {
+      double inside = 0;
+      for (Index j = 0; j < k; ++j) {
+        const double re = static_cast<double>(x.left.U.row(i)[j]), im = static_cast<double>(x.left.U.imag(i)[j]);
+        inside += re * re + im * im;
+      }
+      const double d = static_cast<double>(plain_.row(i)[i]) + below * (inside - 1);
+      antennas += d * d;
+    }
+    if (!(antennas <= most_isotropic * size)) return 0;
+    x.clear_bins();
+    x.add_energies(x.left.U, M, k, 0, 0, x.start_freq[0]);
+    std::vector<double>&re = circular_[0], &im = circular_[1];
+    re.assign(static_cast<std::size_t>(M), 0.0);
+    im.assign(static_cast<std::size_t>(M), 0.0);
+    for (Index i = 0; i < M; ++i) {
+      const T *p = plain_.row(i), *q = plain_.imag(i);
+      for (Index e = 0; e < M - i; ++e) re[e] += static_cast<double>(p[i + e]), im[e] += static_cast<double>(q[i + e]);
+      for (Index e = M - i; e < M; ++e)
+        re[e] += static_cast<double>(p[i + e - M]), im[e] += static_cast<double>(q[i + e - M]);
+    }
+    const T* roots = job_.refine.roots[0];
+    for (Index m = 0; m < M; ++m) {
+      double g = 0;
+      for (Index e = 0, at = 0; e < M; ++e) {
+        g += re[e] * static_cast<double>(roots[2 * at]) - im[e] * static_cast<double>(roots[2 * at + 1]);
+        at += m;
+        if (at >= M) at -= M;
+      }
+      const double d = g / static_cast<double>(M) + below * (x.bins[static_cast<std::size_t>(m)] - 1);
+      bins += d * d;
+    }
+    return bins <= most_isotropic * size ? below : 0;
+  }
+
+  // a stage of twice as many columns, the new ones from what the old ones leave
+  LOMACS_TARGET Stage& grown(Stage& x, Index k, bool tied) {
+    const Index next = std::min(2 * k, rank_), extra = next - k;
+    Stage& wide = stage(k, next);
+    Stage& to = stage(next, rank_);
+    if (&wide != &x) {
+      copy(x.H, M_, N_, wide.H, 0);
+      copy(x.left.U, M_, k, wide.left.U, 0);
+      if (!tied) copy(x.right.U, N_, k, wide.right.U, 0);
+    }
+    wide.projected = x.projected = false;
+    // X - U U^H X, and the same less its product with V V^H
+    Stage& y = wide;
+    Columns<T>& other = tied ? y.left : y.right;
+    if (!turned_) adjoint_of(y.H, M_, adjoint_);
+    turned_ = true;
+    // (U^H X)^H = X^H U
+    times(other.W, other.rows, adjoint_, y.left.U, M_);
+    adjoint_of(other.W, N_, y.adjoint_other);
+    combined<false, T>(plain_, y.left.rows, T(-1), straight(y.left.U), y.adjoint_other, k, &y.H, T(1));
+    times(y.left.W, y.left.rows, plain_, other.U, N_);
+    adjoint_of(other.U, N_, y.adjoint_other);
+    combined<false, T>(freq_[0], y.left.rows, T(-1), straight(y.left.W), y.adjoint_other, k, &plain_, T(1));
+    std::swap(plain_, freq_[0]);
+    first_start(y, plain_, tied, y.more[0].U, y.more[1].U, extra);
+    for (int side = 0; side < (tied ? 1 : 2); ++side) {
+      Columns<T>& span = side == 0 ? y.left : y.right;
+      y.outside(span, y.more[side], y.more[side].U);
+      y.fill(&span, y.more[side], y.outer, side, y.basis[side], y.freq[side]);
+      Columns<T>& out = side == 0 ? to.left : to.right;
+      copy(span.U, out.n, k, out.U, 0);
+      copy(y.more[side].U, out.n, extra, out.U, k);
+    }
+    copy(y.H, M_, N_, to.H, 0);
+    to.norm = x.norm;
+    to.projected = false;
+    return to;
+  }
+
+  // columns of x into those of `to` from `at` on
+  LOMACS_TARGET void copy(Planar<T> x, Index rows, Index columns, Planar<T> to, Index at) {
+    for (Index i = 0; i < rows; ++i) {
+      std::memcpy(to.row(i) + at, x.row(i), sizeof(T) * static_cast<std::size_t>(columns));
+      std::memcpy(to.imag(i) + at, x.imag(i), sizeof(T) * static_cast<std::size_t>(columns));
+    }
+  }
+
+  const ApproxSvd<T>& job_;
+  Index M_, N_, rank_;
+  Planar<T> plain_, adjoint_, freq_[2];
+  T* sums_;
+  bool turned_ = false;  // adjoint_ is that of H
+  std::vector<std::int64_t> order_;
+  std::vector<double> circular_[2];
+  std::vector<std::unique_ptr<Kept>> stages_;
+  Arena<T> arena_;
+};
+
+template <typename T>
+LOMACS_TARGET void approx_samples(const ApproxSvd<T>& job, std::int64_t begin, std::int64_t end) {
+  Approximation<T> x(job);
   for (std::int64_t b = begin; b < end; ++b) x.sample(b);
 }
 

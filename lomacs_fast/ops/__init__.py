@@ -9,12 +9,13 @@ from .gated_conv import gated_conv1d, gated_conv1d_at_once
 from .low_rank import low_rank_loss
 from .ortho import bjorck, ortho_refine
 from .projected_attention import projected_attention, projected_attention_at_once
-from .refine import refine_svd
+from .refine import approx_svd, refine_svd
 from .spectral import spectral_calibrate, svd_tail
 
 __all__ = [
     "BackendError",
     "aeplus_loss",
+    "approx_svd",
     "backend_table",
     "bjorck",
     "dual_view_project",

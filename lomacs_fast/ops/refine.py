@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from ..reference import refine as formula
@@ -178,6 +180,144 @@ def _refine_svd(
     )
     S = S if H.ndim == 3 else S.reshape(*H.shape[:-2], S.shape[-1])
     return complex_of(u, U.shape), S, complex_of(v, V.shape)
+
+
+def _roots(iterations: int) -> int:
+    return 3 * iterations - 3
+
+
+def _fill(n: int, k: int, c: int) -> int:
+    """Complex multiply-adds that make c columns orthonormal, and orthogonal to k others."""
+    rounds = formula.ROUNDS
+    root = _roots(formula.FILL)
+    return (3 * rounds + 6) * n * c * c + ((rounds + 1) * root + 2 * rounds) * c**3 + 2 * (rounds + 1) * n * k * c
+
+
+def _diagonals(k: int, sweeps: int, tied: bool) -> int:
+    return ((6 if tied else 10) * sweeps + (1 if tied else 2) * (sweeps - 1)) * k**3
+
+
+def step_products(M: int, N: int, k: int, sweeps: int, tied: bool) -> int:
+    """Complex multiply-adds of a step."""
+    rows = M if tied else M + N
+    expand = 4 * rows * k * k + (1 if tied else 2) * (1 + _roots(formula.POLISH)) * k**3
+    return (1 if tied else 2) * M * N * k + M * k * k + _diagonals(k, sweeps, tied) + expand
+
+
+def close_products(M: int, N: int, k: int, sweeps: int, tied: bool) -> int:
+    """Complex multiply-adds of the closing."""
+    rows = M if tied else M + N
+    straight = 4 * rows * k * k + (1 if tied else 2) * (3 + _roots(formula.CLOSE)) * k**3
+    return M * N * k + M * k * k + _diagonals(k, sweeps, tied) + k**3 + straight
+
+
+def products(M: int, N: int, r: int, k: int, steps: int, sweeps: int, tied: bool, orthonormal: bool) -> int:
+    """Complex multiply-adds a sample of the reference, where none of its iterations is cut short."""
+    total = steps * step_products(M, N, k, sweeps, tied) + close_products(M, N, k, sweeps, tied)
+    for n in (M,) if tied else (M, N):
+        total += 0 if orthonormal else _fill(n, 0, k)
+        total += _fill(n, k, r - k) + 2 * n * k * (r - k) if r > k else 0
+    return total
+
+
+@register_flop_formula(torch.ops.lomacs.refine_svd)
+def flops_of_refine_svd(
+    H: Sequence[int],
+    U: Sequence[int],
+    V: Sequence[int] | None,
+    scalars: Sequence[int],
+    active: int,
+    sweeps: int,
+    orthonormal: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """What `FlopCounterMode` counts on the reference, a complex product as one."""
+    B, M, N, _two = H
+    return 2 * B * products(M, N, U[2], active, scalars[0], sweeps, V is None, orthonormal)
+
+
+@register_flop_formula(torch.ops.lomacs.refine_svd_backward)
+def _flops_backward(
+    gU: Sequence[int],
+    gS: Sequence[int],
+    gV: Sequence[int],
+    H: Sequence[int],
+    U: Sequence[int],
+    V: Sequence[int] | None,
+    scalars: Sequence[int],
+    order: Sequence[int],
+    sweeps: int,
+    orthonormal: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """What `FlopCounterMode` counts on the reference: every product twice, those with a DFT basis once."""
+    (B, M, N, _two), r, k = H, U[2], order[1]
+    forward = flops_of_refine_svd(H, U, V, scalars, k, sweeps, orthonormal)
+    constant = 0
+    for n in (M,) if V is None else (M, N):
+        constant += 0 if orthonormal else formula.ROUNDS * n * k * k
+        constant += formula.ROUNDS * n * (r - k) ** 2 + n * k * (r - k)
+    return 2 * forward - 2 * B * constant
+
+
+library.define(
+    "approx_svd(Tensor H, Tensor scalars, int rank, int active, int form, bool denoise) "
+    "-> (Tensor U, Tensor S, Tensor V, Tensor state)",
+    tags=common.TAGS,
+)
+
+
+@torch.library.register_fake("lomacs::approx_svd", lib=library)
+def _fake_approx(
+    H: Tensor, scalars: Tensor, rank: int, active: int, form: int, denoise: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch._check(H.ndim == 4 and H.shape[-1] == 2, lambda: f"H must be (B, M, N, 2), got {tuple(H.shape)}")
+    torch._check(H.dtype in REAL, lambda: f"H must be float32 or float64, got {H.dtype}")
+    B, M, N, _ = H.shape
+    check_like("scalars", scalars, (scalars.shape[0], 4), "H", H)
+    torch._check(1 <= rank <= min(M, N), lambda: f"rank must be 1 to min(M, N), got {rank}")
+    torch._check(0 <= active <= rank, lambda: f"active must be 0 to rank, got {active}")
+    torch._check(form in (-1, 0, 1), lambda: f"form must be -1, 0 or 1, got {form}")
+    state = H.new_empty((B,), dtype=torch.int64)
+    return H.new_empty((B, M, rank, 2)), H.new_empty((B, rank)), H.new_empty((B, N, rank, 2)), state
+
+
+def _approx(
+    H: Tensor, rank: int, steps: int, active: int | None, hermitian: bool | None, denoise: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    form = -1 if hermitian is None else int(hermitian)
+    scalars = _rows(None, steps, H)
+    with torch.no_grad():
+        U, S, V, state = torch.ops.lomacs.approx_svd.default(
+            common.planes(H), scalars, rank, active or 0, form, denoise
+        )
+    batch = H.shape[:-2]
+    U, V = (torch.view_as_complex(x) for x in (U, V))
+    if len(batch) != 1:
+        U, S, V = (x.reshape(*batch, *x.shape[1:]) for x in (U, S, V))
+    return U, S, V, state
+
+
+def _approx_reasons(H: Tensor, rank: int, *_: Any) -> list[str]:
+    M, N = H.shape[-2:]
+    found = native_reasons(4 * M * N + 12 * (M + N) * rank + 40 * rank * rank, H=H)
+    if torch.is_grad_enabled() and H.requires_grad:
+        found.append("the native approximation has no gradient")
+    return [reason.replace("U is", "H is") for reason in found]
+
+
+def _nominal_approx(device: torch.device) -> tuple[Any, ...]:
+    return torch.ones(1, 64, 64, dtype=torch.complex64, device=device), 32, 8, None, None, True
+
+
+approx_svd = Op(
+    "approx_svd",
+    [Backend("cpp", _approx_reasons, _approx), Backend("eager", lambda *_: (), lambda *_: None)],
+    ("H", "rank", "steps", "active", "hermitian", "denoise"),
+    _nominal_approx,
+)
 
 
 def _native_reasons(H: Tensor, U: Tensor, V: Tensor, *rest: Any) -> list[str]:
