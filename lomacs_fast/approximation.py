@@ -20,6 +20,10 @@ TAIL = 0.005  # relative residual with which they are enough
 WHITE = 1.5  # the largest ratio of mean square to squared mean of a white residual's spectrum
 ISOTROPIC = 0.4  # the largest share of its deviation on the diagonal
 ABOVE = 4.0  # the largest singular value is at least so many floors
+REFUSED = {
+    -1: "H must be finite, sample {} holds NaN or Inf",
+    -2: "H must be Hermitian where hermitian is True, sample {} is not",
+}
 
 
 def _square(X: Tensor) -> Tensor:
@@ -151,7 +155,16 @@ def _factors(init: Any, H: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
 def _finite(name: str, X: Tensor) -> None:
     finite = torch.view_as_real(X.resolve_conj()).isfinite().flatten(1).all(1)
     if not bool(finite.all()):
-        raise ValueError(f"{name} must be finite, sample {int((~finite).nonzero()[0])} holds NaN or Inf")
+        raise ValueError(REFUSED[-1].replace("H", name).format(int((~finite).nonzero()[0])))
+
+
+def _accepted(state: Tensor) -> None:
+    """Raise for the first sample that is refused."""
+    if not state.numel() or int(state.min()) > 0:
+        return
+    for code in (-1, -2):
+        if bool((state == code).any()):
+            raise ValueError(REFUSED[code].format(int((state == code).nonzero()[0])))
 
 
 def approx_svd(
@@ -206,14 +219,18 @@ def approx_svd(
     if denoise is not False and denoise != "auto":
         raise ValueError(f'denoise must be "auto" or False, got {denoise!r}')
     start = _factors(init, H, rank)
+    if start is None:
+        fused = functional.fused_approximation(H, rank, steps, active, hermitian, denoise is not False)
+        if fused is not None:
+            _accepted(fused[3])
+            return fused[:3]
     batch = H.shape[:-2]
     H = H.resolve_conj().resolve_neg().reshape(-1, M, N)
     _finite("H", H)
     X, norm = unit_scale(H)
     tied = _hermitian(X)
     if hermitian and not bool(tied.all()):
-        sample = int((~tied).nonzero()[0])
-        raise ValueError(f"H must be Hermitian where hermitian is True, sample {sample} is not")
+        raise ValueError(REFUSED[-2].format(int((~tied).nonzero()[0])))
     # where eigenvalues of both signs compete, two factors converge and one may not
     tied = torch.zeros_like(tied) if hermitian is False or M != N else tied & _semidefinite(X)
 

@@ -35,6 +35,8 @@ FUSED = {
     "bjorck": "matrix products, largest row sum",
     "spectral_calibrate": "matrix product, column dots",
     "svd_tail": "matrix products, column norms, sort",
+    "refine_svd": "matrix products, column norms, largest row sum, FFT, sort",
+    "approx_svd": "matrix products, column norms, largest row sum, FFT, sort",
     "freq_gate": "FFT, means, two perceptrons, elementwise",
     "gate_project": "FFT, means, two perceptrons, matrix product",
     "dual_view_project": "matrix product, bands of rows",

@@ -429,17 +429,20 @@ def refine_svd(
         raise ValueError(f"H must be square where hermitian is True, got {M} x {N}")
     if scalars is not None:
         _weight("scalars", scalars, ("H", H), (None, 4))
-    return reference.refine_svd(
-        H,
-        U,
-        V,
-        steps,
-        active=active,
-        hermitian=hermitian,
-        scalars=scalars,
-        sweeps=sweeps,
-        orthonormal=orthonormal,
-    )
+    return ops.refine_svd(H, U, V, steps, active, hermitian, scalars, sweeps, orthonormal)
+
+
+def fused_approximation(
+    H: Tensor, rank: int, steps: int, active: int | None, hermitian: bool | None, denoise: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """All of `approx_svd` with the DFT's start in one pass, where a kernel serves it; None where none does.
+
+    Arguments as checked there. Also the state of every sample: -1 where it is not finite, -2 where it is not
+    Hermitian and should be, else twice its active columns and 1 more where one factor served both sides.
+    """
+    found: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    found = ops.approx_svd(H, rank, steps, active, hermitian, denoise)
+    return found
 
 
 @_specified_by(reference.spectral_calibrate)

@@ -10,11 +10,13 @@ from .low_rank import low_rank_loss
 from .native import load_ops
 from .ortho import bjorck, ortho_refine
 from .projected_attention import projected_attention, projected_attention_at_once
+from .refine import approx_svd, refine_svd
 from .spectral import spectral_calibrate, svd_tail
 
 __all__ = [
     "BackendError",
     "aeplus_loss",
+    "approx_svd",
     "backend_table",
     "bjorck",
     "dual_view_project",
@@ -30,6 +32,7 @@ __all__ = [
     "ortho_refine",
     "projected_attention",
     "projected_attention_at_once",
+    "refine_svd",
     "spectral_calibrate",
     "svd_tail",
     "use_backend",

@@ -223,11 +223,17 @@ def refine_step(
 
 
 def refine_close(
-    H: Tensor, U: Tensor, V: Tensor, soft: Tensor | float, sweeps: int = SWEEPS, hermitian: bool = False
+    H: Tensor,
+    U: Tensor,
+    V: Tensor,
+    soft: Tensor | float,
+    sweeps: int = SWEEPS,
+    hermitian: bool = False,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A last rotation, orthonormality to rounding, the measured `S = diag(U^H H V)`, signed if Hermitian.
 
-    Columns ordered by `|S|`, largest first.
+    Columns ordered by `|S|`, largest first, or by the indices that are given.
     """
 
     def orthonormalized(X: Tensor, A: Tensor) -> Tensor:
@@ -248,7 +254,8 @@ def refine_close(
         s = (P.conj() * (D @ Q)).sum(-2)
         U, V = _straighten(U @ P), _straighten(V @ (Q * _phase(s).conj()[..., None, :]))
         S = (_energy(s) + 1e-36).sqrt()  # differentiable at 0
-    order = S.detach().abs().sort(dim=-1, descending=True, stable=True).indices
+    if order is None:
+        order = S.detach().abs().sort(dim=-1, descending=True, stable=True).indices
     S = S.gather(-1, order)
     U = U.gather(-1, order[..., None, :].expand_as(U))
     V = U if hermitian else V.gather(-1, order[..., None, :].expand_as(V))
@@ -378,12 +385,30 @@ def refine_svd(
     decomposition based on matrix multiplication", J. Comput. Appl. Math. 369 (2020), with the angles of
     Kogbetliantz (1955) for all pairs at once.
     """
-    r = U.shape[-1]
-    k = r if active is None else active
+    k = U.shape[-1] if active is None else active
+    return refined(H, U, V, rows_of(scalars, steps, H), k, sweeps, hermitian, orthonormal)
+
+
+def rows_of(scalars: Tensor | None, steps: int, like: Tensor) -> Tensor:
+    """A row a step: the last one repeats, the untrained ones where none are given."""
     if scalars is None:
-        scalars = default_scalars(steps, H)
-    else:
-        scalars = scalars[torch.arange(steps, device=scalars.device).clamp_max(len(scalars) - 1)]
+        return default_scalars(steps, like)
+    return scalars[torch.arange(steps, device=scalars.device).clamp_max(len(scalars) - 1)]
+
+
+def refined(
+    H: Tensor,
+    U: Tensor,
+    V: Tensor,
+    scalars: Tensor,
+    k: int,
+    sweeps: int,
+    hermitian: bool,
+    orthonormal: bool,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`refine_svd` with a row of scalars a step, and with the order of the columns where it is given."""
+    r, steps = U.shape[-1], len(scalars)
     X, norm = unit_scale(H)
     U, V = U[..., :k], V[..., :k]
     if not orthonormal:
@@ -392,7 +417,7 @@ def refine_svd(
         V = U
     U, V = refine_span(X, U, V, scalars, sweeps, hermitian)
     soft = scalars[-1, 0] if steps else default_scalars(1, H)[0, 0]
-    U, S, V = refine_close(X, U, V, soft, sweeps, hermitian)
+    U, S, V = refine_close(X, U, V, soft, sweeps, hermitian, order)
     return finish(U, S, V, norm, r, hermitian)
 
 

@@ -1,0 +1,363 @@
+"""Refinement of an SVD as op: schema, shapes, autograd, autocast, FLOPs, backends."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import reference
+from ..reference import refine as formula
+from . import common
+from .common import REAL, library
+from .dispatch import Backend, Op
+from .ortho import check_like, complex_of, gradient, native_reasons
+
+library.define(
+    "refine_svd(Tensor H, Tensor U, Tensor? V, Tensor scalars, int active, int sweeps, bool orthonormal) "
+    "-> (Tensor U, Tensor S, Tensor V, Tensor order)",
+    tags=common.TAGS,
+)
+library.define(
+    "refine_svd_backward(Tensor gU, Tensor gS, Tensor gV, Tensor H, Tensor U, Tensor? V, Tensor scalars, "
+    "Tensor order, int sweeps, bool orthonormal) -> (Tensor gH, Tensor gU, Tensor gV, Tensor gscalars)",
+    tags=common.TAGS,
+)
+
+
+def _check(H: Tensor, U: Tensor, V: Tensor | None, scalars: Tensor, active: int, sweeps: int) -> None:
+    torch._check(H.ndim == 4 and H.shape[-1] == 2, lambda: f"H must be (B, M, N, 2), got {tuple(H.shape)}")
+    torch._check(H.dtype in REAL, lambda: f"H must be float32 or float64, got {H.dtype}")
+    torch._check(U.ndim == 4, lambda: f"U must be (B, M, r, 2), got {tuple(U.shape)}")
+    B, M, N, _ = H.shape
+    r = U.shape[2]
+    check_like("U", U, (B, M, r, 2), "H", H)
+    if V is None:
+        torch._check(M == N, lambda: f"H must be square where V is not given, got {M} x {N}")
+    else:
+        check_like("V", V, (B, N, r, 2), "H", H)
+    torch._check(scalars.ndim == 2, lambda: f"scalars must be (steps, 4), got {tuple(scalars.shape)}")
+    check_like("scalars", scalars, (scalars.shape[0], 4), "H", H)
+    torch._check(r <= M and r <= N, lambda: f"U must have at most min(M, N) columns, got {r}")
+    torch._check(active >= 1, lambda: f"active must be at least 1, got {active}")
+    torch._check(active <= r, lambda: f"active must be at most r = {r}, got {active}")
+    torch._check(sweeps >= 1, lambda: f"sweeps must be at least 1, got {sweeps}")
+
+
+@torch.library.register_fake("lomacs::refine_svd", lib=library)
+def _fake(
+    H: Tensor, U: Tensor, V: Tensor | None, scalars: Tensor, active: int, sweeps: int, orthonormal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(H, U, V, scalars, active, sweeps)
+    B, _, N, _ = H.shape
+    r = U.shape[2]
+    order = H.new_empty((B, active), dtype=torch.int64)
+    return H.new_empty(U.shape), H.new_empty((B, r)), H.new_empty((B, N, r, 2)), order
+
+
+@torch.library.register_fake("lomacs::refine_svd_backward", lib=library)
+def _fake_backward(
+    gU: Tensor,
+    gS: Tensor,
+    gV: Tensor,
+    H: Tensor,
+    U: Tensor,
+    V: Tensor | None,
+    scalars: Tensor,
+    order: Tensor,
+    sweeps: int,
+    orthonormal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(H, U, V, scalars, order.shape[1], sweeps)
+    check_like("gU", gU, U.shape, "H", H)
+    check_like("gS", gS, (U.shape[0], U.shape[2]), "H", H)
+    check_like("gV", gV, (H.shape[0], H.shape[2], U.shape[2], 2), "H", H)
+    factor = H.new_empty((0,) if V is None else V.shape)
+    return H.new_empty(H.shape), H.new_empty(U.shape), factor, H.new_empty(scalars.shape)
+
+
+def _recording() -> Any:
+    """Autograd as it is outside of an op: the dispatcher shuts it out of what an op calls."""
+    keys = torch._C.DispatchKeySet
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded - keys(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+@torch.library.impl("lomacs::refine_svd_backward", "CompositeExplicitAutograd", lib=library)
+def _recomputed(
+    gU: Tensor,
+    gS: Tensor,
+    gV: Tensor,
+    H: Tensor,
+    U: Tensor,
+    V: Tensor | None,
+    scalars: Tensor,
+    order: Tensor,
+    sweeps: int,
+    orthonormal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the reference, computed anew with the columns in the order of the forward."""
+    given = [x for x in (H, U, V, scalars) if x is not None]
+    with _recording(), torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in given]
+        h, u, *rest = (torch.view_as_complex(x) for x in leaves[:-1])
+        out = formula.refined(
+            h, u, rest[0] if rest else u, leaves[-1], order.shape[1], sweeps, V is None, orthonormal, order
+        )
+        grads = (torch.view_as_complex(gU), gS, torch.view_as_complex(gV))
+        found = torch.autograd.grad(out, leaves, grads, allow_unused=True)
+    made = [torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(found, leaves, strict=True)]
+    if V is None:
+        made.insert(2, H.new_empty(0))
+    return made[0], made[1], made[2], made[3]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    H, U, V, scalars, _, ctx.sweeps, ctx.orthonormal = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[3])
+    ctx.shapes = [tuple(x.shape) for x in output[:3]]
+    ctx.save_for_backward(H, U, V, scalars, output[3])
+
+
+def _backward(
+    ctx: Any, gU: Tensor | None, gS: Tensor | None, gV: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    common.refuse_second_derivatives("the fused refinement of an SVD")
+    H, U, V, scalars, order = ctx.saved_tensors
+    given = (
+        H.new_zeros(shape) if g is None else gradient(g, H)
+        for g, shape in zip((gU, gS, gV), ctx.shapes, strict=True)
+    )
+    found = torch.ops.lomacs.refine_svd_backward.default(
+        *given, H, U, V, scalars, order, ctx.sweeps, ctx.orthonormal
+    )
+    needs = ctx.needs_input_grad[:4]
+    return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
+
+
+torch.library.register_autograd("lomacs::refine_svd", _backward, setup_context=_setup, lib=library)
+for _name in ("refine_svd", "refine_svd_backward"):
+    for _device in ("cpu", "cuda"):
+        torch.library.register_autocast(f"lomacs::{_name}", _device, torch.float32, lib=library)
+
+
+@functools.lru_cache(maxsize=64)
+def _untrained(steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return formula.default_scalars(steps, torch.empty(0, dtype=dtype, device=device))
+
+
+def _rows(scalars: Tensor | None, steps: int, H: Tensor) -> Tensor:
+    if scalars is None:
+        if common.plain(H):
+            return _untrained(steps, common.REAL_OF[H.dtype], H.device)
+        return formula.default_scalars(steps, H)
+    return formula.rows_of(scalars, steps, H).contiguous()
+
+
+def _refine_svd(
+    H: Tensor,
+    U: Tensor,
+    V: Tensor,
+    steps: int,
+    active: int | None,
+    hermitian: bool,
+    scalars: Tensor | None,
+    sweeps: int,
+    orthonormal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    k = U.shape[-1] if active is None else active
+    h, u, v = common.planes(H), common.planes(U), None if hermitian else common.planes(V)
+    u, S, v, _ = torch.ops.lomacs.refine_svd.default(
+        h, u, v, _rows(scalars, steps, H), k, sweeps, orthonormal
+    )
+    S = S if H.ndim == 3 else S.reshape(*H.shape[:-2], S.shape[-1])
+    return complex_of(u, U.shape), S, complex_of(v, V.shape)
+
+
+def _roots(iterations: int) -> int:
+    return 3 * iterations - 3
+
+
+def _fill(n: int, k: int, c: int) -> int:
+    """Complex multiply-adds that make c columns orthonormal, and orthogonal to k others."""
+    rounds = formula.ROUNDS
+    root = _roots(formula.FILL)
+    return (3 * rounds + 6) * n * c * c + ((rounds + 1) * root + 2 * rounds) * c**3 + 2 * (rounds + 1) * n * k * c
+
+
+def _diagonals(k: int, sweeps: int, tied: bool) -> int:
+    return ((6 if tied else 10) * sweeps + (1 if tied else 2) * (sweeps - 1)) * k**3
+
+
+def step_products(M: int, N: int, k: int, sweeps: int, tied: bool) -> int:
+    """Complex multiply-adds of a step."""
+    rows = M if tied else M + N
+    expand = 4 * rows * k * k + (1 if tied else 2) * (1 + _roots(formula.POLISH)) * k**3
+    return (1 if tied else 2) * M * N * k + M * k * k + _diagonals(k, sweeps, tied) + expand
+
+
+def close_products(M: int, N: int, k: int, sweeps: int, tied: bool) -> int:
+    """Complex multiply-adds of the closing."""
+    rows = M if tied else M + N
+    straight = 4 * rows * k * k + (1 if tied else 2) * (3 + _roots(formula.CLOSE)) * k**3
+    return M * N * k + M * k * k + _diagonals(k, sweeps, tied) + k**3 + straight
+
+
+def products(M: int, N: int, r: int, k: int, steps: int, sweeps: int, tied: bool, orthonormal: bool) -> int:
+    """Complex multiply-adds a sample of the reference, where none of its iterations is cut short."""
+    total = steps * step_products(M, N, k, sweeps, tied) + close_products(M, N, k, sweeps, tied)
+    for n in (M,) if tied else (M, N):
+        total += 0 if orthonormal else _fill(n, 0, k)
+        total += _fill(n, k, r - k) + 2 * n * k * (r - k) if r > k else 0
+    return total
+
+
+@register_flop_formula(torch.ops.lomacs.refine_svd)
+def flops_of_refine_svd(
+    H: Sequence[int],
+    U: Sequence[int],
+    V: Sequence[int] | None,
+    scalars: Sequence[int],
+    active: int,
+    sweeps: int,
+    orthonormal: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """What `FlopCounterMode` counts on the reference, a complex product as one."""
+    B, M, N, _two = H
+    return 2 * B * products(M, N, U[2], active, scalars[0], sweeps, V is None, orthonormal)
+
+
+@register_flop_formula(torch.ops.lomacs.refine_svd_backward)
+def _flops_backward(
+    gU: Sequence[int],
+    gS: Sequence[int],
+    gV: Sequence[int],
+    H: Sequence[int],
+    U: Sequence[int],
+    V: Sequence[int] | None,
+    scalars: Sequence[int],
+    order: Sequence[int],
+    sweeps: int,
+    orthonormal: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """What `FlopCounterMode` counts on the reference: every product twice, those with a DFT basis once."""
+    (B, M, N, _two), r, k = H, U[2], order[1]
+    forward = flops_of_refine_svd(H, U, V, scalars, k, sweeps, orthonormal)
+    constant = 0
+    for n in (M,) if V is None else (M, N):
+        constant += 0 if orthonormal else formula.ROUNDS * n * k * k
+        constant += formula.ROUNDS * n * (r - k) ** 2 + n * k * (r - k)
+    return 2 * forward - 2 * B * constant
+
+
+library.define(
+    "approx_svd(Tensor H, Tensor scalars, int rank, int active, int form, bool denoise) "
+    "-> (Tensor U, Tensor S, Tensor V, Tensor state)",
+    tags=common.TAGS,
+)
+
+
+@torch.library.register_fake("lomacs::approx_svd", lib=library)
+def _fake_approx(
+    H: Tensor, scalars: Tensor, rank: int, active: int, form: int, denoise: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch._check(H.ndim == 4 and H.shape[-1] == 2, lambda: f"H must be (B, M, N, 2), got {tuple(H.shape)}")
+    torch._check(H.dtype in REAL, lambda: f"H must be float32 or float64, got {H.dtype}")
+    B, M, N, _ = H.shape
+    check_like("scalars", scalars, (scalars.shape[0], 4), "H", H)
+    torch._check(1 <= rank <= min(M, N), lambda: f"rank must be 1 to min(M, N), got {rank}")
+    torch._check(0 <= active <= rank, lambda: f"active must be 0 to rank, got {active}")
+    torch._check(form in (-1, 0, 1), lambda: f"form must be -1, 0 or 1, got {form}")
+    state = H.new_empty((B,), dtype=torch.int64)
+    return H.new_empty((B, M, rank, 2)), H.new_empty((B, rank)), H.new_empty((B, N, rank, 2)), state
+
+
+def _approx(
+    H: Tensor, rank: int, steps: int, active: int | None, hermitian: bool | None, denoise: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    form = -1 if hermitian is None else int(hermitian)
+    scalars = _rows(None, steps, H)
+    with torch.no_grad():
+        U, S, V, state = torch.ops.lomacs.approx_svd.default(
+            common.planes(H), scalars, rank, active or 0, form, denoise
+        )
+    batch = H.shape[:-2]
+    U, V = (torch.view_as_complex(x) for x in (U, V))
+    if len(batch) != 1:
+        U, S, V = (x.reshape(*batch, *x.shape[1:]) for x in (U, S, V))
+    return U, S, V, state
+
+
+def _approx_reasons(H: Tensor, rank: int, *_: Any) -> list[str]:
+    M, N = H.shape[-2:]
+    found = native_reasons(4 * M * N + 12 * (M + N) * rank + 40 * rank * rank, H=H)
+    if torch.is_grad_enabled() and H.requires_grad:
+        found.append("the native approximation has no gradient")
+    return [reason.replace("U is", "H is") for reason in found]
+
+
+def _nominal_approx(device: torch.device) -> tuple[Any, ...]:
+    return torch.ones(1, 64, 64, dtype=torch.complex64, device=device), 32, 8, None, None, True
+
+
+approx_svd = Op(
+    "approx_svd",
+    [Backend("cpp", _approx_reasons, _approx), Backend("eager", lambda *_: (), lambda *_: None)],
+    ("H", "rank", "steps", "active", "hermitian", "denoise"),
+    _nominal_approx,
+)
+
+
+def _native_reasons(H: Tensor, U: Tensor, V: Tensor, *rest: Any) -> list[str]:
+    M, N, r = *H.shape[-2:], U.shape[-1]
+    found = native_reasons(M * N + 8 * (M + N) * r + 30 * r * r, H=H, U=U, V=V)
+    return [reason.replace("U is", "H is") for reason in found]
+
+
+def _eager(
+    H: Tensor,
+    U: Tensor,
+    V: Tensor,
+    steps: int,
+    active: int | None,
+    hermitian: bool,
+    scalars: Tensor | None,
+    sweeps: int,
+    orthonormal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.refine_svd(
+        H,
+        U,
+        V,
+        steps,
+        active=active,
+        hermitian=hermitian,
+        scalars=scalars,
+        sweeps=sweeps,
+        orthonormal=orthonormal,
+    )
+
+
+def _nominal(device: torch.device) -> tuple[Any, ...]:
+    H = torch.ones(1, 64, 64, dtype=torch.complex64, device=device)
+    return H, H[..., :32], H[..., :32], 8, 16, False, None, formula.SWEEPS, False
+
+
+refine_svd = Op(
+    "refine_svd",
+    [Backend("cpp", _native_reasons, _refine_svd), Backend("eager", lambda *_: (), _eager)],
+    ("H", "U", "V", "steps", "active", "hermitian", "scalars", "sweeps", "orthonormal"),
+    _nominal,
+)
