@@ -7,6 +7,7 @@ from .freq_gate import freq_gate
 from .frozen import frozen_svd
 from .gated_conv import gated_conv1d, gated_conv1d_at_once
 from .low_rank import low_rank_loss
+from .neural_svd import neural_svd_steps
 from .ortho import bjorck, ortho_refine
 from .projected_attention import projected_attention, projected_attention_at_once
 from .spectral import spectral_calibrate, svd_tail
@@ -23,6 +24,7 @@ __all__ = [
     "gated_conv1d",
     "gated_conv1d_at_once",
     "low_rank_loss",
+    "neural_svd_steps",
     "ortho_refine",
     "projected_attention",
     "projected_attention_at_once",
