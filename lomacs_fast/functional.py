@@ -517,7 +517,7 @@ def neural_svd_steps(H: Tensor, F: Tensor, steps: int, watch: int | None = None)
         raise ValueError(f"F must have at least as many rows as columns, got {tuple(F.shape)}")
     steps = integer("steps", steps, 1)
     watch = L if watch is None else integer("watch", watch, 1)
-    return reference.neural_svd_steps(H, F, steps, min(watch, L))
+    return ops.neural_svd_steps(H, F, steps, min(watch, L))
 
 
 @_specified_by(reference.frozen_svd)

@@ -128,20 +128,22 @@ def coupled(G: Tensor, nesting: str) -> tuple[Tensor, Tensor]:
     below = gradient.tril(-1) / -2
     if nesting == "joint":
         k = torch.arange(L, device=G.device)
-        below = below * (L / (k[:, None] - k[None, :]).clamp_min(1)).to(below.real.dtype)
+        apart = (k[:, None] - k[None, :]).clamp_min(1).to(loss.dtype)
+        below = below * (L / apart)
     squares = torch.linalg.vector_norm(G, dim=-2).square()
     return loss.detach(), below + below.mH + torch.diag_embed(squares.to(G.dtype))
 
 
 def _nested_step(F: Tensor, Z: Tensor, C: Tensor, watch: int) -> tuple[Tensor, Tensor]:
-    change = stepsize(torch.linalg.vector_norm(Z - F @ C, dim=-2), C, watch)
-    return neural_svd_update(F, Z, C, functional.bjorck), change
+    D = Z - F @ C
+    change = stepsize(torch.linalg.vector_norm(D, dim=-2), C, watch)
+    return neural_svd_update(F, D, C, functional.bjorck), change
 
 
 def _free_step(F: Tensor, Z: Tensor, C: Tensor, watch: int) -> tuple[Tensor, Tensor]:
     """A step without nesting, `F + (I - F F^H) Z C^-1`: the gradient over its curvature `2 C`."""
     wide = _wide(C.dtype)
-    damping = DAMPING * C.diagonal(dim1=-2, dim2=-1).real.amax(-1)
+    damping = DAMPING * torch.finfo(C.dtype).eps * C.diagonal(dim1=-2, dim2=-1).real.amax(-1)
     damping = damping.clamp_min(torch.finfo(damping.dtype).tiny).to(wide)[..., None, None]
     eye = torch.eye(C.shape[-1], dtype=wide, device=C.device)
     Y = (Z - F @ C) @ torch.linalg.inv(C.to(wide) + damping * eye).to(C.dtype)

@@ -79,7 +79,7 @@ Product = Callable[[Tensor], Tensor]
 
 def decompose(
     F: Tensor,
-    G: Tensor,
+    G: Tensor | None,
     product: Product,
     sigma: str = "rayleigh",
     phase: str = "sigma",
@@ -88,13 +88,17 @@ def decompose(
     """U, S, V of the trained factors F `(..., N, L)` and G `(..., M, L)`, and `H V`; S largest first.
 
     Args:
-        F, G: right and left factor, columns of any length.
+        F, G: right and left factor, columns of any length. Without G it is `H V`, the objective's minimiser
+            at an orthonormal V.
         product: `product(V)` is `H V`.
         sigma: `"rayleigh"`, `|diag(U^H H V)|`; `"norms"`, `|f_k| |g_k|`.
         phase, reference: as `align`.
     """
-    V, U = orthonormalize(F), orthonormalize(G)
+    V = orthonormalize(F)
     W = product(V)
+    if G is None:
+        F, G = V, W
+    U = orthonormalize(G)
     d = (U.conj() * W).sum(-2)
     S = d.abs()
     if sigma == "norms":

@@ -495,7 +495,7 @@ class _Run:
                 F=start(self.like, self.shape[:-2], N, min(keep + guard, small), self._generator(), given)
             )
         bar.close()
-        U, S, V, W = decompose(found.F, found.G, self.held.product, wish.sigma, wish.phase, wish.reference)
+        U, S, V, W = decompose(found.F, None, self.held.product, wish.sigma, wish.phase, wish.reference)
         vectors = FREE if wish.nesting == "none" else INDIVIDUAL
         return _Found(U, S, V, W, "optimize", vectors, found.steps, found.converged, found.history, keep)
 

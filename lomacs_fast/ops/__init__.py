@@ -8,6 +8,7 @@ from .frozen import flat_weights, frozen_svd, frozen_svd_at_once
 from .gated_conv import gated_conv1d, gated_conv1d_at_once
 from .low_rank import low_rank_loss
 from .native import load_ops
+from .neural_svd import neural_svd_steps
 from .ortho import bjorck, ortho_refine
 from .projected_attention import projected_attention, projected_attention_at_once
 from .refine import approx_svd, refine_svd
@@ -29,6 +30,7 @@ __all__ = [
     "gated_conv1d_at_once",
     "load_ops",
     "low_rank_loss",
+    "neural_svd_steps",
     "ortho_refine",
     "projected_attention",
     "projected_attention_at_once",

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .ortho import bjorck
 
-DAMPING = 1e-6  # of the largest squared singular value, in the step's denominators
+DAMPING = 16  # eps of the largest squared singular value, in the step's denominators
 LARGEST = 1.0  # norm of a column's step out of the span
 FLOOR = 1e-4  # of the largest squared singular value: the change of shorter columns counts against it
 TURN = 4.0  # bound on the rotation inside the span, in the smaller of Frobenius norm and row sum
-STEPS, ORDER = 3, 2  # of Björck's iteration: a step leaves F within |F^H F| of 1 + LARGEST^2
+STEPS, ORDER = 4, 2  # of Björck's iteration: a step leaves F within |F^H F| of 1 + LARGEST^2
 
 
 def by_length(C: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
@@ -27,37 +27,33 @@ def by_length(C: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
 def rotation(C: Tensor) -> Tensor:
     """Skew X `(..., L, L)` that turns every pair (j, k), j > k, by the angle that makes `C_jk` zero.
 
-    `X_jk = 2 C_jk / (gap + sqrt(gap^2 + 4 |C_jk|^2))`, `gap = |C_kk - C_jj|`, the tangent of Jacobi's angle;
-    all pairs at once, bounded by `TURN`.
+    `X_jk = 2 C_jk / (gap + sqrt(gap^2 + 4 |C_jk|^2) + damping)`, `gap = |C_kk - C_jj|`, the tangent of
+    Jacobi's angle but for the damping; all pairs at once, bounded by `TURN`.
     """
     s = C.diagonal(dim1=-2, dim2=-1).real
     gap = (s[..., None, :] - s[..., :, None]).abs()
     below = C.tril(-1)
     tiny = torch.finfo(s.dtype).tiny
     size = below.real.square() + (below.imag.square() if below.is_complex() else 0)
-    X = below * (2 / (gap + (gap.square() + 4 * size).sqrt()).clamp_min(tiny))
+    damping = DAMPING * torch.finfo(s.dtype).eps * s.amax(-1)[..., None, None]
+    X = below * (2 / (gap + (gap.square() + 4 * size).sqrt() + damping).clamp_min(tiny))
     X = X - X.mH
     row = X.abs().sum(-1).amax(-1)
     bound = torch.minimum(row, torch.linalg.vector_norm(X, dim=(-2, -1))).clamp_min(TURN)
     return X * (TURN / bound)[..., None, None]
 
 
-def _outside(Z: Tensor, C: Tensor, a: Tensor) -> Tensor:
-    """Lengths of the columns of `(I - F F^H) Z diag(a)`, F being orthonormal and `F^H Z = C`."""
-    whole, inside = (torch.linalg.vector_norm(x * a[..., None, :], dim=-2).square() for x in (Z, C))
-    return (whole - inside).clamp_min(0).sqrt()
-
-
 def neural_svd_update(
-    F: Tensor, Z: Tensor, C: Tensor, bjorck: Callable[[Tensor, int, int], Tensor] = bjorck
+    F: Tensor, D: Tensor, C: Tensor, bjorck: Callable[[Tensor, int, int], Tensor] = bjorck
 ) -> Tensor:
-    """One step of F, sorted by length, from `Z = H^H G` and `C = G^H G` at `G = H F`."""
-    C, F, Z = by_length(C, F, Z)
+    """One step of F, sorted by length, from `D = (I - F F^H) H^H G` and `C = G^H G` at `G = H F`."""
+    C, F, D = by_length(C, F, D)
     s = C.diagonal(dim1=-2, dim2=-1).real
-    a = 1 / (s + DAMPING * s.amax(-1, keepdim=True)).clamp_min(torch.finfo(s.dtype).tiny)
-    a = (a * (LARGEST / _outside(Z, C, a).clamp_min(LARGEST)))[..., None, :]
-    turn = rotation(C) + torch.eye(C.shape[-1], dtype=C.dtype, device=C.device) - C * a
-    return bjorck(F @ turn + Z * a, STEPS, ORDER)
+    info = torch.finfo(s.dtype)
+    a = 1 / (s + DAMPING * info.eps * s.amax(-1, keepdim=True)).clamp_min(info.tiny)
+    Y = D * a[..., None, :]
+    Y = Y * (LARGEST / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_min(LARGEST))
+    return bjorck(F + F @ rotation(C) + Y, STEPS, ORDER)
 
 
 def stepsize(outside: Tensor, C: Tensor, watch: int) -> Tensor:
@@ -89,7 +85,7 @@ def neural_svd_steps(H: Tensor, F: Tensor, steps: int, watch: int | None = None)
         F <- Bjoerck(F (I + X) + (I - F F^H) Z diag(1 / C_kk)),
 
     X of `rotation`, columns of the last term at most 1 long, columns sorted by `C_kk` before every step.
-    Three steps of Björck's iteration of order 2 a step. At a fixed point the columns are right singular
+    Four steps of Björck's iteration of order 2 a step. At a fixed point the columns are right singular
     vectors, those of the largest singular values first.
 
     Args:
@@ -110,7 +106,7 @@ def neural_svd_steps(H: Tensor, F: Tensor, steps: int, watch: int | None = None)
     for _ in range(steps):
         G = H @ F
         C, F, Z = by_length(G.mH @ G, F, H.mH @ G)
-        outside = _outside(Z, C, torch.ones_like(C[..., 0].real))
-        change = stepsize(outside, C, watch)
-        F = neural_svd_update(F, Z, C)
+        D = Z - F @ C
+        change = stepsize(torch.linalg.vector_norm(D, dim=-2), C, watch)
+        F = neural_svd_update(F, D, C)
     return F, change
