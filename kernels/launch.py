@@ -12,7 +12,8 @@ class Launch(NamedTuple):
     """One launch of a kernel.
 
     `arguments` are tensors and integers by the kernel's names, `constants` its `tl.constexpr`. Made from
-    tensors on any device, "meta" included, so that what is compiled ahead is what a device runs.
+    tensors on any device, "meta" included, so that what is compiled ahead is what a device runs. `registers`
+    is what a thread may have on NVIDIA: left to itself, the compiler spills some to fit more threads.
     """
 
     kernel: Any
@@ -21,17 +22,23 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    registers: int | None = None
+
+    def options(self, hip: bool) -> dict[str, int]:
+        """The compiler's options; HIP has no bound on registers."""
+        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return found if hip or self.registers is None else found | {"maxnreg": self.registers}
 
     def run(self) -> None:
         """Launch on the current stream of the device of the tensors; an empty grid does nothing."""
         if 0 in self.grid:
             return
         device = next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if device.type == "cpu":
             self.kernel[self.grid](**self.arguments, **self.constants)
             return
         with torch.cuda.device(device):
+            options = self.options(torch.version.hip is not None)
             self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
 

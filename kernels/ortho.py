@@ -23,7 +23,7 @@ from .launch import Launch, block, precision
 LARGEST_ROWS, LARGEST_RANK = 1024, 256
 # programs that share the samples: enough for every chip, few enough that their scratch stays in L2
 PROGRAMS = 1024
-WARPS = 4
+THREADS = {"num_warps": 4, "registers": 255}
 
 
 def limit(r: int, *rows: int) -> list[str]:
@@ -42,9 +42,13 @@ def refuse_sizes(r: int, *rows: int) -> None:
         raise ValueError("the Triton kernels do not serve these factors: " + "; ".join(found))
 
 
-def tiles(*rows: int, most: int = 64) -> dict[str, Any]:
-    """Constants of the tiles: larger ones spill registers at four warps, more warps narrow the loads."""
-    return {"ROWS": min(block(max(rows)), most), "COLUMNS": 16, "CHUNK": 16, "PRECISION": precision()}
+def tiles(r: int, most: int = 64, **rows: int) -> dict[str, Any]:
+    """Constants: sizes, and tiles; larger tiles spill registers at four warps, more warps narrow the loads.
+
+    Sizes are constants so that what they make, strides and the offsets of scratch, takes no registers.
+    """
+    found = {"ROWS": min(block(max(rows.values())), most), "COLUMNS": 16, "CHUNK": 16}
+    return {**rows, "r": r, **found, "PRECISION": precision()}
 
 
 @triton.jit
@@ -310,9 +314,9 @@ def ortho_refine_fwd_kernel(
     p_v_out,
     p_p,
     B,
-    M,
-    N,
-    r,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    r: tl.constexpr,
     FACTORS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -371,9 +375,9 @@ def ortho_refine_bwd_kernel(
     p_e,
     p_c,
     B,
-    M,
-    N,
-    r,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    r: tl.constexpr,
     FACTORS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -510,8 +514,8 @@ def bjorck_fwd_kernel(
     p_sums,
     steps,
     B,
-    M,
-    r,
+    M: tl.constexpr,
+    r: tl.constexpr,
     ORDER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -551,8 +555,8 @@ def bjorck_bwd_kernel(
     p_sums,
     steps,
     B,
-    M,
-    r,
+    M: tl.constexpr,
+    r: tl.constexpr,
     ORDER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -650,9 +654,9 @@ def ortho_refine_launch(U: Tensor, V: Tensor | None, steps: Tensor) -> tuple[Lau
     factors, programs = 1 if V is None else 2, min(B, PROGRAMS)
     outputs = torch.empty_like(U), U.new_empty((0,)) if V is None else torch.empty_like(V)
     arguments = {"p_u": U, "p_v": V, "p_steps": steps, "p_u_out": outputs[0], "p_v_out": outputs[1]}
-    arguments |= {"p_p": U.new_empty((programs, factors, r, r, 2)), "B": B, "M": M, "N": N, "r": r}
-    constants = tiles(M, N) | {"FACTORS": factors}
-    return Launch(ortho_refine_fwd_kernel, (programs, factors), arguments, constants, WARPS), outputs
+    arguments |= {"p_p": U.new_empty((programs, factors, r, r, 2)), "B": B}
+    constants = tiles(r, M=M, N=N) | {"FACTORS": factors}
+    return Launch(ortho_refine_fwd_kernel, (programs, factors), arguments, constants, **THREADS), outputs
 
 
 def ortho_refine(U: Tensor, V: Tensor | None, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -680,9 +684,9 @@ def ortho_refine_backward_launch(
     arguments |= {"p_gu_out": gU_out, "p_gv_out": gV_out, "p_gsteps": gsteps}
     arguments["p_gw"] = U.new_empty((programs, factors, max(M, N), r, 2))
     arguments |= {name: U.new_empty((programs, factors, r, r, 2)) for name in ("p_p", "p_e", "p_c")}
-    arguments |= {"B": B, "M": M, "N": N, "r": r}
-    constants = tiles(M, N) | {"FACTORS": factors}
-    launch = Launch(ortho_refine_bwd_kernel, (programs, factors), arguments, constants, WARPS)
+    arguments["B"] = B
+    constants = tiles(r, M=M, N=N) | {"FACTORS": factors}
+    launch = Launch(ortho_refine_bwd_kernel, (programs, factors), arguments, constants, **THREADS)
     return launch, (gU_out, gV_out, gsteps)
 
 
@@ -706,9 +710,9 @@ def bjorck_launch(U: Tensor, steps: int, order: int) -> tuple[Launch, Tensor]:
     programs, out = min(B, PROGRAMS), torch.empty_like(U)
     arguments = {"p_u": U, "p_out": out, "p_other": U.new_empty((programs, M, r, 2))}
     arguments |= {name: U.new_empty((programs, r, r, 2)) for name in ("p_g", "p_p")}
-    arguments |= {"p_sums": U.new_empty((programs, r)), "steps": steps, "B": B, "M": M, "r": r}
-    constants = tiles(M, most=64 if order == 1 else 32) | {"ORDER": order}
-    return Launch(bjorck_fwd_kernel, (programs,), arguments, constants, WARPS), out
+    arguments |= {"p_sums": U.new_empty((programs, r)), "steps": steps, "B": B}
+    constants = tiles(r, most=64 if order == 1 else 32, M=M) | {"ORDER": order}
+    return Launch(bjorck_fwd_kernel, (programs,), arguments, constants, **THREADS), out
 
 
 def bjorck(U: Tensor, steps: int, order: int) -> Tensor:
@@ -729,8 +733,9 @@ def bjorck_backward_launch(g: Tensor, U: Tensor, steps: int, order: int) -> tupl
     arguments = {"p_g": g, "p_u": U, "p_out": out, "p_other": U.new_empty((programs, M, r, 2))}
     arguments["p_iterates"] = U.new_empty((programs, steps, M, r, 2))
     arguments["p_scratch"] = U.new_empty((programs, 5, r, r, 2))
-    arguments |= {"p_sums": U.new_empty((programs, r)), "steps": steps, "B": B, "M": M, "r": r}
-    return Launch(bjorck_bwd_kernel, (programs,), arguments, tiles(M, most=32) | {"ORDER": order}, WARPS), out
+    arguments |= {"p_sums": U.new_empty((programs, r)), "steps": steps, "B": B}
+    constants = tiles(r, most=32, M=M) | {"ORDER": order}
+    return Launch(bjorck_bwd_kernel, (programs,), arguments, constants, **THREADS), out
 
 
 def bjorck_backward(g: Tensor, U: Tensor, steps: int, order: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .complex import adjoint_product_tile, load_tile, modulus, product_adjoint_tile, product_tile, store_tile
 from .launch import Launch
-from .ortho import PROGRAMS, WARPS, reciprocal_where, refuse_sizes, tiles
+from .ortho import PROGRAMS, THREADS, reciprocal_where, refuse_sizes, tiles
 
 
 @triton.jit
@@ -35,6 +35,9 @@ def measured_columns(
     PRECISION: tl.constexpr,
 ):
     """Columns from j0 on of diag(U^H W), W = H V, and W itself where wanted."""
+    # as in weighted_outer
+    r = r + 8 * zero
+    N = N + 8 * zero
     dr = tl.zeros((C,), tl.float32)
     di = tl.zeros((C,), tl.float32)
     for i0 in tl.range(zero, M, ROWS, loop_unroll_factor=1):
@@ -97,7 +100,10 @@ def weighted_outer(
     PRECISION: tl.constexpr,
 ):
     """Z = U diag(q) V^H, (M, N, 2)."""
-    for j0 in tl.range(0, N, C, loop_unroll_factor=1):
+    # strides that the compiler does not know: it would keep the offsets of these tiles all through a kernel
+    r = r + 8 * zero
+    N = N + 8 * zero
+    for j0 in tl.range(zero * C, N, C, loop_unroll_factor=1):
         for i0 in tl.range(zero, M, ROWS, loop_unroll_factor=1):
             zr, zi = product_adjoint_tile(
                 p_u, p_v, p_q, M, r, N, i0, j0, zero, True, ROWS, C, CHUNK, PRECISION
@@ -121,9 +127,9 @@ def spectral_fwd_kernel(
     p_tau,
     p_out,
     B,
-    M,
-    N,
-    r,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    r: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -170,9 +176,9 @@ def spectral_bwd_kernel(
     p_gtau,
     p_q,
     B,
-    M,
-    N,
-    r,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    r: tl.constexpr,
     GU: tl.constexpr,
     GH: tl.constexpr,
     GV: tl.constexpr,
@@ -229,8 +235,8 @@ def spectral_calibrate_launch(
     refuse_sizes(r, M, N)
     out = torch.empty_like(S_pred)
     arguments = {"p_u": U, "p_h": H, "p_v": V, "p_s": S_pred, "p_tau": tau, "p_out": out}
-    arguments |= {"B": B, "M": M, "N": N, "r": r}
-    return Launch(spectral_fwd_kernel, (min(B, PROGRAMS),), arguments, tiles(M), WARPS), out
+    arguments["B"] = B
+    return Launch(spectral_fwd_kernel, (min(B, PROGRAMS),), arguments, tiles(r, M=M, N=N), **THREADS), out
 
 
 def spectral_calibrate(U: Tensor, H: Tensor, V: Tensor, S_pred: Tensor, tau: Tensor) -> Tensor:
@@ -265,9 +271,9 @@ def spectral_calibrate_backward_launch(
     arguments = {"p_g": g, "p_u": U, "p_h": H, "p_v": V, "p_s": S_pred, "p_tau": tau}
     arguments |= {"p_gu": gU, "p_gh": gH, "p_gv": gV, "p_gs": gS, "p_gtau": gtau}
     programs = min(B, PROGRAMS)
-    arguments |= {"p_q": U.new_empty((programs, r, 2)), "B": B, "M": M, "N": N, "r": r}
-    constants = tiles(M, N) | {"GU": gu, "GH": gh, "GV": gv}
-    launch = Launch(spectral_bwd_kernel, (programs,), arguments, constants, WARPS)
+    arguments |= {"p_q": U.new_empty((programs, r, 2)), "B": B}
+    constants = tiles(r, M=M, N=N) | {"GU": gu, "GH": gh, "GV": gv}
+    launch = Launch(spectral_bwd_kernel, (programs,), arguments, constants, **THREADS)
     return launch, (gU, gH, gV, gS, gtau)
 
 

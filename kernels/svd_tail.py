@@ -16,7 +16,7 @@ from .complex import adjoint_product_tile, load_tile, modulus, product_adjoint_t
 from .launch import Launch
 from .ortho import (
     PROGRAMS,
-    WARPS,
+    THREADS,
     gram,
     reciprocal_where,
     refine_core,
@@ -28,13 +28,13 @@ from .spectral import measured_columns, weight_of, weighted_outer
 
 
 @triton.jit
-def sort_columns(p_s, p_rank, p_order, r, C: tl.constexpr):
+def sort_columns(p_s, p_rank, p_order, r, zero, C: tl.constexpr):
     """Place of every column by falling S, stable, NaN first, and the column of every place."""
-    for j0 in tl.range(0, r, C, loop_unroll_factor=1):
+    for j0 in tl.range(zero * C, r, C, loop_unroll_factor=1):
         j = j0 + tl.arange(0, C)
         sj = tl.load(p_s + j, mask=j < r, other=0.0)[None, :]
         rank = tl.zeros((C,), tl.int32)
-        for i0 in tl.range(0, r, C, loop_unroll_factor=1):
+        for i0 in tl.range(zero * C, r, C, loop_unroll_factor=1):
             i = i0 + tl.arange(0, C)
             si = tl.load(p_s + i, mask=i < r, other=0.0)[:, None]
             larger = (si > sj) | ((si != si) & (sj == sj))
@@ -49,7 +49,7 @@ def sort_columns(p_s, p_rank, p_order, r, C: tl.constexpr):
 @triton.jit
 def column_norms(p_x, p_norm, p_d, rows, r, zero, ROWS: tl.constexpr, C: tl.constexpr):
     """Norms of the columns, and 1 / (norm + 1e-8)."""
-    for j0 in tl.range(0, r, C, loop_unroll_factor=1):
+    for j0 in tl.range(zero * C, r, C, loop_unroll_factor=1):
         squares = tl.zeros((C,), tl.float32)
         for i0 in tl.range(zero, rows, ROWS, loop_unroll_factor=1):
             xr, xi = load_tile(p_x, rows, r, i0, j0, ROWS, C)
@@ -75,9 +75,9 @@ def svd_tail_fwd_kernel(
     p_norms,
     p_places,
     B,
-    M,
-    N,
-    r,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    r: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -91,7 +91,7 @@ def svd_tail_fwd_kernel(
     tau = tl.load(p_scalars + 2).to(tl.float32)
     for b in tl.range(pid, B, tl.num_programs(0), loop_unroll_factor=1):
         zero = tl.cast(b, tl.int32) // B
-        sort_columns(p_s + b * r, p_places, p_order, r, COLUMNS)
+        sort_columns(p_s + b * r, p_places, p_order, r, zero, COLUMNS)
         for factor in tl.range(0, 2, loop_unroll_factor=1):
             zero = tl.cast(b, tl.int32) // (B + factor)
             a = tl.load(p_scalars + factor).to(tl.float32)
@@ -123,7 +123,7 @@ def svd_tail_fwd_kernel(
                 PRECISION,
             )
             refined_columns(p_x, p_p, p_y, p_y, rows, r, zero, False, ROWS, COLUMNS, CHUNK, PRECISION)
-        for j0 in tl.range(0, r, COLUMNS, loop_unroll_factor=1):
+        for j0 in tl.range(zero * COLUMNS, r, COLUMNS, loop_unroll_factor=1):
             dr, di = measured_columns(
                 p_u_out + b * (M * r * 2),
                 p_h + b * (M * N * 2),
@@ -147,6 +147,27 @@ def svd_tail_fwd_kernel(
 
 
 @triton.jit
+def weight_of_columns(p_q, p_share, j0, r, C: tl.constexpr):
+    """Columns from j0 on of what the calibration left: the weight q, and its share along a column."""
+    j = j0 + tl.arange(0, C)
+    qr = tl.load(p_q + 2 * j, mask=j < r, other=0.0)[None, :]
+    qi = tl.load(p_q + 2 * j + 1, mask=j < r, other=0.0)[None, :]
+    return qr, qi, tl.load(p_share + j, mask=j < r, other=0.0)
+
+
+@triton.jit
+def scale_and_share(p_x, p_g, p_norm, along, rows, r, j0, zero, ROWS: tl.constexpr, C: tl.constexpr):
+    """Factors of g and of x in the gradient before columns x were divided by (norm + 1e-8), g that after."""
+    for i0 in tl.range(zero, rows, ROWS, loop_unroll_factor=1):
+        xr, xi = load_tile(p_x, rows, r, i0, j0, ROWS, C)
+        gr, gi = load_tile(p_g, rows, r, i0, j0, ROWS, C)
+        along += tl.sum(xr * gr + xi * gi, 0)
+    j = j0 + tl.arange(0, C)
+    norm = tl.load(p_norm + j, mask=j < r, other=0.0)
+    return (1.0 / (norm + 1e-8))[None, :], (along * reciprocal_where(norm))[None, :]
+
+
+@triton.jit
 def svd_tail_bwd_kernel(
     p_gu,
     p_gs,
@@ -161,17 +182,13 @@ def svd_tail_bwd_kernel(
     p_gs_out,
     p_gh_out,
     p_gscalars,
-    p_p,
-    p_e,
-    p_c,
-    p_gw,
-    p_norms,
-    p_q,
+    p_scratch,
     p_places,
     B,
-    M,
-    N,
-    r,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    r: tl.constexpr,
+    SCRATCH: tl.constexpr,
     GH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -179,17 +196,19 @@ def svd_tail_bwd_kernel(
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    square = r * r * 2
-    p_p += pid * 2 * square
-    p_e += pid * 2 * square
-    p_c += pid * square
-    p_gw += pid * ((M + N) * r * 2)
+    square: tl.constexpr = r * r * 2
+    # one pointer for all scratch: what lies at constant distances takes no registers
+    p_p = p_scratch + pid * SCRATCH
+    p_e = p_p + 2 * square
+    p_c = p_e + 2 * square
+    p_gw = p_c + square
+    p_gw_v = p_gw + M * r * 2
     # for each factor: norms of the raw columns, their reciprocals, norms of the refined columns
-    p_norms += pid * (r * 6)
-    p_q += pid * (r * 2)
+    p_norms = p_gw_v + N * r * 2
+    p_q = p_norms + r * 6
+    p_share = p_q + r * 2
     p_places += pid * (r * 2)
     p_order = p_places + r
-    p_gw_v = p_gw + M * r * 2
     tau = tl.load(p_scalars + 2).to(tl.float32)
     for b in tl.range(pid, B, tl.num_programs(0), loop_unroll_factor=1):
         zero = tl.cast(b, tl.int32) // B
@@ -197,7 +216,7 @@ def svd_tail_bwd_kernel(
         p_x = p_gu_out + b * (M * r * 2)
         p_y = p_gv_out + b * (N * r * 2)
         p_a = p_h + b * (M * N * 2)
-        sort_columns(p_s + b * r, p_places, p_order, r, COLUMNS)
+        sort_columns(p_s + b * r, p_places, p_order, r, zero, COLUMNS)
         for factor in tl.range(0, 2, loop_unroll_factor=1):
             zero = tl.cast(b, tl.int32) // (B + factor)
             a = tl.load(p_scalars + factor).to(tl.float32)
@@ -233,8 +252,9 @@ def svd_tail_bwd_kernel(
             refined_columns(
                 p_raw, p_pf, p_refined, p_n + 2 * r, rows, r, zero, True, ROWS, COLUMNS, CHUNK, PRECISION
             )
+        zero = tl.cast(b, tl.int32) // (B + 2)
         gtau = 0.0
-        for j0 in tl.range(0, r, COLUMNS, loop_unroll_factor=1):
+        for j0 in tl.range(zero * COLUMNS, r, COLUMNS, loop_unroll_factor=1):
             dr, di = measured_columns(
                 p_x, p_a, p_y, p_gw, M, N, r, j0, zero, True, ROWS, COLUMNS, CHUNK, PRECISION
             )
@@ -249,53 +269,50 @@ def svd_tail_bwd_kernel(
             tl.store(p_q + 2 * j, qr, mask=j < r)
             tl.store(p_q + 2 * j + 1, qi, mask=j < r)
             # what the calibration hands on has the same share along u as along v
-            along = qr * dr + qi * di
-            along_v = along
-            for i0 in tl.range(zero, M, ROWS, loop_unroll_factor=1):
-                xr, xi = load_tile(p_x, M, r, i0, j0, ROWS, COLUMNS)
-                gr, gi = load_tile(p_gu + b * (M * r * 2), M, r, i0, j0, ROWS, COLUMNS)
-                along += tl.sum(xr * gr + xi * gi, 0)
-            for i0 in tl.range(zero, N, ROWS, loop_unroll_factor=1):
-                xr, xi = load_tile(p_y, N, r, i0, j0, ROWS, COLUMNS)
-                gr, gi = load_tile(p_gv + b * (N * r * 2), N, r, i0, j0, ROWS, COLUMNS)
-                along_v += tl.sum(xr * gr + xi * gi, 0)
-            norm = tl.load(p_norms + 2 * r + j, mask=j < r, other=0.0)
-            scale = (1.0 / (norm + 1e-8))[None, :]
-            along = (along * reciprocal_where(norm))[None, :]
-            tl.debug_barrier()
+            tl.store(p_share + j, qr * dr + qi * di, mask=j < r)
+        tl.store(p_gscalars + b * 3 + 2, gtau)
+        tl.debug_barrier()
+        # through the normalisation of the refined columns, a factor at a time: both at once spill registers
+        zero = tl.cast(b, tl.int32) // (B + 3)
+        for j0 in tl.range(zero * COLUMNS, r, COLUMNS, loop_unroll_factor=1):
+            qr, qi, along = weight_of_columns(p_q, p_share, j0, r, COLUMNS)
+            p_g = p_gu + b * (M * r * 2)
+            scale, along = scale_and_share(p_x, p_g, p_norms + 2 * r, along, M, r, j0, zero, ROWS, COLUMNS)
             for i0 in tl.range(zero, M, ROWS, loop_unroll_factor=1):
                 wr, wi = load_tile(p_gw, M, r, i0, j0, ROWS, COLUMNS)
-                gr, gi = load_tile(p_gu + b * (M * r * 2), M, r, i0, j0, ROWS, COLUMNS)
-                gr += wr * qr[None, :] + wi * qi[None, :]
-                gi += wi * qr[None, :] - wr * qi[None, :]
+                gr, gi = load_tile(p_g, M, r, i0, j0, ROWS, COLUMNS)
+                gr += wr * qr + wi * qi
+                gi += wi * qr - wr * qi
                 xr, xi = load_tile(p_x, M, r, i0, j0, ROWS, COLUMNS)
                 tl.debug_barrier()
                 store_tile(
                     p_gw, gr * scale - xr * along, gi * scale - xi * along, M, r, i0, j0, ROWS, COLUMNS
                 )
-            norm = tl.load(p_norms + 5 * r + j, mask=j < r, other=0.0)
-            scale = (1.0 / (norm + 1e-8))[None, :]
-            along_v = (along_v * reciprocal_where(norm))[None, :]
+        zero = tl.cast(b, tl.int32) // (B + 4)
+        for j0 in tl.range(zero * COLUMNS, r, COLUMNS, loop_unroll_factor=1):
+            qr, qi, along = weight_of_columns(p_q, p_share, j0, r, COLUMNS)
+            p_g = p_gv + b * (N * r * 2)
+            scale, along = scale_and_share(p_y, p_g, p_norms + 5 * r, along, N, r, j0, zero, ROWS, COLUMNS)
             for i0 in tl.range(0, N, ROWS, loop_unroll_factor=1):
                 zr, zi = adjoint_product_tile(
                     p_a, p_x, M, N, r, i0, j0, zero, ROWS, COLUMNS, CHUNK, PRECISION
                 )
-                gr, gi = load_tile(p_gv + b * (N * r * 2), N, r, i0 + zero, j0, ROWS, COLUMNS)
-                gr += zr * qr[None, :] - zi * qi[None, :]
-                gi += zr * qi[None, :] + zi * qr[None, :]
+                gr, gi = load_tile(p_g, N, r, i0 + zero, j0, ROWS, COLUMNS)
+                gr += zr * qr - zi * qi
+                gi += zr * qi + zi * qr
                 xr, xi = load_tile(p_y, N, r, i0 + zero, j0, ROWS, COLUMNS)
-                gr = gr * scale - xr * along_v
-                gi = gi * scale - xi * along_v
+                gr = gr * scale - xr * along
+                gi = gi * scale - xi * along
                 store_tile(p_gw_v, gr, gi, N, r, i0 + zero, j0, ROWS, COLUMNS)
-        tl.store(p_gscalars + b * 3 + 2, gtau)
         tl.debug_barrier()
         if GH:
+            zero = tl.cast(b, tl.int32) // (B + 5)
             weighted_outer(
                 p_x, p_y, p_q, p_gh_out + b * (M * N * 2), M, N, r, zero, ROWS, COLUMNS, CHUNK, PRECISION
             )
             tl.debug_barrier()
         for factor in tl.range(0, 2, loop_unroll_factor=1):
-            zero = tl.cast(b, tl.int32) // (B + factor)
+            zero = tl.cast(b, tl.int32) // (B + 6 + factor)
             a = tl.load(p_scalars + factor).to(tl.float32)
             rows = M
             p_raw = p_u + b * (M * r * 2)
@@ -324,7 +341,7 @@ def svd_tail_bwd_kernel(
                 PRECISION,
             )
             tl.store(p_gscalars + b * 3 + factor, ga)
-            for j0 in tl.range(0, r, COLUMNS, loop_unroll_factor=1):
+            for j0 in tl.range(zero * COLUMNS, r, COLUMNS, loop_unroll_factor=1):
                 along = tl.zeros((COLUMNS,), tl.float32)
                 for i0 in tl.range(zero, rows, ROWS, loop_unroll_factor=1):
                     gr, gi = product_adjoint_tile(
@@ -374,8 +391,8 @@ def svd_tail_launch(
     arguments |= {"p_u_out": U, "p_s_out": S, "p_v_out": V}
     arguments |= {"p_p": H.new_empty((programs, r, r, 2)), "p_norms": H.new_empty((programs, 2, r))}
     arguments |= {"p_places": H.new_empty((programs, 2, r), dtype=torch.int32)}
-    arguments |= {"B": B, "M": M, "N": N, "r": r}
-    return Launch(svd_tail_fwd_kernel, (programs,), arguments, tiles(M, N), WARPS), (U, S, V)
+    arguments["B"] = B
+    return Launch(svd_tail_fwd_kernel, (programs,), arguments, tiles(r, M=M, N=N), **THREADS), (U, S, V)
 
 
 def svd_tail(
@@ -412,12 +429,13 @@ def svd_tail_backward_launch(
     arguments = {"p_gu": gU, "p_gs": gS, "p_gv": gV, "p_u": U_raw, "p_v": V_raw, "p_s": S_pred, "p_h": H}
     arguments |= {"p_scalars": scalars, "p_gu_out": gU_raw, "p_gv_out": gV_raw, "p_gs_out": gS_pred}
     arguments |= {"p_gh_out": gH, "p_gscalars": gscalars}
-    arguments |= {name: H.new_empty((programs, 2, r, r, 2)) for name in ("p_p", "p_e")}
-    arguments |= {"p_c": H.new_empty((programs, r, r, 2)), "p_gw": H.new_empty((programs, M + N, r, 2))}
-    arguments |= {"p_norms": H.new_empty((programs, 6, r)), "p_q": H.new_empty((programs, r, 2))}
+    # five r x r matrices, both factors' gradients, nine numbers a column
+    scratch = 10 * r * r + 2 * (M + N) * r + 9 * r
+    arguments["p_scratch"] = H.new_empty((programs, scratch))
     arguments |= {"p_places": H.new_empty((programs, 2, r), dtype=torch.int32)}
-    arguments |= {"B": B, "M": M, "N": N, "r": r}
-    launch = Launch(svd_tail_bwd_kernel, (programs,), arguments, tiles(M, N) | {"GH": gh}, WARPS)
+    arguments["B"] = B
+    constants = tiles(r, M=M, N=N) | {"GH": gh, "SCRATCH": scratch}
+    launch = Launch(svd_tail_bwd_kernel, (programs,), arguments, constants, **THREADS)
     return launch, (gU_raw, gV_raw, gS_pred, gH, gscalars)
 
 

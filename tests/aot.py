@@ -69,7 +69,7 @@ def compiled(launch, target):
             signature[name] = TYPES[str(value.dtype).removeprefix("torch.")]
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = launch.options(target == "gfx942")
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 

@@ -275,45 +275,32 @@ def test_sizes_that_are_not_served_are_refused():
 
 
 def launches():
-    U, steps = torch.empty(256, 64, 32, 2, device="meta"), torch.empty(2, dtype=torch.float64, device="meta")
-    found = {
-        "refine forward": ortho.ortho_refine_launch(U, U, steps),
-        "refine backward": ortho.ortho_refine_backward_launch(U, U, U, U, steps),
-    }
-    for order in (1, 2):
-        found[f"bjorck {order} forward"] = ortho.bjorck_launch(U, 5, order)
-        found[f"bjorck {order} backward"] = ortho.bjorck_backward_launch(U, U, 5, order)
+    found, steps = {}, torch.empty(2, dtype=torch.float64, device="meta")
+    for M, r in ((64, 32), (128, 64)):
+        U = torch.empty(256, M, r, 2, device="meta")
+        found |= {
+            f"refine forward {M}": ortho.ortho_refine_launch(U, U, steps),
+            f"refine backward {M}": ortho.ortho_refine_backward_launch(U, U, U, U, steps),
+        }
+        for order in (1, 2):
+            found[f"bjorck {order} forward {M}"] = ortho.bjorck_launch(U, 5, order)
+            found[f"bjorck {order} backward {M}"] = ortho.bjorck_backward_launch(U, U, 5, order)
     return {name: launch for name, (launch, _) in found.items()}
-
-
-# loads and stores of spilled registers that are left, most over the NVIDIA chips: pointers kept over a loop
-LEFT = {"bjorck 2 backward": 8}
 
 
 def check_compiled(file, left, matrices):
     """No spills but those known, tensor cores, shared memory of any chip, operands in whole vectors."""
     for name, targets in aot.reports(file).items():
         for target, found in targets.items():
-            assert found["spills"] <= (0 if target == "gfx942" else left.get(name, 0)), (name, target, found)
+            assert found["spills"] <= (left.get(name, 0) if target == "sm_80" else 0), (name, target, found)
             assert found["tensor"] > 0, (name, target)
             assert found["shared"] <= min(aot.SHARED[target], aot.CONSUMER), (name, target, found)
             if target != "gfx942":
-                assert found["wide_loads"] >= matrices[name], (name, target, found)
+                least = matrices[name.rpartition(" ")[0]]
+                assert found["wide_loads"] >= least, (name, target, found)
 
 
 def test_what_is_compiled_ahead():
     # all but scalars and row sums are read 16 bytes at a time
-    matrices = {"refine forward": 11, "refine backward": 34, "bjorck 1 forward": 14, "bjorck 1 backward": 42}
-    check_compiled(__file__, LEFT, matrices | {"bjorck 2 forward": 25, "bjorck 2 backward": 50})
-
-
-def test_every_size_has_the_code_of_64x32():
-    small, large = torch.empty(2, 64, 32, 2, device="meta"), torch.empty(2, 128, 64, 2, device="meta")
-    steps = torch.empty(2, dtype=torch.float64, device="meta")
-    for make in (
-        lambda U: ortho.ortho_refine_launch(U, U, steps),
-        lambda U: ortho.ortho_refine_backward_launch(U, U, U, U, steps),
-        lambda U: ortho.bjorck_launch(U, 5, 1),
-        lambda U: ortho.bjorck_backward_launch(U, U, 5, 2),
-    ):
-        assert make(small)[0].constants == make(large)[0].constants
+    matrices = {"refine forward": 11, "refine backward": 34, "bjorck 1 forward": 14, "bjorck 1 backward": 38}
+    check_compiled(__file__, {}, matrices | {"bjorck 2 forward": 16, "bjorck 2 backward": 49})
