@@ -16,6 +16,7 @@ from .nn import (
     SpectralRefiner,
 )
 from .ops import BackendError, backend_table, use_backend
+from .pretrained import load_pretrained
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "backend_table",
     "freeze",
     "functional",
+    "load_pretrained",
     "reference",
     "use_backend",
 ]

@@ -21,7 +21,17 @@ ALLOWED = {
     "ops": LOWEST,
     "functional": {"ops", "reference"},
     "nn": {"functional", "reference"},
-    "": {"functional", "reference", "nn", "ops", "acceleration", "approximation", "auditing", "freezing"},
+    "": {
+        "functional",
+        "reference",
+        "nn",
+        "ops",
+        "acceleration",
+        "approximation",
+        "auditing",
+        "freezing",
+        "pretrained",
+    },
 }
 THIRD_PARTIES = {
     "reference": {"torch"},
