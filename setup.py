@@ -82,7 +82,7 @@ setup(
         "lomacs_fast.kernels": "kernels",
     },
     package_data={
-        "lomacs_fast": ["py.typed"],
+        "lomacs_fast": ["py.typed", "weights/*.npz", "weights/README.md"],
         "lomacs_fast._csrc": [f"{folder}*{suffix}" for folder in ("", "*/") for suffix in toolchain.TEXTS],
     },
     cmdclass={"build_py": Build, "bdist_wheel": Wheel},

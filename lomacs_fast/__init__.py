@@ -18,6 +18,7 @@ from .nn import (
     SpectralRefiner,
 )
 from .ops import BackendError, backend_table, load_ops, use_backend
+from .pretrained import load_pretrained
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "freeze",
     "functional",
     "load_ops",
+    "load_pretrained",
     "neural_svd",
     "reference",
     "use_backend",

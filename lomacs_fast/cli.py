@@ -304,10 +304,16 @@ def _analyze(args: Any) -> None:
 
 
 def _add_train(parser: Any) -> None:
-    from .training.config import TrainConfig
+    from .training.config import PRESETS, TrainConfig
 
     parser.add_argument("--config", type=_path, help="YAML file with the options below, _ in place of -")
     parser.add_argument("--out", type=_path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="options to begin with, under --config and those given: published is the default of each; "
+        "refined is the angular head with four steps of refinement, for covariances",
+    )
     parser.add_argument("--init", type=_path, help="checkpoint to start from, with its architecture")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its options")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -326,9 +332,9 @@ def _add_train(parser: Any) -> None:
 
 
 def _train(args: Any) -> None:
-    from .training import TrainConfig, load_network, read_config_values, train
+    from .training import PRESETS, TrainConfig, load_network, read_config_values, train
 
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {} if args.preset is None else dict(PRESETS[args.preset])
     if args.resume:
         # the run's own options, then those given again
         values |= read_config_values(Path(args.out) / "config.yaml")
@@ -462,6 +468,20 @@ def _add_evaluate(parser: Any) -> None:
         "--part", type=str, default="test", choices=["train", "test"], help="part of the data"
     )
     parser.add_argument("--batch-size", type=int, default=256, help="samples at once")
+    parser.add_argument(
+        "--refine-steps",
+        type=int,
+        nargs="+",
+        default=None,
+        help="also at these numbers of refinement steps, with time and LAPACK beside them; with --figures a "
+        "figure of AE against cost",
+    )
+    parser.add_argument(
+        "--published",
+        type=_path,
+        default=None,
+        help="checkpoint of a network without refinement, for a point in that figure",
+    )
     parser.add_argument("--svd", action="store_true", help="also torch.linalg.svd of the noisy input")
     parser.add_argument("--json", type=_path, default=None, help="file for the numbers")
     parser.add_argument("--figures", type=_path, default=None, help="folder for figures")
@@ -471,12 +491,19 @@ def _add_evaluate(parser: Any) -> None:
 def _evaluate(args: Any) -> None:
     from .data.contest import open_contest
     from .data.files import refuse_existing
-    from .evaluation import evaluate_network, evaluate_svd, sample_of_each
+    from .evaluation import evaluate_knob, evaluate_network, evaluate_svd, published_point, sample_of_each
     from .training import load_network
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     net, info = load_network(args.checkpoint)
+    if args.refine_steps is not None and not net.trained_steps:
+        raise ValueError(f"--refine-steps needs a network with refinement, {args.checkpoint} has none")
+    for count in args.refine_steps or []:
+        if count < 0:
+            raise ValueError(f"--refine-steps must be at least 0, got {count}")
+    if args.published is not None and args.refine_steps is None:
+        raise ValueError("--published goes with --refine-steps")
     scenarios = open_contest(args.data, scenarios=args.scenarios, round=args.round)
     if args.json is not None:
         refuse_existing(args.json, args.overwrite)
@@ -497,6 +524,16 @@ def _evaluate(args: Any) -> None:
         entries = [*((f"SVD {name}", e) for name, e in svd["scenarios"].items()), ("SVD all", svd)]
         rows += [[name, *[e.get(k) for k in keys]] for name, e in entries]
     print(table(rows, ["scenario", *keys]))
+    if args.refine_steps is not None:
+        knob = evaluate_knob(net, info, scenarios, args.refine_steps, part=part, batch_size=args.batch_size)
+        if args.published is not None:
+            other, about = load_network(args.published)
+            if other.trained_steps:
+                raise ValueError(f"--published needs a network without refinement, {args.published} has one")
+            knob.append(published_point(other, about, scenarios, part=part, batch_size=args.batch_size))
+        result["knob"] = knob
+        columns = ("name", "ae", "profiler_macs_m", "true_macs_m", "score", "microseconds")
+        print("\n" + table([[p.get(c) for c in columns] for p in knob], columns))
     if args.json is not None:
         _write_json(result, args.json, args.overwrite)
     if folder is not None:
@@ -504,12 +541,20 @@ def _evaluate(args: Any) -> None:
 
         samples = sample_of_each(net, info, scenarios, part=part)
         save_figure(plot_channels(samples), folder / "channels.png")
-        save_figure(plot_gate(samples), folder / "gate.png")
+        names = ["channels.png", "gram.png", "spectrum.png"]
+        if net.head == "pooled":
+            save_figure(plot_gate(samples), folder / "gate.png")
+            names.insert(1, "gate.png")
+        if "knob" in result:
+            from .plots import plot_knob
+
+            save_figure(plot_knob(result["knob"]), folder / "knob.png")
+            names.append("knob.png")
         save_figure(plot_gram(samples[0]["U"], samples[0]["V"]), folder / "gram.png")
         predicted, true = ([s[key] for s in samples] for key in ("S", "S_true"))
-        names = [f"scenario {s['scenario']}" for s in samples]
-        save_figure(plot_spectrum(predicted, true, names), folder / "spectrum.png")
-        print(f"{folder}: channels.png, gate.png, gram.png, spectrum.png")
+        labels = [f"scenario {s['scenario']}" for s in samples]
+        save_figure(plot_spectrum(predicted, true, labels), folder / "spectrum.png")
+        print(f"{folder}: {', '.join(names)}")
 
 
 def _add_predict(parser: Any) -> None:
@@ -553,12 +598,12 @@ def _predict(args: Any) -> None:
             f"{args.input}: holds {source.M}x{source.N} channels, the checkpoint takes {net.M}x{net.N}"
         )
     macs = contest_macs(net) / 1e6
-    n, frozen = len(source), freeze(net)
+    n, served = len(source), net if net.trained_steps else freeze(net)
     with PredictionWriter(args.out, n, net.M, net.N, net.r, macs=macs, overwrite=args.overwrite) as writer:
         starts = range(0, n, args.batch_size)
         for start in _progress(starts, len(starts), "predict", args.progress):
             H = source.read(slice(start, min(start + args.batch_size, n)))
-            writer.write(start, *decompose(frozen, H, sid, first=start, name=str(source.path)))
+            writer.write(start, *decompose(served, H, sid, first=start, name=str(source.path)))
     print(f"{args.out}: {n} samples, U {net.M}x{net.r}, S {net.r}, V {net.N}x{net.r}")
 
 

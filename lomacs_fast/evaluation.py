@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,14 +12,18 @@ from torch import Tensor
 from .data.augmentation import unit_channels
 from .data.contest import ContestScenario
 from .data.layouts import ChannelSource
+from .freezing import freeze
 from .inference import decompose
 from .metrics import (
     contest_macs,
     eager_twin,
     evaluate,
+    lowrank_svd,
     parameter_count,
     score,
+    time_per_channel,
     true_macs,
+    truncated_eigh,
     truncated_svd,
 )
 from .nn import LoMACSSVDNet
@@ -111,9 +116,127 @@ def evaluate_svd(
     return evaluate(lambda H, _: truncated_svd(H, r), source())
 
 
+Decompose = Callable[[Tensor, Any], tuple[Tensor, Tensor, Tensor]]
+
+LOWRANK = 16  # values that `torch.svd_lowrank` is asked for
+
+
+@contextmanager
+def refined_by(net: LoMACSSVDNet, steps: int) -> Iterator[None]:
+    """The network with another number of refinement steps for a while."""
+    before = net.refine_steps
+    net.set_refine_steps(steps)
+    try:
+        yield
+    finally:
+        net.set_refine_steps(before)
+
+
+def baselines(r: int, hermitian: bool) -> dict[str, Decompose]:
+    """What a user could take instead, by name, each also with the floor subtracted from S."""
+    q = min(LOWRANK, r)
+    found: dict[str, Decompose] = {}
+    for name, floor in (("", False), (", floor subtracted", True)):
+        found["svd" + name] = lambda H, _, floor=floor: truncated_svd(H, r, floor=floor)  # type: ignore[misc]
+        if hermitian:
+            found["eigh" + name] = lambda H, _, floor=floor: truncated_eigh(H, r, floor=floor)  # type: ignore[misc]
+            found[f"svd_lowrank({q})" + name] = (  # type: ignore[misc]
+                lambda H, _, floor=floor: lowrank_svd(H, r, q, floor=floor)
+            )
+    if not hermitian:
+        found[f"svd_lowrank({q})"] = lambda H, _: lowrank_svd(H, r, q)
+    return found
+
+
+def evaluate_knob(
+    net: LoMACSSVDNet,
+    info: NetworkInfo,
+    scenarios: Sequence[ContestScenario],
+    steps: Sequence[int],
+    *,
+    part: str = "test",
+    batch_size: int = 256,
+    repeats: int = 5,
+) -> list[dict[str, Any]]:
+    """AE, cost and time of a refined network at other numbers of steps, and of LAPACK beside it.
+
+    Returns one dictionary a point, ready for JSON: `name`, `steps` (None for LAPACK), `ae` and the AE by
+    scenario under `scenarios`, `microseconds` a channel of a batch of `batch_size` (at most what there is),
+    and for the network `profiler_macs_m`, `true_macs_m` and `score`; `true_macs_m` of an SVD too. For
+    svd_lowrank AE is the reconstruction alone: what is left of U and V has no columns.
+
+    Raises ValueError for a network without a refiner.
+    """
+    if not net.trained_steps:
+        raise ValueError("steps needs a network with refinement, got a published one (refine_steps = 0)")
+    check_size(net, scenarios)
+    H = next(batches(scenarios, info, part=part, batch_size=batch_size))[2]
+    points: list[dict[str, Any]] = []
+    calls: dict[str, Callable[[Tensor], Any]] = {}
+
+    def at(count: int) -> Decompose:
+        def run(H: Tensor, sid: Any) -> tuple[Tensor, Tensor, Tensor]:
+            with refined_by(net, count):
+                return decompose(net, H, sid)
+
+        return run
+
+    for count in steps:
+        name, run = f"{count} steps", at(count)
+        result = evaluate(run, batches(scenarios, info, part=part, batch_size=batch_size))
+        with refined_by(net, count):
+            cost = costs(net)
+        points.append({"name": name, "steps": count, **_summary(result), **cost})
+        points[-1]["score"] = score(result["ae"], cost["profiler_macs_m"])
+        calls[name] = lambda H, run=run: run(H, 0)  # type: ignore[misc]
+    for name, run in baselines(net.r, net.hermitian).items():
+        result = evaluate(run, batches(scenarios, info, part=part, batch_size=batch_size))
+        point = {"name": name, "steps": None, **_summary(result)}
+        if name.startswith("svd_lowrank"):
+            point["ae"] = result["rec"]
+            point["scenarios"] = {s: entry["rec"] for s, entry in result["scenarios"].items()}
+        elif name.startswith("svd"):
+            point["true_macs_m"] = true_macs(lambda H: torch.linalg.svd(H, full_matrices=False), H[:1]) / 1e6
+        points.append(point)
+        calls[name] = lambda H, run=run: run(H, 0)  # type: ignore[misc]
+    with torch.no_grad():
+        times = time_per_channel(calls, H, repeats=repeats, warmup=0.0)
+    for point in points:
+        point["microseconds"] = times[point["name"]]["median"] * 1e6
+    return points
+
+
+def published_point(
+    net: LoMACSSVDNet,
+    info: NetworkInfo,
+    scenarios: Sequence[ContestScenario],
+    *,
+    part: str = "test",
+    batch_size: int = 256,
+) -> dict[str, Any]:
+    """The same for a network without refinement, frozen."""
+    result = evaluate_network(net, info, scenarios, part=part, batch_size=batch_size)
+    H = next(batches(scenarios, info, part=part, batch_size=batch_size))[2]
+    frozen = freeze(net)
+    with torch.no_grad():
+        times = time_per_channel({"it": lambda H: decompose(frozen, H, 0)}, H, repeats=5, warmup=0.0)
+    keys = ("profiler_macs_m", "true_macs_m", "parameters", "score")
+    point = {"name": "published", "steps": None, **_summary(result)} | {key: result[key] for key in keys}
+    return point | {"microseconds": times["it"]["median"] * 1e6}
+
+
+def _summary(result: dict[str, Any]) -> dict[str, Any]:
+    return {"ae": result["ae"], "scenarios": {s: entry["ae"] for s, entry in result["scenarios"].items()}}
+
+
 @torch.no_grad()
-def gate_of(net: LoMACSSVDNet, H: Tensor) -> Tensor:
-    """The frequency gate of one channel, complex `(M, N)` of any scale; real `(M, N)`, as `fft2` orders."""
+def gate_of(net: LoMACSSVDNet, H: Tensor) -> Tensor | None:
+    """The frequency gate of one channel, complex `(M, N)` of any scale; real `(M, N)`, as `fft2` orders.
+
+    None for the angular head, which has none.
+    """
+    if net.head == "angular":
+        return None
     X, _, _ = unit_channels(H[None])
     X = X.to(net.pos.device, torch.promote_types(net.pos.dtype, torch.complex32))
     return net.freq_gate(torch.fft.fft2(X[0], norm="ortho"))

@@ -178,8 +178,14 @@ def freeze(net: LoMACSSVDNet, scenarios: tuple[int, ...] | None = None) -> Froze
 
     Raises:
         TypeError: where `net` is no such network.
-        ValueError: where the norms of the network differ in epsilon, or `scenarios` are not one a scene.
+        ValueError: where the network has a refiner, its norms differ in epsilon, or `scenarios` are not one
+            a scene.
     """
+    if getattr(net, "trained_steps", 0):
+        raise ValueError(
+            "freeze takes the published network, refine_steps = 0 with the pooled head, got one refined by "
+            f"{net.trained_steps} steps with the {net.head} head: call it as it is, in eval mode"
+        )
     needed = ("freq_gate", "input_proj", "pos", "blocks", "scene_emb", "u_head", "ortho_refine", "config")
     if not isinstance(net, nn.Module) or not all(hasattr(net, name) for name in needed):
         raise TypeError(f"net must be a LoMACSSVDNet, got {type(net).__name__}")

@@ -43,7 +43,7 @@ def decompose(
         sample = first + int((~finite).nonzero()[0])
         raise ValueError(f"{name} must be finite, sample {sample} holds NaN or Inf")
     X, size, scale = unit_channels(H)
-    pos: Any = net.pos
+    pos: Any = net.like if hasattr(net, "like") else net.pos
     X = X.to(pos.device, torch.promote_types(pos.dtype, torch.complex32))
     U, S, V, *_ = net(X, sid.to(pos.device) if isinstance(sid, Tensor) else sid)
     # one factor after the other: their product may overflow where S does not

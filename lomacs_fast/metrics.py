@@ -25,15 +25,20 @@ __all__ = [
     "TrueMacCounter",
     "ae_terms",
     "architecture_macs",
+    "chordal_distance",
     "contest_macs",
     "eager_twin",
     "evaluate",
+    "lowrank_svd",
     "parameter_count",
     "register_macs",
     "score",
+    "spectral_efficiency",
     "time_per_channel",
     "true_macs",
+    "truncated_eigh",
     "truncated_svd",
+    "water_filling",
 ]
 
 
@@ -97,18 +102,117 @@ def score(ae: float, macs_m: float) -> float:
     return 100 * ae + macs_m
 
 
-def truncated_svd(H: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(H: Tensor, r: int, *, floor: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The first r singular triplets by `torch.linalg.svd`, the baseline: `H ~ U diag(S) V^H`.
 
     H real or complex `(..., M, N)`, `1 <= r <= min(M, N)`; returns U `(..., M, r)`, S real `(..., r)` in
-    descending order, and V `(..., N, r)`, not its conjugate transpose. Raises ValueError for another r.
+    descending order, and V `(..., N, r)`, not its conjugate transpose. With `floor` the median of all
+    singular values is subtracted from S, not below 0. Raises ValueError for another r.
     """
     if H.ndim < 2:
         raise ValueError(f"H must have shape (..., M, N), got {tuple(H.shape)}")
     if not 1 <= r <= min(H.shape[-2:]):
         raise ValueError(f"r must lie between 1 and min(M, N) = {min(H.shape[-2:])}, got {r}")
     U, S, Vh = torch.linalg.svd(H, full_matrices=False)
+    if floor:
+        S = (S - S.median(-1, keepdim=True).values).clamp_min(0)
     return U[..., :r], S[..., :r], Vh[..., :r, :].mH.resolve_conj()
+
+
+def truncated_eigh(H: Tensor, r: int, *, floor: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """As `truncated_svd`, of a Hermitian H by `torch.linalg.eigh`: `V = U sign(d)`, d the eigenvalues."""
+    d, Q = torch.linalg.eigh(H)
+    order = d.abs().argsort(dim=-1, descending=True)
+    d, Q = d.gather(-1, order), Q.gather(-1, order[..., None, :].expand_as(Q))
+    S = d.abs()
+    if floor:
+        S = (S - S.median(-1, keepdim=True).values).clamp_min(0)
+    U = Q[..., :r]
+    return U, S[..., :r], U * torch.where(d < 0, -1.0, 1.0)[..., None, :r]
+
+
+def lowrank_svd(
+    H: Tensor, r: int, q: int, *, floor: bool = False, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.svd_lowrank(H, q)`, padded with zero columns to r; a rank below r has no orthonormal completion.
+
+    With `floor` the mean of what the q values leave of the trace, `(tr H - sum S) / (M - q)`, is subtracted
+    from them, not below 0: it is meant for covariances.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        U, S, V = torch.svd_lowrank(H, q)
+    if floor:
+        rest = H.diagonal(dim1=-2, dim2=-1).real.sum(-1) - S.sum(-1)
+        S = (S - (rest / (H.shape[-1] - q)).clamp_min(0)[..., None]).clamp_min(0)
+    pad = torch.nn.functional.pad
+    return pad(U, (0, r - q)), pad(S, (0, r - q)), pad(V, (0, r - q))
+
+
+def water_filling(gains: Tensor, power: float | Tensor) -> Tensor:
+    """Powers `p_k = max(0, w - 1 / g_k)` with `sum p = power`: the most of `sum log2(1 + p_k g_k)`.
+
+    gains real `(..., k)`, not negative, signal over noise at unit power; power positive, a number or `(...)`.
+    Where all gains are zero the power is shared equally.
+    """
+    order = gains.double().sort(dim=-1, descending=True)
+    inverse = 1 / order.values.clamp_min(1e-30)
+    count = torch.arange(1, gains.shape[-1] + 1, device=gains.device)
+    power = torch.as_tensor(power, dtype=torch.float64, device=gains.device)[..., None]
+    level = (power + inverse.cumsum(-1)) / count
+    # the largest number of channels whose weakest still gets power
+    used = (level > inverse).long().cumprod(-1).sum(-1, keepdim=True).clamp_min(1)
+    p = (level.gather(-1, used - 1) - 1 / gains.double().clamp_min(1e-30)).clamp_min(0)
+    share = power.expand_as(p) / gains.shape[-1]
+    return torch.where((gains > 0).any(-1, keepdim=True), p, share)
+
+
+def spectral_efficiency(
+    U: Tensor, S: Tensor, V: Tensor, H: Tensor, snr_db: float, *, allocation: str = "equal"
+) -> Tensor:
+    """Bits a second and hertz of the streams that V precodes and U combines, through the clean channel H.
+
+    `y = U^H (H V x + n)` with `|H|_F^2` scaled to M N and noise of unit power an antenna: stream k has
+    `SINR_k = p_k |G_kk|^2 / (|u_k|^2 + sum_{j != k} p_j |G_kj|^2)`, `G = U^H H V`, interference is noise, and
+    the sum of `log2(1 + SINR_k)` is returned, float64 `(...)`. The transmitted power
+    `sum p_k |v_k|^2 = 10^(snr_db / 10)`.
+
+    Args:
+        U, S, V: factors `(..., M, r)`, `(..., r)`, `(..., N, r)`, S in the scale of H.
+        H: clean channel `(..., M, N)`.
+        snr_db: signal over noise in dB.
+        allocation: `"equal"` power a stream, or `"water"`: water-filling on the gains `S^2` that the factors
+            promise.
+
+    Raises ValueError for another allocation.
+    """
+    if allocation not in ("equal", "water"):
+        raise ValueError(f'allocation must be "equal" or "water", got {allocation!r}')
+    U, V, H = (X.to(torch.complex128) for X in (U, V, H))
+    size = torch.linalg.matrix_norm(H)
+    scale = math.sqrt(H.shape[-2] * H.shape[-1]) / torch.where(size > 0, size, 1.0)
+    own = (S.double() * scale[..., None]).square()
+    power = 10 ** (snr_db / 10)
+    sent = V.abs().square().sum(-2)
+    r = S.shape[-1]
+    p = torch.full_like(own, power / r) if allocation == "equal" else water_filling(own, power)
+    p = p / torch.where(sent > 0, sent, 1.0)
+    gain = (U.mH @ H @ V).abs().square() * scale[..., None, None].square() * p[..., None, :]
+    signal = gain.diagonal(dim1=-2, dim2=-1)
+    noise = U.abs().square().sum(-2) + gain.sum(-1) - signal
+    return torch.log2(1 + signal / torch.where(noise > 0, noise, 1.0)).sum(-1)
+
+
+def chordal_distance(A: Tensor, B: Tensor) -> Tensor:
+    """Distance `sqrt(k - |Q_A^H Q_B|_F^2)` of the spans of two sets of k columns, float64 `(...)`.
+
+    A, B real or complex `(..., n, k)`; orthonormalised in double precision first, by QR. 0 for the same span,
+    sqrt(k) for orthogonal ones. Raises ValueError for shapes that differ.
+    """
+    if A.shape != B.shape or A.ndim < 2:
+        raise ValueError(f"A and B must have one shape (..., n, k), got {tuple(A.shape)}, {tuple(B.shape)}")
+    A, B = (torch.linalg.qr(X.to(torch.complex128))[0] for X in (A, B))
+    return (A.shape[-1] - (A.mH @ B).abs().square().sum((-2, -1))).clamp_min(0).sqrt()
 
 
 def eager_twin(net: reference.LoMACSSVDNet) -> reference.LoMACSSVDNet:
@@ -119,6 +223,7 @@ def eager_twin(net: reference.LoMACSSVDNet) -> reference.LoMACSSVDNet:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         twin = reference.LoMACSSVDNet(**net.config)
     twin.load_state_dict(net.state_dict())
+    twin.set_refine_steps(net.refine_steps)
     return twin.eval()
 
 
@@ -141,21 +246,24 @@ def contest_macs(net: reference.LoMACSSVDNet) -> float:
     Taken on the eager network of the same configuration, one sample, without gradients. The profiler sees mm,
     bmm, addmm, conv2d, add and mul alone and takes a complex product as one; see `true_macs` for everything.
     """
-    return architecture_macs(net.config)
+    return architecture_macs(net.config, net.refine_steps)
 
 
-def architecture_macs(config: Mapping[str, Any]) -> float:
-    """`contest_macs` of the network with these constructor arguments; measured once an architecture."""
+def architecture_macs(config: Mapping[str, Any], steps: int | None = None) -> float:
+    """`contest_macs` of the network with these constructor arguments; measured once an architecture.
+
+    `steps` of refinement where it is not the number in them.
+    """
     sizes = {key: value for key, value in config.items() if key not in ("temperature", "tau_s")}
-    if not isinstance(sizes.get("k_len", 0), int):
-        sizes["k_len"] = tuple(sizes["k_len"])
-    return _profiled_macs(**sizes)
+    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
+    return _profiled_macs(steps, **sizes)
 
 
 @functools.lru_cache(maxsize=1024)
-def _profiled_macs(**sizes: Any) -> float:
+def _profiled_macs(steps: int | None, **sizes: Any) -> float:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         twin = reference.LoMACSSVDNet(**sizes).float().eval()
+        twin.set_refine_steps(twin.refine_steps if steps is None else steps)
         H = torch.zeros(1, twin.M, twin.N, dtype=torch.complex64)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.no_grad(), quiet_profiler():
@@ -731,7 +839,7 @@ def true_macs(fn_or_net: Callable[..., Any], *inputs: Any, samples: int | None =
         ValueError: where the number of samples is neither given nor to be seen.
     """
     if not inputs and isinstance(fn_or_net, reference.LoMACSSVDNet):
-        weight = fn_or_net.pos
+        weight = fn_or_net.like
         zeros = torch.zeros(1, fn_or_net.M, fn_or_net.N, 2, dtype=weight.dtype, device=weight.device)
         inputs = (zeros, 0)
     if samples is None:

@@ -28,6 +28,7 @@ __all__ = [
     "plot_cumulative_energy",
     "plot_gate",
     "plot_gram",
+    "plot_knob",
     "plot_learning_curve",
     "plot_pareto",
     "plot_spectrum",
@@ -767,6 +768,50 @@ def plot_pareto(points: Sequence[Mapping[str, Any]], *, baseline: float | None =
     order = [*front, *rest.tolist()]
     points_ = np.column_stack([x[order], y[order]])
     _place_labels(ax, points_, [labels[i] for i in order], len(front), lines)
+    return figure
+
+
+def plot_knob(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """AE against multiply-adds and against time of a refined network, its steps as one line.
+
+    Left against `true_macs_m`, right against `microseconds`, both logarithmic; what has no number there is
+    left out of that half. Points with `steps` make the line, each labelled with its number; the others stand
+    alone, named in the legend.
+
+    Args:
+        points: mappings with `name`, `steps` (None for what is no network with that knob), `ae`, and
+            `true_macs_m` (millions), `microseconds` or both, as `lomacs_fast.evaluation.evaluate_knob` gives.
+
+    Raises:
+        ValueError: no points, or a missing key.
+    """
+    records = _records(points, "points", ("name", "steps", "ae"))
+    figure = _new_figure(4.4, 10.0)
+    halves = figure.subplots(1, 2, sharey=True)
+    keys = (
+        ("true_macs_m", "real multiply-adds a channel (millions)"),
+        ("microseconds", "microseconds a channel"),
+    )
+    alone = [p["name"] for p in records if p["steps"] is None]
+    for ax, (key, label) in zip(halves, keys, strict=True):
+        _plain(ax)
+        there = [p for p in records if p.get(key) is not None and math.isfinite(p[key]) and p[key] > 0]
+        line = sorted((p for p in there if p["steps"] is not None), key=lambda p: p["steps"])
+        x, y = ([float(p[k]) for p in line] for k in (key, "ae"))
+        ax.plot(x, y, "o-", color=_colour(0), linewidth=1.4, markersize=5, label="refined, by steps")
+        for p, at, ae in zip(line, x, y, strict=True):
+            ax.annotate(str(p["steps"]), (at, ae), xytext=(3, 4), textcoords="offset points", fontsize=SMALL)
+        for p in there:
+            if p["steps"] is None:
+                i = 1 + alone.index(p["name"])
+                marker = MARKERS[i % len(MARKERS)]
+                ax.plot(p[key], p["ae"], marker, color=_colour(i), markersize=6, label=p["name"])
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xlabel(label, fontsize=TEXT)
+    halves[0].set_ylabel("AE", fontsize=TEXT)
+    halves[1].legend(fontsize=SMALL, frameon=False)
+    figure.suptitle("AE against cost", fontsize=TITLE)
     return figure
 
 

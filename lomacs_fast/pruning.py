@@ -197,6 +197,7 @@ def _rebuild(net: Net, columns: list[list[Tensor]], hidden: Tensor) -> Net:
     for name, buffer in net.named_buffers():
         parent, _, own = name.rpartition(".")
         setattr(pruned.get_submodule(parent), own, buffer.detach().clone())
+    pruned.set_refine_steps(net.refine_steps)
     for name, module in net.named_modules():
         pruned.get_submodule(name).training = module.training
     return pruned
@@ -236,9 +237,14 @@ def prune(
         The pruned network and a `PruneReport`.
 
     Raises:
-        ValueError: for no target or several ways at once, a size out of range, a budget below what k_len = 1
-            and gate_hidden = 1 need (naming it), or non-finite weights.
+        ValueError: for another head than the pooled one, no target or several ways at once, a size out of
+            range, a budget below what k_len = 1 and gate_hidden = 1 need (naming it), or non-finite weights.
     """
+    if net.head != "pooled":
+        raise ValueError(
+            f"prune needs a network with the pooled head, got the {net.head} one: it has neither columns nor "
+            "hidden channels to score; choose fewer active columns or refine_steps"
+        )
     ways = {"k_len or gate_hidden": (k_len, gate_hidden), "energy": (energy,), "macs": (macs,)}
     given = [name for name, values in ways.items() if any(value is not None for value in values)]
     if len(given) != 1:

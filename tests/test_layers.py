@@ -32,6 +32,7 @@ ALLOWED = {
         "exporting",
         "freezing",
         "neural_svd",
+        "pretrained",
     },
 }
 THIRD_PARTIES = {

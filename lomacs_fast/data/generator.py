@@ -107,7 +107,7 @@ def _integer(name: str, value: object, least: int | None = None) -> int:
     return number
 
 
-def _array(antennas: int) -> tuple[int, int, int]:
+def panel_shape(antennas: int) -> tuple[int, int, int]:
     """(polarisations, rows, columns) of a planar array: two polarisations if even, near square."""
     polarisations = 2 - antennas % 2
     elements = antennas // polarisations
@@ -318,7 +318,7 @@ class ChannelGenerator:
         self, angles: tuple[Tensor, Tensor], gains: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]
     ) -> Tensor:
         """`sum_p a(p) x(p) right(p)`, `(n, M, u R)`: angles (n, P), gains (n, P, b, u), right (n, P, R)."""
-        polarisations, rows, columns = _array(self.M)
+        polarisations, rows, columns = panel_shape(self.M)
         a, b = _steering(*angles, rows, columns)
         c, d = (g[:, :, :polarisations, :, None] for g in gains)
         e, f = (r[:, :, None, None] for r in right)
@@ -389,7 +389,7 @@ class ChannelGenerator:
         s = self._statistics
         common, delay, real, imag = self._paths(paths)
         receive, transmit = _angles(paths, s, 1.0), _angles(paths, s, 2.0)
-        polarisations, rows, columns = _array(self.N)
+        polarisations, rows, columns = panel_shape(self.N)
         tone = _symmetric(common[:, 5]) * (-math.pi * _BANDWIDTH)
         turn = (delay * tone[:, None])[..., None]
         c, d = torch.cos(turn), torch.sin(turn)

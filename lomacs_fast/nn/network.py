@@ -7,6 +7,7 @@ from .freq_gate import AxialLowRankFreqGate
 from .gated_conv import GatedConv1D
 from .ortho import NeuralOrthoRefiner
 from .projected_attention import GroupedProjectedAttention
+from .refine import SpectralRefiner
 
 
 class LoMACSSVDNet(reference.LoMACSSVDNet):
@@ -17,6 +18,7 @@ class LoMACSSVDNet(reference.LoMACSSVDNet):
         GroupedProjectedAttention=GroupedProjectedAttention,
         GatedConv1D=GatedConv1D,
         NeuralOrthoRefiner=NeuralOrthoRefiner,
+        SpectralRefiner=SpectralRefiner,
     )
 
 

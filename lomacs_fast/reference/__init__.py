@@ -1,6 +1,7 @@
 """The specification in plain PyTorch: correctness, not speed; float32 and float64. One file a stem."""
 
 from .aeplus import AEPlusLoss, AEPlusTerms, aeplus_loss, aeplus_terms
+from .angular_gate import AngularGate
 from .dual_view import coarse_map, dual_view_project, gate_project
 from .freq_gate import AxialLowRankFreqGate, freq_gate, spectral_gate, unit_norm
 from .frozen import FrozenWeights, fold_network, frozen_svd
@@ -18,6 +19,7 @@ LowMACS_SVDNet = LoMACSSVDNet
 __all__ = [
     "AEPlusLoss",
     "AEPlusTerms",
+    "AngularGate",
     "AxialLowRankFreqGate",
     "FrozenWeights",
     "GatedConv1D",

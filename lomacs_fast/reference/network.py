@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
@@ -9,13 +10,18 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from .angular_gate import AngularGate, panel
 from .arguments import integer, number, positive
+from .completion import complete_from_dft
 from .dual_view import both_views, gate_project, real_view
 from .freq_gate import AxialLowRankFreqGate
 from .gated_conv import GatedConv1D
 from .ortho import NeuralOrthoRefiner, column_normalize
 from .projected_attention import GroupedProjectedAttention
+from .refine import SpectralRefiner, dft_start, refine_svd
 from .spectral import spectral_calibrate, svd_tail
+
+SHIFT = 0.005  # mu of the untrained steps on a filtered covariance, whose tail is nearly zero
 
 
 def _unhooked(*modules: nn.Module) -> bool:
@@ -56,11 +62,25 @@ class LoMACSSVDNet(nn.Module):
         temperature: divisor of the gate's logits, positive and finite.
         k_len: rows of the reduced keys and values; an integer, or one an attention block in order.
         tau_s: share of the measured spectrum in S, in [0, 1]; see `set_tau_s`.
-        gate_hidden: width of the gate's perceptrons.
+        gate_hidden: width of the gate's perceptrons; channels of the angular gate.
+        refine_steps: steps of `refine_svd`, with learned scalars, on the factors that the head gives; 0 is
+            the published network. `set_refine_steps` changes it later: beyond the trained number the last
+            step's scalars repeat.
+        head: what the refinement starts from. `"pooled"` is the published network, refined on Hd.
+            `"angular"` has no tokens: an `AngularGate` filters a Hermitian H (any other H is taken as it is),
+            the `active` DFT columns of largest energy in it start, and S is calibrated by a factor and a
+            share of the floor, both learned. It needs `refine_steps` of at least 1.
+        active: columns that are refined, at most r; all when not given. The others are an orthonormal
+            completion, with S = 0.
+        array: polarisations, rows and columns of the antenna panel, for the angular gate; one row of M
+            elements when not given.
+        hermitian: H is a covariance: one factor serves both sides, V comes out as `U sign(d)`, d the
+            eigenvalues. The Hermitian part of another H is decomposed.
 
     Input: H complex `(B, M, N)` or real `(B, M, N, 2)`; sid integer `(B,)`, or one integer for all.
     Output: U complex `(B, M, r)`, S real `(B, r)`, V complex `(B, N, r)`, Hd complex `(B, M, N)`. Columns
     follow the predicted spectrum, so S, after calibration, need not be sorted. A sample of zeros has S = 0.
+    Refined factors are sorted by S and orthonormal to rounding.
 
     Raises:
         ValueError, TypeError: for an argument, size, dtype or scene that does not fit, naming it.
@@ -71,12 +91,14 @@ class LoMACSSVDNet(nn.Module):
         column_normalize=column_normalize,
         spectral_calibrate=spectral_calibrate,
         svd_tail=svd_tail,
+        refine_svd=refine_svd,
     )
     modules_: ClassVar[Any] = SimpleNamespace(
         AxialLowRankFreqGate=AxialLowRankFreqGate,
         GroupedProjectedAttention=GroupedProjectedAttention,
         GatedConv1D=GatedConv1D,
         NeuralOrthoRefiner=NeuralOrthoRefiner,
+        SpectralRefiner=SpectralRefiner,
     )
     # of pairs of real numbers; a twin without complex dtypes has another
     complex_of: ClassVar[Any] = staticmethod(torch.view_as_complex)
@@ -96,6 +118,11 @@ class LoMACSSVDNet(nn.Module):
         k_len: int | list[int] | tuple[int, ...] = 32,
         tau_s: float = 0.9,
         gate_hidden: int = 32,
+        refine_steps: int = 0,
+        head: str = "pooled",
+        active: int | None = None,
+        array: Sequence[int] | None = None,
+        hermitian: bool = False,
     ) -> None:
         super().__init__()
         M, N, r = integer("M", M), integer("N", N), integer("r", r)
@@ -120,33 +147,62 @@ class LoMACSSVDNet(nn.Module):
                 raise ValueError(f"k_len must be an integer or {attentions} of them, got {k_len}")
         else:
             k_lens = [integer("k_len", k_len, 1)] * attentions
+        if head not in ("pooled", "angular"):
+            raise ValueError(f'head must be "pooled" or "angular", got {head!r}')
+        if not isinstance(hermitian, bool):
+            raise TypeError(f"hermitian must be True or False, got {hermitian!r}")
+        if hermitian and M != N:
+            raise ValueError(f"hermitian needs M = N, got {M} x {N}")
+        refine_steps = integer("refine_steps", refine_steps, 1 if head == "angular" else 0)
+        if not refine_steps and (active is not None or hermitian):
+            raise ValueError("active and hermitian go with refine_steps of at least 1, got 0")
+        if array is not None and not (head == "angular" and hermitian):
+            raise ValueError(f'array goes with head "angular" of a hermitian H, got {array!r}')
         self.M, self.N, self.r, self.n_scene, self.dim, self.depth = M, N, r, n_scene, dim, depth
         self.groups, self.kernel_size, self.temperature = groups, kernel_size, temperature
-        self.gate_hidden = gate_hidden
+        self.gate_hidden, self.head, self.hermitian = gate_hidden, head, hermitian
+        # float64 and 0-d: exact in every precision, promotes nothing, and changing it recompiles nothing
+        self.register_buffer("tau_s", torch.empty((), dtype=torch.float64), persistent=False)
+        self.set_tau_s(tau_s)
+        self.refine_steps = refine_steps
+        if refine_steps:
+            self.refiner = self.modules_.SpectralRefiner(refine_steps, r, active, hermitian=hermitian)
+        self.array = list(panel(array, M)) if head == "angular" and hermitian else None
+        if head == "angular":
+            self.shrink = nn.Parameter(torch.empty(2))
+            if self.array is not None:
+                self.angular_gate = AngularGate(self.array, n_scene, gate_hidden)
+        else:
+            self._build_pooled(k_lens)
+        self.reset_parameters()
+
+    def _build_pooled(self, k_lens: list[int]) -> None:
+        M, N, r, dim, depth = self.M, self.N, self.r, self.dim, self.depth
         m = self.modules_
-        self.freq_gate = m.AxialLowRankFreqGate(M, N, gate_hidden, temperature)
+        self.freq_gate = m.AxialLowRankFreqGate(M, N, self.gate_hidden, self.temperature)
         self.input_proj = nn.Linear(4 * N, dim)
         self.pos = nn.Parameter(torch.empty(1, M, dim))
         self.blocks = nn.ModuleList()
         for i in range(depth):
             if i % 2 == 0:
-                mixer = m.GroupedProjectedAttention(dim, min(r, 32), groups, M, k_lens[i // 2])
+                mixer = m.GroupedProjectedAttention(dim, min(r, 32), self.groups, M, k_lens[i // 2])
             else:
-                mixer = m.GatedConv1D(dim, kernel_size)
+                mixer = m.GatedConv1D(dim, self.kernel_size)
             self.blocks.append(nn.Sequential(nn.LayerNorm(dim), mixer))
         self.norm = nn.LayerNorm(dim)
-        self.scene_emb = nn.Embedding(n_scene, dim)
+        self.scene_emb = nn.Embedding(self.n_scene, dim)
         self.u_head = nn.Linear(dim, 2 * M * r)
         self.v_head = nn.Linear(dim, 2 * N * r)
         self.s_head = nn.Sequential(nn.Linear(dim, r), nn.Softplus())
         self.ortho_refine = m.NeuralOrthoRefiner()
-        # float64 and 0-d: exact in every precision, promotes nothing, and changing it recompiles nothing
-        self.register_buffer("tau_s", torch.empty((), dtype=torch.float64), persistent=False)
-        self.set_tau_s(tau_s)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Linear weights Xavier-uniform with zero bias (`s_head` bias -5), `pos` zero, `scene_emb` normal."""
+        if self.head == "angular":
+            with torch.no_grad():
+                nn.init.zeros_(self.shrink)
+                self.refiner.raw[:, 1] = math.log(SHIFT / (1 - SHIFT))
+            return
         s_linear = cast(nn.Linear, self.s_head[0])
         for linear in (self.input_proj, self.u_head, self.v_head, s_linear):
             nn.init.xavier_uniform_(linear.weight)
@@ -171,6 +227,26 @@ class LoMACSSVDNet(nn.Module):
             self.tau_s.fill_(self._tau)
         return self
 
+    def set_refine_steps(self, steps: int) -> None:
+        """Refine by so many steps from now on; beyond the trained number the last step's scalars repeat.
+
+        At least 0; a network that was made without refinement stays without, and refuses another number.
+        """
+        steps = integer("refine_steps", steps, 0)
+        if steps and not hasattr(self, "refiner"):
+            raise ValueError(f"refine_steps must be 0 for a network without a refiner, got {steps}")
+        self.refine_steps = steps
+
+    @property
+    def trained_steps(self) -> int:
+        """Steps that have scalars of their own."""
+        return self.refiner.steps if hasattr(self, "refiner") else 0
+
+    @property
+    def like(self) -> Tensor:
+        """A parameter: the network's precision and device."""
+        return self.shrink if self.head == "angular" else self.pos
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "tau_s" and not isinstance(value, Tensor) and "tau_s" in self.__dict__.get("_buffers", ()):
             self.set_tau_s(value)
@@ -187,13 +263,35 @@ class LoMACSSVDNet(nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments: `type(net)(**net.config)` has the same architecture."""
         names = ("M", "N", "r", "n_scene", "dim", "depth", "groups", "kernel_size", "temperature")
-        values = {name: getattr(self, name) for name in names}
-        tau = self._tau if self.tau_s.is_meta else float(self.tau_s)
-        return values | {"k_len": self.k_len, "tau_s": tau, "gate_hidden": self.gate_hidden}
+        if self.head == "angular":
+            names = names[:4]
+        values = {name: getattr(self, name) for name in names} | {"gate_hidden": self.gate_hidden}
+        if self.head == "pooled":
+            tau = self._tau if self.tau_s.is_meta else float(self.tau_s)
+            values |= {"k_len": self.k_len, "tau_s": tau}
+        if not hasattr(self, "refiner"):
+            return values
+        return values | {
+            "refine_steps": self.refiner.steps,
+            "head": self.head,
+            "active": self.refiner.active,
+            "array": self.array,
+            "hermitian": self.hermitian,
+        }
 
     def forward(self, H: Tensor, sid: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         H = self._complex_input(H)
         scene = self._scene_input(sid, H)
+        if self.head == "angular":
+            U, S, V, Hd = self._angular(H, scene)
+        else:
+            U, S, V, Hd = self._pooled(H, scene)
+        # a tenth of the time, and no copy, of asking every number
+        parts = real_view(H.detach()).flatten(1)
+        alive = (parts.amax(-1, keepdim=True) != 0) | (parts.amin(-1, keepdim=True) != 0)
+        return U, torch.where(alive, S, 0), V, Hd
+
+    def _pooled(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, Hd = self._front(H)
         for block in self.blocks:
             x = _residual(cast(nn.Sequential, block), x)
@@ -203,10 +301,28 @@ class LoMACSSVDNet(nn.Module):
         U = self.complex_of(u.view(-1, self.M, self.r, 2))
         V = self.complex_of(v.view(-1, self.N, self.r, 2))
         U, S, V = self._tail(U, V, s + 1e-6, Hd)
-        # a tenth of the time, and no copy, of asking every number
-        parts = real_view(H.detach()).flatten(1)
-        alive = (parts.amax(-1, keepdim=True) != 0) | (parts.amin(-1, keepdim=True) != 0)
-        return U, torch.where(alive, S, 0), V, Hd
+        if self.refine_steps:
+            refiner, X = self.refiner, 0.5 * (Hd + Hd.mH) if self.hermitian else Hd
+            options = {"active": refiner.active, "hermitian": self.hermitian, "scalars": refiner.scalars}
+            U, S, V = self.functions.refine_svd(X, U, V, self.refine_steps, **options)
+        return U, S, V, Hd
+
+    def _angular(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        refiner, k, floor = self.refiner, self.refiner.active, None
+        Hd = 0.5 * (H + H.mH) if self.hermitian else H
+        if self.hermitian:
+            Hd, floor = self.angular_gate(H, scene)
+        U, V = dft_start(Hd, k)
+        options = {"hermitian": self.hermitian, "scalars": refiner.scalars, "orthonormal": True}
+        U, S, V = self.functions.refine_svd(Hd, U, V, self.refine_steps, **options)
+        # a completion has S = 0, so no loss has a gradient there: it is left out of the graph
+        rest = complete_from_dft(U, self.r)
+        other = rest if self.hermitian else complete_from_dft(V, self.r)
+        U, V = torch.cat([U, rest], -1), torch.cat([V, other], -1)
+        S = S * self.shrink[0].exp()
+        if floor is not None:
+            S = S - self.shrink[1] * floor
+        return U, nn.functional.pad(S.clamp_min(0), (0, self.r - k)), V, Hd
 
     def _front(self, H: Tensor) -> tuple[Tensor, Tensor]:
         gate, project = self.freq_gate, self.input_proj
@@ -245,9 +361,9 @@ class LoMACSSVDNet(nn.Module):
             H = torch.view_as_complex(H.contiguous())
         if H.ndim != 3 or H.shape[-2:] != (self.M, self.N):
             raise ValueError(f"H must have shape (B, {self.M}, {self.N}), got {tuple(H.shape)}")
-        wanted = torch.promote_types(self.pos.dtype, torch.complex32)
+        wanted = torch.promote_types(self.like.dtype, torch.complex32)
         if H.dtype != wanted:
-            raise TypeError(f"H must be {wanted} to go with {self.pos.dtype} parameters, got {H.dtype}")
+            raise TypeError(f"H must be {wanted} to go with {self.like.dtype} parameters, got {H.dtype}")
         return H
 
     def _scene_input(self, sid: Tensor | int, H: Tensor) -> Tensor:

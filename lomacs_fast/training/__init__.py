@@ -6,10 +6,11 @@
 from typing import Any
 
 from .checkpoints import NetworkInfo, load_network, read_checkpoint, save_network
-from .config import TrainConfig, parse_size
+from .config import PRESETS, TrainConfig, parse_size
 from .schedules import Schedule, cosine
 
 __all__ = [
+    "PRESETS",
     "NetworkInfo",
     "Schedule",
     "TrainConfig",

@@ -36,7 +36,16 @@ class TrainConfig:
     kernel_size: int = _option(3, "taps of the gated convolution")
     temperature: float = _option(0.2, "temperature of the frequency gate")
     k_len: int = _option(32, "rows of the reduced keys and values")
-    gate_hidden: int = _option(32, "hidden width of the frequency gate")
+    gate_hidden: int = _option(32, "hidden width of the frequency gate, channels of the angular gate")
+    refine_steps: int = _option(0, "steps of refinement by matrix products; 0 is the published network")
+    head: str = _option("pooled", 'what the refinement starts from, "pooled" (published) or "angular"')
+    active: int | None = _option(None, "columns to refine, at most r; all when not given")
+    hermitian: bool = _option(False, "the channels are covariances: one factor serves both sides")
+    array: str | None = _option(
+        None,
+        "panel of the angular gate, polarisations x rows x columns, such as 2x4x8; near square, of two "
+        "polarisations where M is even, when not given",
+    )
 
     max_epochs: int = _option(400, "epochs")
     batch_size: int = _option(256, "samples a step, all processes together")
@@ -98,6 +107,7 @@ class TrainConfig:
             raise ValueError(f"val_fraction must lie in (0, 1), got {self.val_fraction}")
         choices = {
             "match": ("norm", "mean"),
+            "head": ("pooled", "angular"),
             "precision": ("32-true", "bf16-mixed"),
             "logger": ("csv", "tensorboard", "both"),
             "accelerator": ("auto", "cpu", "gpu"),
@@ -106,6 +116,8 @@ class TrainConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         parse_size(self.size)
+        if self.array is not None:
+            parse_panel(self.array)
         _ = self.schedule, self.augmentation
 
     @property
@@ -119,8 +131,11 @@ class TrainConfig:
     @property
     def architecture(self) -> dict[str, Any]:
         """The constructor arguments of the network that the data does not decide."""
-        names = ("dim", "depth", "groups", "kernel_size", "temperature", "k_len", "gate_hidden")
-        return {name: getattr(self, name) for name in names} | {"tau_s": self.tau_start}
+        names = ["dim", "depth", "groups", "kernel_size", "temperature", "k_len", "gate_hidden"]
+        if self.refine_steps or self.head != "pooled":
+            names += ["refine_steps", "head", "active", "hermitian"]
+        values = {name: getattr(self, name) for name in names} | {"tau_s": self.tau_start}
+        return values if self.array is None else values | {"array": parse_panel(self.array)}
 
     def changes_that_a_resumed_run_refuses(self, saved: dict[str, Any]) -> list[str]:
         """What decides data, order or architecture and is not as it was when the run began."""
@@ -135,6 +150,7 @@ class TrainConfig:
             "val_fraction",
         )
         names += ("finetune", *(name for name in self.architecture if name != "tau_s"))
+        names += ("refine_steps", "head")
         return [
             f"{name} (the run has {saved[name]}, got {getattr(self, name)})"
             for name in names
@@ -143,6 +159,33 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+# few weights and a loss of reconstruction alone: factors are orthonormal by themselves, and the noise of a
+# covariance is its own augmentation
+PRESETS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "refined": {
+        "head": "angular",
+        "refine_steps": 4,
+        "active": 24,
+        "hermitian": True,
+        "gate_hidden": 8,
+        "max_epochs": 2,
+        "samples": 450,
+        "batch_size": 32,
+        "lr": 1e-2,
+        "min_lr": 1e-5,
+        "weight_decay": 0.0,
+        "lam_max": 0.0,
+        "w_energy": 0.0,
+        "w_diag": 0.0,
+        "w_match": 0.0,
+        "noise": 0.0,
+        "row_dropout": 0.0,
+        "col_dropout": 0.0,
+    },
+}
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
@@ -164,6 +207,17 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return [_typed(name, item, int) for item in value]
     kinds = {float: "a number", int: "an integer", bool: "true or false", str: "text"}
     raise TypeError(f"{name} must be {kinds.get(hint, 'a list of integers')}, got {value!r}")
+
+
+def parse_panel(array: str) -> list[int]:
+    """`"2x4x8"` as [polarisations, rows, columns]; `ValueError` unless all are positive."""
+    try:
+        sizes = [int(part) for part in array.lower().split("x")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise ValueError(f"array must be polarisations x rows x columns, such as 2x4x8, got {array!r}")
+    return sizes
 
 
 def parse_size(size: str) -> tuple[int, int, int]:

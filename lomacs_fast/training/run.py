@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lomacs_fast.data.contest import open_contest
 from lomacs_fast.data.datasets import ContestPairs, GeneratedPairs, Pairs
 from lomacs_fast.data.files import atomic_path, temporary_beside
-from lomacs_fast.data.generator import SCENARIOS
+from lomacs_fast.data.generator import SCENARIOS, panel_shape
 from lomacs_fast.nn import LoMACSSVDNet
 
 from .checkpoints import read_checkpoint
@@ -153,6 +153,16 @@ def _run_folder(out: Path, config: TrainConfig, resume: bool, overwrite: bool) -
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def _refuse_not_hermitian(pairs: Pairs) -> None:
+    first = [int((pairs.sid == s).nonzero()[0]) for s in pairs.sid.unique()]
+    H, _ = pairs.read(first)
+    square = H.shape[-1] == H.shape[-2]
+    if not square or bool((torch.linalg.matrix_norm(H - H.mH) > 1e-3 * torch.linalg.matrix_norm(H)).any()):
+        raise ValueError(
+            "hermitian (--hermitian) is true, so data must be covariances, H = H^H, and these are not"
+        )
+
+
 def _callbacks(out: Path, config: TrainConfig) -> list[L.Callback]:
     common: dict[str, Any] = {
         "dirpath": out,
@@ -230,6 +240,10 @@ def train(
     pairs = open_pairs(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if init is None and config.hermitian:
+        _refuse_not_hermitian(pairs)
+        if config.head == "angular" and config.array is None:
+            config = replace(config, array="x".join(map(str, panel_shape(pairs.M))))
     last = out / LAST
     if resume:
         saved = read_checkpoint(last)["lomacs_fast"]
@@ -255,10 +269,16 @@ def train(
                 f"the network takes {init.M}x{init.N}x{init.r}, the data is {pairs.M}x{pairs.N}x{pairs.r}"
             )
         net = init.train()
-        mine = {name: net.config[name] for name in config.architecture if name != "tau_s"}
-        config = replace(config, **{name: value for name, value in mine.items() if name != "k_len"})
-        if isinstance(mine["k_len"], int):
-            config = replace(config, k_len=mine["k_len"])
+        names = ("dim", "depth", "groups", "kernel_size", "temperature", "k_len", "gate_hidden")
+        names += ("refine_steps", "head", "active", "hermitian", "array")
+        mine: dict[str, Any] = {"refine_steps": 0, "head": "pooled", "active": None, "hermitian": False}
+        mine["array"] = None
+        mine = {name: value for name, value in (mine | net.config).items() if name in names}
+        if mine["array"] is not None:
+            mine["array"] = "x".join(map(str, mine["array"]))
+        if not isinstance(mine.get("k_len", 0), int):
+            del mine["k_len"]
+        config = replace(config, **mine)
     else:
         torch.manual_seed(config.seed)
         net = LoMACSSVDNet(pairs.M, pairs.N, pairs.r, len(pairs.scenarios), **config.architecture)
