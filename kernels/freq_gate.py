@@ -1,21 +1,23 @@
 """The axial frequency gate: spectrum, statistics, perceptrons, gate and inverse in one program a sample.
 
-Both transforms are products with DFT matrices, tables in L2, as real products of interleaved rows. Counted
-for a sample of 64x64, forward and inverse: radix passes take 2 * 5 * 4096 * 12 = 0.49 Mflop, products
-4 * 4 * 64^3 = 4.2 M multiply-adds, 12.6 M on the tensor cores with tf32x3. On an H200 (67 Tflop/s float32,
-247 T TF32 multiply-adds/s) that is 7 ns of radix at full rate, 15 ns at the half rate of plain additions;
-17 ns with tf32, 51 ns with tf32x3; reading H and writing Hd takes 15 ns. So operations favour radix passes at
-the highest precision, and neither below it. But a radix pass exchanges the tile between threads, in Triton
-whole through shared memory, 64 KiB of traffic each, and needs sizes that factor. The products serve every
-size, 63 as well as 64, and leave the float32 units to the gate.
+Sides of 8, 16, 32, 64 and 128 take radix passes (`fft.py`): the sample stays in registers from its one load
+to the one store, twelve exchanges of a plane by way of shared memory between the passes, and the statistics
+and the gate see the frequencies in the order that the passes leave. Counted for a sample of 64x64 on an
+H200, both transforms: radix-2 butterflies 0.49 Mflop, 15 ns at the half rate of plain additions (as compiled
+9 ns), exchanges 13 ns of shared memory, H and Hd 15 ns of memory. Products with DFT matrices take 51 ns with
+tf32x3 and 17 ns with tf32; factored 8 x 8 on the tensor cores a quarter of that, 13 ns with tf32x3 and 6 ns
+more to split its operands. So the passes are the cheapest at the highest precision; below it memory binds
+them all, and the passes stay exact (`benchmarks/bench_freq_gate.py` prints the count). The backward holds
+both spectra in registers up to 64x64; above, they wait in memory while the gate's gradient is taken.
 
-Two products a transform, each of rows with a table on their right: the first of the spectrum and the first of
-its inverse store their tile transposed, so that the other axis becomes rows. Operands come from global memory
-(L2) a chunk of K at a time and intermediates go there, to the output's own memory and a scratch a program, so
-that registers do not grow with the size and 128x128 takes 16 KiB of shared memory. Sizes are constants of the
-kernel: masks and addresses fold, and they belong to the model. Larger samples take the library's FFT, since
-products grow as M N (M + N) (at 256x256 3.3 us of an H200 a sample, against 0.8 us for the seven passes over
-memory), and one kernel on the spectrum: statistics, gate and, backward, the spectrum's gradient.
+Other sides, 63 as well as 100, are products with DFT matrices, tables in L2, as real products of interleaved
+rows. Two products a transform, each of rows with a table on their right: the first of the spectrum and the
+first of its inverse store their tile transposed, so that the other axis becomes rows. Operands come from
+global memory (L2) a chunk of K at a time and intermediates go there, to the output's own memory and a
+scratch a program, so that registers do not grow with the size. Sizes are constants of the kernel: masks and
+addresses fold, and they belong to the model. Samples above 128 take the library's FFT, since products grow
+as M N (M + N) (at 256x256 3.3 us of an H200 a sample, against 0.8 us for the seven passes over memory), and
+one kernel on the spectrum: statistics, gate and, backward, the spectrum's gradient.
 
 Backward, with Z the spectrum, G the gate, D = Z G, and a spectrum's gradient the FFT of its channel's:
 `gG = Re(conj(Z) gD)`, `gl = gG G (1 - G) / T`, its row and column sums through the perceptrons to `g_rho`
@@ -37,12 +39,15 @@ from torch import Tensor
 
 from .complex import interleave, load_rows, load_transposed, planes, store_rows, store_swapped
 from .dual_view import dual_view_project, fold, project_sample, projection_blocks, row_table
+from .fft import FACTORS, inverse_transform, load_sample, store_sample, transform, twiddle_table
 from .launch import Launch, block, precision
 
 # the largest side that is transformed on chip
 LARGEST = 128
-# programs that keep a scratch each: at 64x64 32 KiB, all of them in L2
+# programs of the products, which keep a scratch each: at 63x63 32 KiB, all of them in L2
 PROGRAMS = 512
+# frequencies of a sample up to which the factored backward holds two spectra in registers
+HELD = 4096
 # a bin of at most this share of the norm is rounding of a zero: its magnitude has subgradient 0, as at zero
 ROUNDING = tl.constexpr(2.0**-21)
 
@@ -496,6 +501,244 @@ def freq_gate_bwd_kernel(
 
 
 @triton.jit
+def frequencies(M1: tl.constexpr, M2: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
+    """Row frequencies [M2, M1] and column frequencies [N] of the planes that `transform` leaves."""
+    i = M1 * tl.arange(0, M2)[:, None] + tl.arange(0, M1)[None, :]
+    q = tl.arange(0, N1 * N2)
+    return i, q // N2 + N1 * (q % N2)
+
+
+@triton.jit
+def store_sums(x, p, i, j, M):
+    """Sums of a plane over column frequencies, to p, and over row frequencies, M numbers on."""
+    tl.store(p + i, tl.sum(x, 2))  # [M2, M1]
+    tl.store(p + M + j, tl.sum(tl.sum(x, 0), 0))  # [N]
+
+
+@triton.jit
+def load_sum(p, i, j, M):
+    """Row's and column's number, added: a plane [M2, M1, N]."""
+    row, column = tl.load(p + i), tl.load(p + M + j)
+    return row[:, :, None] + column[None, None, :]
+
+
+@triton.jit
+def load_planes(p, M1: tl.constexpr, M2: tl.constexpr, N: tl.constexpr):
+    q = (tl.arange(0, M2)[:, None, None] * M1 + tl.arange(0, M1)[None, :, None]) * (2 * N)
+    x = tl.load(p + q + tl.arange(0, 2 * N)[None, None, :])  # [M2, M1, 2 N]
+    return tl.split(tl.reshape(x, (M2, M1, N, 2)))
+
+
+@triton.jit
+def store_planes(p, r, i, M1: tl.constexpr, M2: tl.constexpr, N: tl.constexpr):
+    q = (tl.arange(0, M2)[:, None, None] * M1 + tl.arange(0, M1)[None, :, None]) * (2 * N)
+    x = tl.reshape(tl.join(r, i), (M2, M1, 2 * N))
+    tl.store(p + q + tl.arange(0, 2 * N)[None, None, :], x)  # [M2, M1, 2 N]
+
+
+@triton.jit
+def factored_spectrum(
+    p_h,
+    p_wm,
+    p_wn,
+    p_v,
+    SCALE: tl.constexpr,
+    M1: tl.constexpr,
+    M2: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+):
+    """The spectrum of a sample, divided by SCALE; sums of its magnitudes, and of its squares."""
+    zr, zi = load_sample(p_h, M1, M2, N1, N2)
+    zr, zi = transform(zr, zi, p_wm, p_wn, M1, M2, N1, N2)
+    i, j = frequencies(M1, M2, N1, N2)
+    power = (SCALE * zr) * (SCALE * zr) + (SCALE * zi) * (SCALE * zi)
+    store_sums(tl.sqrt_rn(power), p_v, i, j, M1 * M2)
+    return zr, zi, tl.sum(tl.sum(tl.sum(power, 2), 1), 0)
+
+
+@triton.jit
+def factored_gate_fwd_kernel(
+    p_h,
+    p_wm,
+    p_wn,
+    p_r1,
+    p_r2,
+    p_c1,
+    p_c2,
+    p_v,
+    p_hd,
+    p_norms,
+    p_w,
+    p_bias,
+    p_pos,
+    p_low,
+    p_share,
+    p_s,
+    p_x,
+    M1: tl.constexpr,
+    M2: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    HR: tl.constexpr,
+    HC: tl.constexpr,
+    d: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PROJECT: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    SCALE: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    P_ROWS: tl.constexpr,
+    P_INNER: tl.constexpr,
+    P_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    M: tl.constexpr = M1 * M2
+    N: tl.constexpr = N1 * N2
+    b = tl.program_id(0).to(tl.int64)
+    p_v += b * (2 * M + 2 * N + HR + HC)
+    p_lr = p_v + M + N + HR + HC
+    if PROJECT:
+        p_s += b * (M // 2) * d
+    i, j = frequencies(M1, M2, N1, N2)
+    offset = b * (M * N * 2)
+    zr, zi, square = factored_spectrum(p_h + offset, p_wm, p_wn, p_v, SCALE, M1, M2, N1, N2)
+    norm, inverse = means_and_logits(
+        p_v, p_r1, p_r2, p_c1, p_c2, square, M, N, HR, HC, NORMALIZE, TEMPERATURE, OUT, IN
+    )
+    if NORMALIZE:
+        tl.store(p_norms + b, norm)
+    gate = (SCALE * SCALE) * inverse * tl.sigmoid(load_sum(p_lr, i, j, M))
+    zr, zi = inverse_transform(zr * gate, zi * gate, p_wm, p_wn, M1, M2, N1, N2)
+    store_sample(p_hd + offset, zr, zi, M1, M2, N1, N2)
+    if PROJECT:
+        tl.debug_barrier()
+        project_sample(
+            p_hd + offset,
+            p_w,
+            p_bias,
+            p_pos,
+            p_low,
+            p_share,
+            p_s,
+            p_x + b * (M * d),
+            M,
+            N,
+            d,
+            P_ROWS,
+            P_INNER,
+            P_COLUMNS,
+            PRECISION,
+        )
+
+
+@triton.jit
+def factored_gate_bwd_kernel(
+    p_g,
+    p_gnorms,
+    p_h,
+    p_wm,
+    p_wn,
+    p_r1,
+    p_r2,
+    p_c1,
+    p_c2,
+    p_z,
+    p_v,
+    p_gh,
+    M1: tl.constexpr,
+    M2: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    HR: tl.constexpr,
+    HC: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    SCALE: tl.constexpr,
+    HELD: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+):
+    """Both spectra stay in registers, with HELD, or else in memory while the gate's gradient is taken."""
+    M: tl.constexpr = M1 * M2
+    N: tl.constexpr = N1 * N2
+    b = tl.program_id(0).to(tl.int64)
+    i, j = frequencies(M1, M2, N1, N2)
+    offset = b * (M * N * 2)
+    p_p = p_gh + offset
+    if not HELD:
+        p_z += offset
+    p_vb = p_v + b * (4 * M + 4 * N + 2 * HR + 2 * HC)
+    p_lr = p_vb + M + N + HR + HC
+    p_ar = p_lr + M + N
+    p_er = p_ar + M + N + HR + HC
+    zr, zi, square = factored_spectrum(p_h + offset, p_wm, p_wn, p_vb, SCALE, M1, M2, N1, N2)
+    if not HELD:
+        store_planes(p_z, zr, zi, M1, M2, N)
+    norm, inverse = means_and_logits(
+        p_vb, p_r1, p_r2, p_c1, p_c2, square, M, N, HR, HC, NORMALIZE, TEMPERATURE, OUT, IN
+    )
+    unit = SCALE * inverse
+    gr, gi = load_sample(p_g + offset, M1, M2, N1, N2)
+    gr, gi = transform(gr, gi, p_wm, p_wn, M1, M2, N1, N2)
+    if HELD:
+        gate = tl.sigmoid(load_sum(p_lr, i, j, M))
+        along, logit, gr, gi = gate_gradient(unit * zr, unit * zi, SCALE * gr, SCALE * gi, gate)
+        store_sums(logit, p_ar, i, j, M)
+        parallel = tl.sum(tl.sum(tl.sum(along, 2), 1), 0)
+    else:
+        store_planes(p_p, gr, gi, M1, M2, N)
+        tl.debug_barrier()
+        columns = tl.zeros((N,), tl.float32)
+        along = tl.zeros((N,), tl.float32)
+        for k0 in range(0, M, ROWS):
+            k = k0 + tl.arange(0, ROWS)
+            xr, xi = planes(load_rows(p_z, 2 * N, 2 * N, k, 0, M, 2 * N), ROWS, N)
+            pr, pi = planes(load_rows(p_p, 2 * N, 2 * N, k, 0, M, 2 * N), ROWS, N)
+            gate = tl.sigmoid(tl.load(p_lr + k)[:, None] + tl.load(p_lr + M + j)[None, :])
+            dot, logit, pr, pi = gate_gradient(unit * xr, unit * xi, SCALE * pr, SCALE * pi, gate)
+            tl.store(p_ar + k, tl.sum(logit, 1))  # [R]
+            columns += tl.sum(logit, 0)
+            along += tl.sum(dot, 0)
+            # these rows have been read by all threads before any writes them
+            tl.debug_barrier()
+            store_rows(p_p, interleave(pr, pi, ROWS, N), 2 * N, 2 * N, k, 0, M, 2 * N)
+        tl.store(p_ar + M + j, columns)  # [N]
+        parallel = tl.sum(along, 0)
+    tl.debug_barrier()
+    parallel += means_gradient(p_vb, p_r1, p_r2, p_c1, p_c2, M, N, HR, HC, TEMPERATURE, OUT, IN)
+    if CHANNEL:
+        radial = 0.0
+        least = ROUNDING * norm * inverse
+        if NORMALIZE:
+            radial = -parallel * inverse
+            if p_gnorms is not None:
+                radial += tl.load(p_gnorms + b)
+        radial *= SCALE
+        scale_vector(p_er, M, 1.0 / N, IN)
+        scale_vector(p_er + M, N, 1.0 / M, IN)
+        if HELD:
+            mean = load_sum(p_er, i, j, M)
+            gr, gi = spectrum_gradient(unit * zr, unit * zi, gr, gi, mean, unit, radial, least)
+        else:
+            for k0 in range(0, M, ROWS):
+                k = k0 + tl.arange(0, ROWS)
+                xr, xi = planes(load_rows(p_z, 2 * N, 2 * N, k, 0, M, 2 * N), ROWS, N)
+                pr, pi = planes(load_rows(p_p, 2 * N, 2 * N, k, 0, M, 2 * N), ROWS, N)
+                mean = tl.load(p_er + k)[:, None] + tl.load(p_er + M + j)[None, :]
+                xr, xi = spectrum_gradient(unit * xr, unit * xi, pr, pi, mean, unit, radial, least)
+                tl.debug_barrier()
+                store_rows(p_p, interleave(xr, xi, ROWS, N), 2 * N, 2 * N, k, 0, M, 2 * N)
+            tl.debug_barrier()
+            gr, gi = load_planes(p_p, M1, M2, N)
+        gr, gi = inverse_transform(gr, gi, p_wm, p_wn, M1, M2, N1, N2)
+        store_sample(p_gh + offset, gr, gi, M1, M2, N1, N2)
+
+
+@triton.jit
 def load_spectrum(p, M, N, i0, j0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     x = load_rows(p, 2 * N, 2 * N, i0 + tl.arange(0, ROWS), 2 * j0, M, 2 * COLUMNS)  # [R, 2C]
     return planes(x, ROWS, COLUMNS)
@@ -652,6 +895,15 @@ def _tiles(M: int, N: int) -> tuple[dict[str, int], int]:
     return tiles, max(1, min(8, max(rows_m * width_n, rows_n * width_m) // 1024))
 
 
+def factors(M: int, N: int) -> tuple[dict[str, int | float], int] | None:
+    """The passes of a sample whose sides factor, and the warps that hold it: 32 numbers a thread, or 64."""
+    if M not in FACTORS or N not in FACTORS:
+        return None
+    (m1, m2), (n1, n2) = FACTORS[M], FACTORS[N]
+    constants = {"M1": m1, "M2": m2, "N1": n1, "N2": n2, "SCALE": 1 / math.sqrt(M * N)}
+    return constants, max(1, min(16, M * N // 512))
+
+
 # tiles of the perceptrons' weights, and of a spectrum in memory
 PERCEPTRON = {"OUT": 32, "IN": 64}
 SPECTRUM = {"ROWS": 16, "COLUMNS": 128}
@@ -681,7 +933,8 @@ def forward_launch(
 ) -> tuple[Launch, Tensor, Tensor, Tensor]:
     """The gate of samples that fit; where it puts Hd, norms, and X of a projection (folded, bias, pos)."""
     B, M, N, _ = H.shape
-    programs = min(B, PROGRAMS)
+    passes = factors(M, N)
+    programs = B if passes else min(B, PROGRAMS)
     Hd, norms, X = torch.empty_like(H), H.new_empty((B if normalize else 0,)), H.new_empty((0,))
     names = ("p_w", "p_bias", "p_pos", "p_low", "p_share", "p_s", "p_x")
     project: dict[str, Tensor | int | None] = dict.fromkeys(names)
@@ -691,33 +944,34 @@ def forward_launch(
         X = H.new_empty((B, M, d))
         scratch = H.new_empty((programs, M // 2, d))
         project = dict(zip(names, (*projection, *row_table(M, H.device), scratch, X), strict=True))
-    tiles, warps = _tiles(M, N)
     arguments = {
         "p_h": H,
-        "p_tm": dft_table(M, H.device),
-        "p_tn": dft_table(N, H.device),
-        "p_z": H.new_empty((programs, M, N, 2)),
         "p_v": H.new_empty((programs, _vectors(weights))),
         "p_hd": Hd,
         "p_norms": norms if normalize else None,
-        "B": B,
+        **project,
+        **_pointers(weights),
     }
     blocks = projection_blocks(M, max(d, 1))
     constants = {
-        "M": M,
-        "N": N,
         "d": d,
         **_hidden(weights),
         "NORMALIZE": normalize,
         "PROJECT": projection is not None,
         "TEMPERATURE": float(temperature),
         **PERCEPTRON,
-        **tiles,
         **{f"P_{name}": value for name, value in blocks.items()},
         "PRECISION": precision(),
     }
-    arguments = arguments | project | _pointers(weights)
-    return Launch(freq_gate_fwd_kernel, (programs,), arguments, constants, warps), Hd, norms, X
+    if passes:
+        arguments |= {"p_wm": twiddle_table(M, H.device), "p_wn": twiddle_table(N, H.device)}
+        kernel, (tiles, warps) = factored_gate_fwd_kernel, passes
+    else:
+        arguments |= {"p_tm": dft_table(M, H.device), "p_tn": dft_table(N, H.device), "B": B}
+        arguments["p_z"] = H.new_empty((programs, M, N, 2))
+        constants |= {"M": M, "N": N}
+        kernel, (tiles, warps) = freq_gate_fwd_kernel, _tiles(M, N)
+    return Launch(kernel, (programs,), arguments, constants | tiles, warps), Hd, norms, X
 
 
 def backward_launch(
@@ -731,34 +985,36 @@ def backward_launch(
 ) -> tuple[Launch, Tensor, Tensor]:
     """The gate's backward of samples that fit; where it puts the gradient of H and the samples' vectors."""
     B, M, N, _ = H.shape
-    programs = min(B, PROGRAMS)
-    gH = H.new_empty((B if gh else programs, M, N, 2))
+    passes, held = factors(M, N), M * N <= HELD
+    programs = B if passes else min(B, PROGRAMS)
+    gH = H.new_empty((B if gh else 0 if passes and held else programs, M, N, 2))
     vectors = H.new_empty((B, 2 * _vectors(weights)))
-    tiles, warps = _tiles(M, N)
     arguments = {
         "p_g": gHd,
         "p_gnorms": gnorms if normalize else None,
         "p_h": H,
-        "p_tm": dft_table(M, H.device),
-        "p_tn": dft_table(N, H.device),
-        "p_z": H.new_empty((programs, 2, M, N, 2)),
         "p_v": vectors,
         "p_gh": gH,
-        "B": B,
         **_pointers(weights),
     }
     constants = {
-        "M": M,
-        "N": N,
         **_hidden(weights),
         "NORMALIZE": normalize,
         "CHANNEL": gh,
         "TEMPERATURE": float(temperature),
         **PERCEPTRON,
-        **tiles,
-        "PRECISION": precision(),
     }
-    return Launch(freq_gate_bwd_kernel, (programs,), arguments, constants, warps), gH, vectors
+    if passes:
+        arguments |= {"p_wm": twiddle_table(M, H.device), "p_wn": twiddle_table(N, H.device)}
+        arguments["p_z"] = None if held else H.new_empty((B, M, N, 2))
+        constants |= {"HELD": held, "ROWS": min(16, M)}
+        kernel, (tiles, warps) = factored_gate_bwd_kernel, passes
+    else:
+        arguments |= {"p_tm": dft_table(M, H.device), "p_tn": dft_table(N, H.device), "B": B}
+        arguments["p_z"] = H.new_empty((programs, 2, M, N, 2))
+        constants |= {"M": M, "N": N, "PRECISION": precision()}
+        kernel, (tiles, warps) = freq_gate_bwd_kernel, _tiles(M, N)
+    return Launch(kernel, (programs,), arguments, constants | tiles, warps), gH, vectors
 
 
 def spectral_forward_launch(

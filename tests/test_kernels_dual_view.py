@@ -84,7 +84,7 @@ def test_tables_are_those_of_the_interpolation(n):
     assert (back[n // 2 :] == 0).all()
 
 
-@pytest.mark.parametrize("size", [(8, 6, 4), (9, 5, 3), (130, 4, 2)])
+@pytest.mark.parametrize("size", [(8, 6, 4), (9, 5, 3), (16, 8, 4), (130, 4, 2)])
 def test_the_front_of_the_network(size):
     M, N, d = size
     Hd, weight, bias, pos, _ = problem(3, M, N, d)

@@ -84,6 +84,8 @@ PROBLEMS = {
     "63x41": (63, 41, (32, 32), ("random", "rank"), True, (0,)),
     "64x64": (64, 64, (32, 32), ("random", "ill"), False, (0,)),
     "5x150": (5, 150, (4, 6), ("random", "zero"), True, (0, 1)),
+    "32x128": (32, 128, (8, 40), ("random", "zero"), True, (0,)),
+    "128x64": (128, 64, (32, 7), ("random", "rank"), True, (0,)),
     "130x7": (130, 7, (33, 2), ("random", "rank"), False, (0,)),
 }
 
@@ -134,7 +136,7 @@ def without_direction(H, weights, gHd, dtype):
     return [out.detach(), torch.view_as_real(gH), *gw]
 
 
-@pytest.mark.parametrize("size", [(12, 9), (131, 6)])
+@pytest.mark.parametrize("size", [(12, 9), (16, 8), (131, 6)])
 def test_bins_of_zero_have_no_direction(size):
     M, N = size
     generator = torch.Generator().manual_seed(4)
@@ -152,7 +154,7 @@ def test_bins_of_zero_have_no_direction(size):
     assert (Hd[2] == 0).all()
 
 
-@pytest.mark.parametrize("size", [(9, 8), (3, 130)])
+@pytest.mark.parametrize("size", [(9, 8), (8, 16), (3, 130)])
 def test_what_is_not_wanted_is_empty(size):
     generator = torch.Generator().manual_seed(5)
     H = channels(["random", "random"], *size, generator).to(DEVICE)
@@ -170,7 +172,7 @@ def test_what_is_not_wanted_is_empty(size):
     assert torch.equal(plain[2], zero[2])
 
 
-@pytest.mark.parametrize("size", [(8, 11), (3, 129)])
+@pytest.mark.parametrize("size", [(8, 11), (16, 8), (3, 129)])
 def test_nan_stays_in_its_sample_and_batches_do_not_meet(size):
     generator = torch.Generator().manual_seed(6)
     H = channels(["random"] * 3, *size, generator).to(DEVICE)
@@ -185,7 +187,7 @@ def test_nan_stays_in_its_sample_and_batches_do_not_meet(size):
         assert x[0].isfinite().all()
 
 
-@pytest.mark.parametrize("size", [(8, 8), (2, 160)])
+@pytest.mark.parametrize("size", [(8, 8), (7, 8), (2, 160)])
 def test_empty_batch(size):
     H = torch.zeros(0, *size, dtype=torch.complex64, device=DEVICE)
     weights = perceptrons(*size, (3, 2), torch.Generator().manual_seed(0))
@@ -212,7 +214,7 @@ def guarded(launch):
     return arguments
 
 
-@pytest.mark.parametrize("size", [(7, 9), (16, 17)])
+@pytest.mark.parametrize("size", [(7, 9), (16, 17), (32, 8)])
 def test_nothing_outside_its_own_memory(size):
     M, N = size
     generator = torch.Generator().manual_seed(7)
@@ -233,31 +235,61 @@ def test_nothing_outside_its_own_memory(size):
     assert torch.equal(gHd, inputs[1])
 
 
+# the largest sample that registers hold is compiled for the one chip whose limits the issue is about
+ONLY = {"forward 128": ("sm_90",), "backward 128": ("sm_90",)}
+
+
 def launches():
     found = {}
     norms = torch.empty((256,), device="meta")
-    for n in (64, 128):
-        H, weights = torch.empty((256, n, n, 2), device="meta"), perceptrons(n, n, (32, 32), device="meta")
-        found[f"backward {n}"] = kernels.backward_launch(H, norms, H, weights, 0.2, True, True)[0]
-        if n == 64:
+    for M, N in ((64, 64), (128, 128), (96, 100)):
+        H, weights = torch.empty((256, M, N, 2), device="meta"), perceptrons(M, N, (32, 32), device="meta")
+        name = str(M) if M == N else f"{M}x{N}"
+        found[f"backward {name}"] = kernels.backward_launch(H, norms, H, weights, 0.2, True, True)[0]
+        if M == 64:
             projection = tuple(torch.empty(s, device="meta") for s in [(64, 256), (64,), (1, 64, 64)])
-            found["forward 64"] = kernels.forward_launch(H, weights, 0.2, True)[0]
             found["front 64"] = kernels.forward_launch(H, weights, 0.2, True, projection)[0]
+        if M == 128:
+            found[f"forward {name}"] = kernels.forward_launch(H, weights, 0.2, True)[0]
     H, weights = torch.empty((64, 256, 300, 2), device="meta"), perceptrons(256, 300, (32, 32), device="meta")
     found["spectral"] = kernels.spectral_backward_launch(H, None, H, weights, 0.2, True, True)[0]
     return found
+
+
+def test_a_sample_that_fits_stays_in_registers():
+    for n in (8, 64, 128):
+        H, weights = torch.empty((9, n, n, 2), device="meta"), perceptrons(n, n, (4, 4), device="meta")
+        launch = kernels.forward_launch(H, weights, 0.2, True)[0]
+        assert launch.grid == (9,)
+        large = {
+            k for k, x in launch.arguments.items() if isinstance(x, torch.Tensor) and x.numel() >= H.numel()
+        }
+        assert large == {"p_h", "p_hd"}
+        launch = kernels.backward_launch(H, None, H, weights, 0.2, True, True)[0]
+        large = {
+            k for k, x in launch.arguments.items() if isinstance(x, torch.Tensor) and x.numel() >= H.numel()
+        }
+        assert large == {"p_h", "p_g", "p_gh"} | ({"p_z"} if n == 128 else set())
 
 
 def test_compiled_ahead():
     for name, targets in aot.reports(__file__).items():
         for target, report in targets.items():
             where = f"{name} on {target}: {report}"
-            assert report["shared"] <= 32768, where
+            assert report["shared"] <= 65536, where
             assert report["loads"] > 0, where
-            if "spectral" not in name:
+            assert report["registers"] <= 256, where
+            if "96" in name:
                 assert report["tensor"] > 0, where
-                assert report["registers"] <= 256, where
+                assert report["spills"] <= 16, where
             if "64" in name:
+                assert report["shared"] <= 32768, where
                 assert report["spills"] == 0, where
-                assert 2 * report["wide_loads"] >= report["loads"] or target == "gfx942", where
-                assert 2 * report["wide_stores"] >= report["stores"], where
+                # every thread's share of the sample, whole vectors of it: H, and gHd
+                threads = 8 * aot.TARGETS[target][2]
+                vectors = 64 * 64 * 2 // (4 * threads)
+                assert report["wide_loads"] >= vectors * (2 if "backward" in name else 1), where
+                assert report["wide_stores"] >= vectors, where
+            if "128" in name:
+                # 512 threads of 128 registers hold 64 numbers of it each; what spills is a few addresses
+                assert report["spills"] <= 160, where
