@@ -365,7 +365,8 @@ def neural_svd(
     matrices = None if source is not None else int(torch.tensor(full[:-2]).prod())
     asked = FIRST if energy is not None else begin
     advice = advise(full[-2], full[-1], min(asked, small), matrices=matrices, in_memory=tensor is not None)
-    taken = advice.method if method == "auto" else method
+    # there is nothing to optimise in a batch of no matrices
+    taken = "svd" if matrices == 0 else advice.method if method == "auto" else method
     if wish.checkpoint is not None and method == "auto":
         taken = "optimize"
     if taken != "optimize" and tensor is None:
