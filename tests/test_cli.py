@@ -430,13 +430,13 @@ def test_examples_work_as_written(tmp_path, monkeypatch):
             "false",
         ],
     }
-    for name in ("generate", "analyze", "train", "prune", "evaluate", "predict", "info"):
+    for name in ("generate", "analyze", "train", "prune", "evaluate", "predict", "svd", "info"):
         if name == "predict":
             np.save("H.npy", np.ones((3, 16, 16), np.complex64))
         program, command, *words = EXAMPLES[name].split()
         assert (program, command) == ("lomacs-fast", name)
         assert main([name, *words, *smaller.get(name, [])]) == 0
-    assert {"RUN", "DIR", "REPORT", "PRUNED", "out.json", "out.npz"} <= set(os.listdir())
+    assert {"RUN", "DIR", "REPORT", "PRUNED", "out.json", "out.npz", "svd.npz"} <= set(os.listdir())
 
 
 def test_unknown_words(capsys):

@@ -120,6 +120,7 @@ CALLS = {
     "spectrum": lambda: plot_spectrum(torch.tensor([3.0, 1.0]), torch.tensor([3.1, 0.9])),
     "statistics": lambda: plot_statistics(stats()),
     "time": lambda: plot_time({"ours": (1.0, 0.9, 1.2), "eager": 700.0}),
+    "trim": lambda: plots.plot_trim(torch.tensor([3.0, 1.0, 0.1, 0.0]), 2),
 }
 
 
