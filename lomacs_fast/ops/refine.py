@@ -190,7 +190,11 @@ def _fill(n: int, k: int, c: int) -> int:
     """Complex multiply-adds that make c columns orthonormal, and orthogonal to k others."""
     rounds = formula.ROUNDS
     root = _roots(formula.FILL)
-    return (3 * rounds + 6) * n * c * c + ((rounds + 1) * root + 2 * rounds) * c**3 + 2 * (rounds + 1) * n * k * c
+    return (
+        (3 * rounds + 6) * n * c * c
+        + ((rounds + 1) * root + 2 * rounds) * c**3
+        + 2 * (rounds + 1) * n * k * c
+    )
 
 
 def _diagonals(k: int, sweeps: int, tied: bool) -> int:
