@@ -473,6 +473,8 @@ _FORMULAS: dict[str, Formula] = {
     "div": _div,
     "pow": _pow,
     "neg": _each(1, 2),
+    "frexp": _reduction(1),
+    "remainder": _each(DIV + 2),
     "abs": _each(1, 3 + SQRT),
     "sgn": _each(1, 3 + SQRT + 2 * DIV),
     "sign": _each(1),
