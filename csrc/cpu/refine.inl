@@ -122,7 +122,7 @@ struct Squares {
   void plan(Arena<T>& a, Index size) {
     n = size, rows = whole_blocks(size);
     for (Planar<T>* x : {&G, &E, &E2, &S, &F, &F2}) *x = planar_square(a, n);
-    sums = a.row(whole_vectors<T>(n));
+    sums = take_row(a, whole_vectors<T>(n));
   }
 
   // `_inverse_root` of x.G into x.F, the last defect in x.E; whether X F is orthonormal to rounding
@@ -186,7 +186,7 @@ struct Refinement {
     // its adjoint is taken in squares of vectors
     H = planar(a, whole_vectors<T>(job.M), job.N);
     for (Planar<T>* x : {&D, &DH, &X, &Y, &A, &B, &P, &Q, &P2, &Q2, &C, &X2, &X4, &X8, &kept}) *x = planar_square(a, k);
-    for (T** x : {&s, &off, &off2, &index, &turn_re, &turn_im, &scale, &energy}) *x = a.row(whole_vectors<T>(k));
+    for (T** x : {&s, &off, &off2, &index, &turn_re, &turn_im, &scale, &energy}) *x = take_row(a, whole_vectors<T>(k));
     const Index sizes[] = {job.M, job.N};
     if (rest > 0) outer.plan(a, rest);
     for (int side = 0; side < 2; ++side) {
@@ -696,7 +696,7 @@ struct Refinement {
 template <typename T>
 LOMACS_TARGET void refine_samples(const RefineSvd<T>& job, std::int64_t begin, std::int64_t end) {
   Refinement<T> x(job);
-  const Arena<T> arena(true, [&](Arena<T>& a) { x.plan(a); });
+  const Arena<T> arena([&](Arena<T>& a) { x.plan(a); }, true);
   x.prepare();
   for (std::int64_t b = begin; b < end; ++b) x.sample(b);
 }
@@ -710,14 +710,14 @@ class Approximation {
  public:
   explicit Approximation(const ApproxSvd<T>& job)
       : job_(job), M_(job.refine.M), N_(job.refine.N), rank_(job.refine.r),
-        arena_(true, [this](Arena<T>& a) {
+        arena_([this](Arena<T>& a) {
           const Index m = whole_vectors<T>(M_), n = whole_vectors<T>(N_);
           plain_ = planar(a, m, N_);
           adjoint_ = planar(a, n, M_);
           freq_[0] = planar(a, m, N_);
           freq_[1] = planar(a, n, M_);
-          sums_ = a.row(std::max(m, n));
-        }) {}
+          sums_ = take_row(a, std::max(m, n));
+        }, true) {}
 
   LOMACS_TARGET void sample(Index b) {
     const ApproxSvd<T>& job = job_;
@@ -778,7 +778,7 @@ class Approximation {
     Arena<T> arena;
 
     explicit Kept(const RefineSvd<T>& given)
-        : job(given), stage(job), arena(true, [this](Arena<T>& a) { stage.plan(a); }) {
+        : job(given), stage(job), arena([this](Arena<T>& a) { stage.plan(a); }, true) {
       stage.prepare();
     }
   };
