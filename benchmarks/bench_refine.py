@@ -1,5 +1,9 @@
-"""Approximation error of `approx_svd` against steps and multiply-adds, beside the truncated SVD.
+"""Approximation error and time of `approx_svd` against steps, beside the truncated SVD and its kin.
 
+`python benchmarks/bench_refine.py --times [--json FILE]` times 64x64 with 32 columns, 16 of them active, at
+batch 256 and 1: the fused op, the eager formula, `torch.linalg.svd`, `eigh` and `svd_lowrank(q=16)` in turn.
+The floor is the products that the formula counts, four real ones a complex product, over the measured rate of
+a float32 product; the kernel takes three and stops iterations early, and may be below it.
 `python benchmarks/bench_refine.py [--samples 8] [--json FILE]` takes the generator's noisy covariances and
 clean channels and, where Sionna is installed, 3GPP covariances and channels (UMi, UMa and RMa, TR 38.901).
 Errors are against the clean label. Multiply-adds are true real ones a sample, of everything that runs; the
@@ -11,16 +15,22 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import harness
 import torch
 from torch import Tensor
 
-from lomacs_fast import approx_svd
+from lomacs_fast import approx_svd, use_backend
 from lomacs_fast.data.generator import SCENARIOS, ChannelGenerator
 from lomacs_fast.metrics import ae_terms, true_macs, truncated_svd
+from lomacs_fast.reference import refine_products
 
 STEPS = (0, 1, 2, 3, 4, 6, 8, 10, 15)
 SIZES = ((64, 64, 32), (128, 128, 64), (64, 32, 16))
@@ -107,14 +117,97 @@ def row(name: str, rank: int, H: Tensor, label: Tensor) -> Iterator[dict[str, An
         }
 
 
+def timed(seconds: float, rate: float) -> Iterator[dict[str, Any]]:
+    """Microseconds a sample of every way to the leading triplets, and of one refinement step."""
+    for kind in ("covariance", "channel"):
+        whole = generated(64, 64, kind, 64)[0]
+        for batch in (256, 1):
+            H = whole[:batch].contiguous()
+            calls: dict[str, Any] = {
+                "svd": lambda H=H: torch.linalg.svd(H),
+                "svd_lowrank 16": lambda H=H: torch.svd_lowrank(H, 16),
+            }
+            if kind == "covariance":
+                calls["eigh"] = lambda H=H: torch.linalg.eigh(H)
+            for steps in (0, 4, 8):
+                calls[f"fused, {steps} steps"] = lambda H=H, t=steps: approx_svd(H, 32, t, active=16)
+            calls["fused, 8 steps, columns found"] = lambda H=H: approx_svd(H, 32, 8)
+
+            def eager(H: Tensor, steps: int) -> Any:
+                with use_backend("eager"):
+                    return approx_svd(H, 32, steps, active=16)
+
+            for steps in (0, 4):
+                calls[f"eager, {steps} steps"] = lambda H=H, t=steps, eager=eager: eager(H, t)
+            for call in calls.values():
+                call()
+            found: dict[str, list[float]] = {name: [] for name in calls}
+            begin = time.perf_counter()
+            while time.perf_counter() - begin < seconds or len(found["svd"]) < 3:
+                for name, call in calls.items():
+                    found[name].append(harness.seconds(call))
+            micro = {name: 1e6 * median(times) / batch for name, times in found.items()}
+            # at batch 1 a difference of two times is noise
+            for who in ("fused", "eager") if batch > 1 else ():
+                micro[f"{who}, a step"] = (micro[f"{who}, 4 steps"] - micro[f"{who}, 0 steps"]) / 4
+            tied = kind == "covariance"
+            step = 4 * refine_products.step_products(64, 64, 16, 2, tied)
+            floors = {
+                f"fused, {t} steps": 4 * refine_products.products(64, 64, 32, 16, t, 2, tied, True)
+                for t in (0, 4, 8)
+            }
+            floors["fused, a step"] = step
+            for name, us in micro.items():
+                yield {
+                    "data": kind,
+                    "batch": batch,
+                    "call": name,
+                    "us": us,
+                    "svd_ratio": None if "a step" in name else micro["svd"] / us,
+                    "floor_us": 1e6 * floors[name] / rate if name in floors else None,
+                    "repeats": len(found["svd"]),
+                }
+
+
+def time_all(args: argparse.Namespace) -> None:
+    rate = harness.product_rate()
+    print(f"{args.threads} threads, float32 product {rate / 1e9:.0f} G multiply-adds/s")
+    print("| data | batch | call | us | times faster than svd | floor us |")
+    print("|---|---|---|---|---|---|")
+    found = []
+    for c in timed(args.seconds, rate):
+        found.append(c)
+        floor = "" if c["floor_us"] is None else f"{c['floor_us']:.1f}"
+        ratio = "" if c["svd_ratio"] is None else f"{c['svd_ratio']:.2f}"
+        cells = (c["data"], c["batch"], c["call"], f"{c['us']:.1f}", ratio, floor)
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    if args.json is not None:
+        facts = {
+            "date": str(date.today()),
+            "torch": torch.__version__,
+            "threads": args.threads,
+            "cores": os.cpu_count(),
+            "processor": harness.processor_name(),
+            "product_gmacs": rate / 1e9,
+            "cases": found,
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=8, help="a scenario or model")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--times", action="store_true", help="time it instead")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing a batch")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
+    if args.times:
+        time_all(args)
+        return
     print("| data | rank | steps | AE | orthogonality | columns | M multiply-adds |")
     print("|---|---|---|---|---|---|---|")
     found = []

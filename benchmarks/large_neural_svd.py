@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lomacs_fast import neural_svd
+from lomacs_fast.data.files import NpyWriter, atomic_path
 from lomacs_fast.data.seeding import derive_seed
 
 NOISE = 0.05  # of the whole in the Frobenius norm
@@ -73,11 +74,10 @@ def main() -> None:
     H: Any = made
     if args.map is not None:
         if not args.map.exists():
-            file = np.lib.format.open_memmap(args.map, "w+", np.float32, made.shape)
-            for i in range(0, args.side, made.tile):
-                file[i : i + made.tile] = made(slice(i, i + made.tile), slice(None)).numpy()
-                file.flush()
-            del file
+            # through a file, not a map, whose pages would count as memory
+            with atomic_path(args.map) as temporary, NpyWriter(temporary, made.shape, np.float32) as file:
+                for i in range(0, args.side, made.tile):
+                    file.write(i, made(slice(i, i + made.tile), slice(None)).numpy())
         H = np.load(args.map, mmap_mode="r")
     begin = time.perf_counter()
     found = neural_svd(

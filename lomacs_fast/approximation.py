@@ -11,11 +11,10 @@ from torch import Tensor
 from . import functional
 from .reference.arguments import integer
 from .reference.refine import dft_basis, dft_start, orthonormal_fill, unit_scale
+from .reference.refine_products import FIRST, SCOUT
 
 __all__ = ["approx_svd"]
 
-FIRST = 16  # active columns are this many, or twice, four times, ... as many, or rank
-SCOUT = 2  # steps after which that many are judged
 TAIL = 0.005  # relative residual with which they are enough
 WHITE = 1.5  # the largest ratio of mean square to squared mean of a white residual's spectrum
 ISOTROPIC = 0.4  # the largest share of its deviation on the diagonal

@@ -85,7 +85,8 @@ def _judge(name: str) -> tuple[str, bool]:
         inside = FUSED.get(bare.removesuffix("_backward"))
         return (f"fused: {inside}", False) if inside else ("fused, of unknown contents", True)
     for kind, parts in FORBIDDEN.items():
-        if any(part in bare for part in parts) and bare not in ("detach", "detach_"):
+        # the names of roots hold the letters of QR, that of detach those of det
+        if any(part in bare.replace("sqrt", "root") for part in parts) and bare not in ("detach", "detach_"):
             return kind, True
     for kind, parts in KINDS.items():
         if any(part in bare for part in parts):

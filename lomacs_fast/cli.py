@@ -1,4 +1,4 @@
-"""The command `lomacs-fast`: generate, analyze, train, prune, evaluate, predict, bench, info."""
+"""The command `lomacs-fast`: generate, analyze, train, prune, evaluate, predict, svd, bench, info."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .data.layouts import ChannelSource
     from .nn import LoMACSSVDNet
 
+IN_MEMORY = 1 << 28  # bytes of a matrix up to which `svd` reads it whole
 TEST_EPOCH = (1 << 32) - 1  # generated test samples never meet those of a training epoch
 
 EXAMPLES = {
@@ -32,6 +33,7 @@ EXAMPLES = {
     "prune": "lomacs-fast prune --checkpoint RUN/best.ckpt --k-len 16 --gate-hidden 16 --out PRUNED",
     "evaluate": "lomacs-fast evaluate --checkpoint RUN/best.ckpt --data DIR --json out.json",
     "predict": "lomacs-fast predict --checkpoint RUN/best.ckpt --input H.npy --scenario 1 --out out.npz",
+    "svd": "lomacs-fast svd --input H.npy --rank 16 --out svd.npz",
     "bench": "lomacs-fast bench --quick --json bench.json --markdown bench.md --figures FIGURES",
     "info": "lomacs-fast info",
 }
@@ -43,6 +45,7 @@ DESCRIPTIONS = {
     "prune": "Rebuild a smaller network from a trained one, and finetune it.",
     "evaluate": "Measure the approximation error of a checkpoint, its cost and its Score.",
     "predict": "Write U, S and V of channels in any layout, S in the scale of the input.",
+    "svd": "The leading singular triplets of given matrices, by optimisation or directly.",
     "bench": "Time every stem, the training step and inference beside eager and the decompositions.",
     "info": "Show versions, devices, what is installed, and which backend can serve which op.",
 }
@@ -607,6 +610,128 @@ def _predict(args: Any) -> None:
     print(f"{args.out}: {n} samples, U {net.M}x{net.r}, S {net.r}, V {net.N}x{net.r}")
 
 
+def _add_svd(parser: Any) -> None:
+    from .neural_svd.extraction import PHASES
+    from .neural_svd.factors import NESTINGS, NETS, ORTHS
+    from .neural_svd.solver import METHODS, SIGMAS
+
+    def number_or_balance(text: str) -> float | str:
+        return text if text == "balance" else float(text)
+
+    number_or_balance.__name__ = "number or balance"
+    parser.add_argument("--input", type=_path, required=True, help=".npy of one matrix, or channels")
+    parser.add_argument("--layout", type=str, default="auto", help="layout of channels in the file")
+    parser.add_argument("--key", type=str, default=None, help="name of the array inside the file")
+    parser.add_argument("--rank", type=int, nargs="+", default=None, metavar="L",
+                        help="triplets, or transmit and receive chains; all where nothing says")  # fmt: skip
+    parser.add_argument(
+        "--energy", type=float, default=None, help="share of the energy that chooses the rank"
+    )
+    parser.add_argument(
+        "--trim", type=float, default=None, help="share of the largest singular value to cut at"
+    )
+    parser.add_argument("--method", type=str, default="auto", choices=METHODS, help="how")
+    parser.add_argument("--net", type=str, default="table", choices=NETS, help="what gives the factors")
+    parser.add_argument("--orth", type=str, default="bjorck", choices=ORTHS, help="orthogonality")
+    parser.add_argument("--nesting", type=str, default="joint", choices=NESTINGS, help="nesting")
+    parser.add_argument("--phase", type=str, default="sigma", choices=PHASES[:2], help="signs and phases")
+    parser.add_argument("--sigma", type=str, default="rayleigh", choices=SIGMAS, help="singular values")
+    parser.add_argument(
+        "--lam", type=number_or_balance, default=1.0, help="weight of the penalty, or balance"
+    )
+    parser.add_argument("--lr", type=float, default=None, help="learning rate of Adam")
+    parser.add_argument("--batch", type=int, default=None, help="rows and columns of a minibatch of Adam")
+    parser.add_argument("--max-steps", type=int, default=None, help="largest number of steps")
+    parser.add_argument("--tol", type=float, default=None, help="relative step at which it ends")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the start")
+    parser.add_argument("--threads", type=int, default=None, help="threads")
+    parser.add_argument("--checkpoint", type=_path, default=None, help="file to go on from when interrupted")
+    parser.add_argument("--checkpoint-every", type=int, default=1, help="steps between two of them")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--out", type=_path, required=True, help=".npz for U, S and Vh")
+    parser.add_argument("--json", type=_path, default=None, help="file for errors, steps and history")
+    parser.add_argument("--figure", type=_path, default=None, help="file for the spectrum and its cut")
+    parser.add_argument("--progress", type=_boolean, default=True, help="show a progress bar")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def _matrix_of(args: Any) -> Any:
+    """One matrix of a `.npy` file, memory-mapped where it is large; else a batch of channels."""
+    import numpy as np
+
+    from .data.layouts import open_channels
+
+    path = Path(args.input)
+    if path.suffix.lower() == ".npy" and args.layout == "auto" and path.is_file():
+        try:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path}: expected an array, the file cannot be read ({error})") from None
+        if found.ndim == 2:
+            small = found.nbytes <= IN_MEMORY and args.checkpoint is None
+            return torch.from_numpy(np.array(found)) if small else found
+    source = open_channels(path, args.layout, key=args.key)
+    H = source.read(slice(None))
+    return H[0] if len(H) == 1 else H
+
+
+def _svd(args: Any) -> None:
+    import numpy as np
+
+    from .data.files import atomic_path, refuse_existing
+    from .neural_svd import neural_svd
+
+    if Path(args.out).suffix != ".npz":
+        raise ValueError(f"{args.out}: expected a file ending in .npz")
+    for target in (args.out, args.json, args.figure):
+        if target is not None:
+            refuse_existing(target, args.overwrite)
+            if not Path(target).absolute().parent.is_dir():
+                raise FileNotFoundError(f"{target}: the folder {Path(target).parent} does not exist")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    H = _matrix_of(args)
+    rank = args.rank[0] if args.rank is not None and len(args.rank) == 1 else args.rank
+    if args.figure is not None and H.ndim > 2:
+        raise ValueError("--figure is for one matrix, the input has several")
+    names = "energy net orth nesting phase method lam sigma trim lr max_steps tol seed progress batch"
+    names += " checkpoint checkpoint_every resume"
+    found = neural_svd(H, rank, **{name: getattr(args, name) for name in names.split()})
+    if int(os.environ.get("RANK", "0")):
+        return
+    with (
+        atomic_path(args.out, overwrite=args.overwrite) as temporary,
+        open(temporary, "wb") as file,
+    ):
+        np.savez(file, U=found.U.numpy(), S=found.S.numpy(), Vh=found.Vh.resolve_conj().numpy())
+
+    def worst(value: Any) -> float | None:
+        largest = float(value.max()) if isinstance(value, torch.Tensor) else float(value)
+        return None if largest != largest else largest
+
+    facts = {
+        "shape": list(H.shape),
+        "rank": found.S.shape[-1],
+        "method": found.method,
+        "steps": found.steps,
+        "converged": found.converged,
+        "vectors": found.vectors,
+        "rel_error": worst(found.rel_error),
+        "span_error": worst(found.span_error),
+        "ortho_error": worst(found.ortho_error),
+    }
+    print(table([list(facts.values())], list(facts)))
+    print(f"{args.out}: U, S, Vh; {found.advice}")
+    if args.json is not None:
+        _write_json(facts | {"advice": found.advice, "history": found.history}, args.json, args.overwrite)
+    if args.figure is not None:
+        from .plots import plot_trim, save_figure
+
+        save_figure(plot_trim(found.spectrum, found.S.shape[-1]), args.figure, overwrite=args.overwrite)
+
+
 def _add_bench(parser: Any) -> None:
     parser.add_argument("--quick", action="store_true", help="64x64 and batch 1 alone: five minutes at most")
     parser.add_argument("--stem", type=str, nargs="+", default=[], help="stems to measure instead of all")
@@ -729,6 +854,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {
     "prune": (_add_prune, _prune),
     "evaluate": (_add_evaluate, _evaluate),
     "predict": (_add_predict, _predict),
+    "svd": (_add_svd, _svd),
     "bench": (_add_bench, _bench),
     "info": (_add_info, _info),
 }

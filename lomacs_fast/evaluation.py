@@ -121,6 +121,10 @@ Decompose = Callable[[Tensor, Any], tuple[Tensor, Tensor, Tensor]]
 LOWRANK = 16  # values that `torch.svd_lowrank` is asked for
 
 
+def _bound(fn: Callable[..., tuple[Tensor, Tensor, Tensor]], *args: int, **options: bool) -> Decompose:
+    return lambda H, _: fn(H, *args, **options)
+
+
 @contextmanager
 def refined_by(net: LoMACSSVDNet, steps: int) -> Iterator[None]:
     """The network with another number of refinement steps for a while."""
@@ -137,14 +141,12 @@ def baselines(r: int, hermitian: bool) -> dict[str, Decompose]:
     q = min(LOWRANK, r)
     found: dict[str, Decompose] = {}
     for name, floor in (("", False), (", floor subtracted", True)):
-        found["svd" + name] = lambda H, _, floor=floor: truncated_svd(H, r, floor=floor)  # type: ignore[misc]
+        found["svd" + name] = _bound(truncated_svd, r, floor=floor)
         if hermitian:
-            found["eigh" + name] = lambda H, _, floor=floor: truncated_eigh(H, r, floor=floor)  # type: ignore[misc]
-            found[f"svd_lowrank({q})" + name] = (  # type: ignore[misc]
-                lambda H, _, floor=floor: lowrank_svd(H, r, q, floor=floor)
-            )
+            found["eigh" + name] = _bound(truncated_eigh, r, floor=floor)
+            found[f"svd_lowrank({q})" + name] = _bound(lowrank_svd, r, q, floor=floor)
     if not hermitian:
-        found[f"svd_lowrank({q})"] = lambda H, _: lowrank_svd(H, r, q)
+        found[f"svd_lowrank({q})"] = _bound(lowrank_svd, r, q)
     return found
 
 

@@ -55,12 +55,13 @@ class FrozenSVDNet(nn.Module):
     def _gathered(self) -> tuple[FrozenWeights, list[Tensor]]:
         # the tensors of the last answer are held by it, so their identities name no others
         key = tuple(map(id, self._buffers.values()))
-        if torch.compiler.is_compiling():
-            return _nested(dict(self.named_buffers()), *self._numbers)
-        if self._last is None or self._last[0] != key:
-            weights = _nested(dict(self.named_buffers()), *self._numbers)
-            self._last = key, weights, functional.flat_weights(weights)
-        return self._last[1:]
+        if self._last is not None and self._last[0] == key and not torch.compiler.is_compiling():
+            return self._last[1:]
+        weights = _nested(dict(self.named_buffers()), *self._numbers)
+        found = weights, functional.flat_weights(weights)
+        if not torch.compiler.is_compiling():
+            self._last = key, *found
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         # identities mean nothing in a copy or another process

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import reference
+from .reference import refine_products
 
 __all__ = [
     "AETerms",
@@ -472,6 +473,8 @@ _FORMULAS: dict[str, Formula] = {
     "div": _div,
     "pow": _pow,
     "neg": _each(1, 2),
+    "frexp": _reduction(1),
+    "remainder": _each(DIV + 2),
     "abs": _each(1, 3 + SQRT),
     "sgn": _each(1, 3 + SQRT + 2 * DIV),
     "sign": _each(1),
@@ -749,6 +752,37 @@ def _frozen_svd(H: Tensor, scene: Tensor, weights: Sequence[Tensor], *_: Any, ou
 
 
 register_macs("lomacs::frozen_svd", _frozen_svd)
+
+
+def _refine_svd(
+    H: Tensor, U: Tensor, V: Tensor | None, scalars: Tensor, k: int, sweeps: int, given: bool
+) -> float:
+    """Products alone, as many as the reference has: the kernel stops iterations that change nothing."""
+    (B, M, N), r = H.shape[:3], U.shape[2]
+    return 4 * B * refine_products.products(M, N, r, k, len(scalars), sweeps, V is None, given)
+
+
+def _approx_svd(
+    H: Tensor, scalars: Tensor, rank: int, active: int, form: int, denoise: bool, out: Any
+) -> float:
+    """Products alone, by the columns that every sample took."""
+    M, N = H.shape[1:3]
+    taken = Counter(int(code) for code in out[3] if code > 0)
+    return 4 * sum(
+        times
+        * refine_products.approx_products(M, N, rank, len(scalars), active, code // 2, code % 2 == 1, denoise)
+        for code, times in taken.items()
+    )
+
+
+register_macs("lomacs::refine_svd", lambda *args, out: _refine_svd(*args))
+register_macs(
+    "lomacs::refine_svd_backward",
+    lambda gU, gS, gV, H, U, V, x, order, sweeps, given, out: (
+        3 * _refine_svd(H, U, V, x, order.shape[1], sweeps, given)
+    ),
+)
+register_macs("lomacs::approx_svd", _approx_svd)
 
 
 class TrueMacCounter(TorchDispatchMode):

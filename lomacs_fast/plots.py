@@ -34,6 +34,7 @@ __all__ = [
     "plot_spectrum",
     "plot_statistics",
     "plot_time",
+    "plot_trim",
     "save_figure",
 ]
 
@@ -631,6 +632,51 @@ def plot_spectrum(predicted: Any, true: Any, names: Sequence[object] | None = No
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1)
+    return figure
+
+
+def plot_trim(spectrum: Any, kept: int) -> Figure:
+    """Singular values of a start with more columns than needed, and where its tail is cut.
+
+    Left in dB below the largest, right the share of their squared sum that the first k hold; what is kept is
+    filled, what is cut open. Values below -80 dB, zeros included, are drawn at -80 dB.
+
+    Args:
+        spectrum: `(L,)`, real, in any order.
+        kept: how many of the largest are kept, 1 to L.
+
+    Raises:
+        ValueError: nothing to draw, another shape, or kept outside 1 to L.
+    """
+    S = _spectra(spectrum, "spectrum")
+    if len(S) != 1 or len(S[0]) != 1:
+        raise ValueError("spectrum must have shape (L,)")
+    values = S[0][0]
+    if not 1 <= kept <= len(values):
+        raise ValueError(f"kept must lie in 1 to {len(values)}, got {kept}")
+    figure = _new_figure(3.8)
+    left, right = figure.subplots(1, 2)
+    k = np.arange(1, len(values) + 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = np.cumsum(values**2) / np.sum(values**2)
+    decibel = _decibel(values, values[0], SPECTRUM_FLOOR_DB)
+    for ax, y, what in (
+        (left, decibel, "singular value (dB re largest)"),
+        (right, share, "share of the squared sum"),
+    ):
+        _plain(ax)
+        ax.plot(k, y, "-", color=PALE, linewidth=1.0, zorder=1)
+        ax.plot(k[:kept], y[:kept], "o", color=_colour(0), markersize=4, label=f"kept ({kept})")
+        if kept < len(values):
+            style = {"markersize": 4, "markerfacecolor": "white"}
+            ax.plot(k[kept:], y[kept:], "o", color=_colour(1), label=f"cut ({len(values) - kept})", **style)
+        ax.axvline(kept + 0.5, color=GREY, linewidth=0.8, linestyle="--")
+        ax.set_xlabel("index k", fontsize=TEXT)
+        ax.set_ylabel(what, fontsize=TEXT)
+        _integer_axis(ax.xaxis)
+    left.set_title("Spectrum", fontsize=TITLE)
+    right.set_title("Cumulative energy", fontsize=TITLE)
+    left.legend(fontsize=SMALL, frameon=False)
     return figure
 
 

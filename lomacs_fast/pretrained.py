@@ -53,7 +53,7 @@ def save_weights(
     text = json.dumps({"format": FORMAT, "config": net.config, "facts": facts})
     arrays = {name: tensor.detach().cpu().numpy() for name, tensor in net.state_dict().items()}
     with atomic_path(Path(path), overwrite=overwrite) as temporary, open(temporary, "wb") as file:
-        np.savez(file, lomacs_fast=np.array(text), **arrays)  # type: ignore[arg-type]
+        np.savez(file, lomacs_fast=np.array(text), **arrays)
 
 
 def load_weights(path: str | os.PathLike[str]) -> LoMACSSVDNet:

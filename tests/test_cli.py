@@ -430,13 +430,13 @@ def test_examples_work_as_written(tmp_path, monkeypatch):
             "false",
         ],
     }
-    for name in ("generate", "analyze", "train", "prune", "evaluate", "predict", "info"):
+    for name in ("generate", "analyze", "train", "prune", "evaluate", "predict", "svd", "info"):
         if name == "predict":
             np.save("H.npy", np.ones((3, 16, 16), np.complex64))
         program, command, *words = EXAMPLES[name].split()
         assert (program, command) == ("lomacs-fast", name)
         assert main([name, *words, *smaller.get(name, [])]) == 0
-    assert {"RUN", "DIR", "REPORT", "PRUNED", "out.json", "out.npz"} <= set(os.listdir())
+    assert {"RUN", "DIR", "REPORT", "PRUNED", "out.json", "out.npz", "svd.npz"} <= set(os.listdir())
 
 
 def test_unknown_words(capsys):
@@ -671,3 +671,64 @@ def test_a_missing_extra_is_one_sentence(tmp_path, missing, words, extra):
     assert done.returncode == 2
     assert f"pip install '{extra}'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_refined_preset_trains_and_turns_its_knob(data, trained, tmp_path, capsys):
+    out = tmp_path / "refined"
+    small = [
+        "--active",
+        "3",
+        "--refine-steps",
+        "2",
+        "--samples",
+        "8",
+        "--max-epochs",
+        "1",
+        "--progress",
+        "false",
+    ]
+    words = ["train", "--preset", "refined", "--data", str(data), "--out", str(out), "--accelerator", "cpu"]
+    assert main([*words, *small]) == 0
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert [saved[k] for k in ("head", "refine_steps", "array", "lam_max")] == ["angular", 2, "2x2x4", 0.0]
+    net, _ = load_network(out / "best.ckpt")
+    assert (net.trained_steps, net.refiner.active, net.hermitian) == (2, 3, True)
+    assert main([*words, *small, "--resume"]) == 0
+
+    capsys.readouterr()
+    figures, file = tmp_path / "figures", tmp_path / "knob.json"
+    words = [
+        "evaluate",
+        "--checkpoint",
+        str(out / "best.ckpt"),
+        "--data",
+        str(data),
+        "--refine-steps",
+        "0",
+        "3",
+    ]
+    words += ["--published", str(trained / "best.ckpt"), "--json", str(file), "--figures", str(figures)]
+    assert main(words) == 0
+    knob = {point["name"]: point for point in json.loads(file.read_text())["knob"]}
+    assert {"0 steps", "3 steps", "svd", "svd, floor subtracted", "eigh", "published"} <= knob.keys()
+    assert knob["3 steps"]["ae"] < knob["0 steps"]["ae"]
+    assert knob["3 steps"]["profiler_macs_m"] > knob["0 steps"]["profiler_macs_m"]
+    assert all(point["microseconds"] > 0 for point in knob.values())
+    assert (figures / "knob.png").is_file()
+    assert not (figures / "gate.png").exists()
+    prediction = tmp_path / "p.npz"
+    assert main(["predict", "--checkpoint", str(out / "best.ckpt"), "--input", str(data), "--scenario", "1",
+                 "--out", str(prediction), "--progress", "false"]) == 0  # fmt: skip
+    assert prediction.is_file()
+
+    message = refused(capsys, "evaluate", "--checkpoint", trained / "best.ckpt", "--data", data,
+                      "--refine-steps", "1")  # fmt: skip
+    assert "--refine-steps needs a network with refinement" in message
+    message = refused(capsys, "evaluate", "--checkpoint", out / "best.ckpt", "--data", data,
+                      "--refine-steps", "-1")  # fmt: skip
+    assert "at least 0, got -1" in message
+
+
+def test_the_refined_preset_refuses_plain_channels(capsys, tmp_path):
+    message = refused(capsys, "train", "--preset", "refined", "--size", "16x12x4", "--out", tmp_path / "x")
+    assert "hermitian" in message

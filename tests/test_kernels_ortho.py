@@ -288,6 +288,26 @@ def launches():
     return {name: launch for name, (launch, _) in found.items()}
 
 
+def bytes_a_sample(launch, B):
+    """Of operands and results, each counted once; whatever else a launch has, its programs share."""
+    tensors = [x for x in launch.arguments.values() if isinstance(x, torch.Tensor) and x.numel() > 3]
+    assert all(x.shape[0] in (B, ortho.PROGRAMS) for x in tensors)
+    return sum(x.element_size() * x.numel() for x in tensors if x.shape[0] == B) / B
+
+
+@pytest.mark.parametrize(("M", "r"), [(64, 32), (128, 64)])
+def test_memory_sees_operands_and_results_alone(M, r):
+    B = 2 * ortho.PROGRAMS
+    U, steps = torch.empty(B, M, r, 2, device="meta"), torch.empty(2, dtype=torch.float64, device="meta")
+    # both factors; backward the gradient of a step is a number a factor and a sample
+    assert bytes_a_sample(ortho.ortho_refine_launch(U, U, steps)[0], B) == 2 * 16 * M * r
+    backward = ortho.ortho_refine_backward_launch(U, U, U, U, steps)[0]
+    assert bytes_a_sample(backward, B) == 2 * (24 * M * r + 4)
+    for order in (1, 2):
+        assert bytes_a_sample(ortho.bjorck_launch(U, 5, order)[0], B) == 16 * M * r
+        assert bytes_a_sample(ortho.bjorck_backward_launch(U, U, 5, order)[0], B) == 24 * M * r
+
+
 def check_compiled(file, left, matrices):
     """No spills but those known, tensor cores, shared memory of any chip, operands in whole vectors."""
     for name, targets in aot.reports(file).items():

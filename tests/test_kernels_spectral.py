@@ -9,6 +9,7 @@ from test_kernels_ortho import (
     DEVICE,
     KINDS,
     Errors,
+    bytes_a_sample,
     check_compiled,
     draw,
     guarded,
@@ -257,6 +258,22 @@ def launches():
             f"tail backward {M}": svd_tail.svd_tail_backward_launch(U, S, U, U, U, S, H, scalars, True),
         }
     return {name: launch for name, (launch, _) in found.items()}
+
+
+@pytest.mark.parametrize(("M", "N", "r"), [(64, 64, 32), (128, 96, 64)])
+def test_memory_sees_operands_and_results_alone(M, N, r):
+    B = 2 * ortho.PROGRAMS
+    U, V, H = (torch.empty(B, *shape, 2, device="meta") for shape in ((M, r), (N, r), (M, N)))
+    S, scalars = torch.empty(B, r, device="meta"), torch.empty(3, dtype=torch.float64, device="meta")
+    factors, matrix, spectrum = 8 * (M + N) * r, 8 * M * N, 4 * r
+    calibrate = spectral.spectral_calibrate_launch(U, H, V, S, scalars)[0]
+    assert bytes_a_sample(calibrate, B) == factors + matrix + 2 * spectrum
+    backward = spectral.spectral_calibrate_backward_launch(S, U, H, V, S, scalars, True, True, True)[0]
+    assert bytes_a_sample(backward, B) == 2 * (factors + matrix) + 3 * spectrum + 4
+    tail = svd_tail.svd_tail_launch(U, V, S, H, scalars)[0]
+    assert bytes_a_sample(tail, B) == 2 * factors + matrix + 2 * spectrum
+    backward = svd_tail.svd_tail_backward_launch(U, S, V, U, V, S, H, scalars, True)[0]
+    assert bytes_a_sample(backward, B) == 3 * factors + 2 * matrix + 3 * spectrum + 12
 
 
 # loads and stores of spilled registers that are left on sm_80: offsets of lanes kept over the loop over samples

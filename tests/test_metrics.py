@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lomacs_fast import reference
+from lomacs_fast import metrics, reference
 from lomacs_fast.metrics import (
     TrueMacCounter,
     ae_terms,
@@ -474,3 +474,64 @@ def test_parameter_count():
     net = small_net()
     net.pos.requires_grad_(False)
     assert parameter_count(net) == sum(math.prod(value.shape) for value in net.state_dict().values())
+
+
+def test_water_filling_is_the_best_split():
+    gains = torch.tensor([[4.0, 1.0, 0.1], [0.0, 0.0, 0.0], [2.0, 2.0, 0.0]])
+    p = metrics.water_filling(gains, 1.0)
+    torch.testing.assert_close(p.sum(-1), torch.ones(3, dtype=torch.float64))
+    # by hand: the level is (1 + 1/4 + 1) / 2
+    torch.testing.assert_close(p[0], torch.tensor([0.875, 0.125, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(p[2], torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64))
+    rate = torch.log2(1 + p[0] * gains[0]).sum()
+    draws = torch.rand(200, 3, generator=torch.Generator().manual_seed(0)).double()
+    others = torch.log2(1 + draws / draws.sum(-1, keepdim=True) * gains[0]).sum(-1)
+    assert (others <= rate + 1e-12).all()
+
+
+def test_spectral_efficiency_of_the_exact_factors():
+    H = torch.randn(3, 6, 5, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    U, S, V = metrics.truncated_svd(H, 5)
+    gains = (S * (30**0.5 / torch.linalg.matrix_norm(H))[:, None]).square()
+    for snr in (-10.0, 30.0):
+        power = 10 ** (snr / 10)
+        equal = torch.log2(1 + power / 5 * gains).sum(-1)
+        torch.testing.assert_close(metrics.spectral_efficiency(U, S, V, H, snr), equal)
+        water = metrics.spectral_efficiency(U, S, V, H, snr, allocation="water")
+        p = metrics.water_filling(gains, power)
+        torch.testing.assert_close(water, torch.log2(1 + p * gains).sum(-1))
+        assert (water >= equal - 1e-12).all()
+    # columns of another length are the same precoder and combiner, mixed ones interfere
+    torch.testing.assert_close(metrics.spectral_efficiency(3 * U, S, 2 * V, H, 30.0), equal)
+    Q = torch.linalg.qr(torch.randn(5, 5, dtype=torch.complex128))[0]
+    assert (metrics.spectral_efficiency(U, S, V @ Q, H, 30.0) < equal).all()
+    with pytest.raises(ValueError, match="allocation"):
+        metrics.spectral_efficiency(U, S, V, H, 0.0, allocation="fair")
+
+
+def test_chordal_distance():
+    eye = torch.eye(6, dtype=torch.complex128)
+    A, B = eye[:, :2], eye[:, 1:3]
+    mixed = A @ torch.tensor([[2.0, 1.0], [0.0, 3.0]], dtype=torch.complex128)
+    assert metrics.chordal_distance(A, mixed) < 1e-7
+    assert float(metrics.chordal_distance(A, B)) == pytest.approx(1)
+    assert float(metrics.chordal_distance(A, eye[:, 4:])) == pytest.approx(2**0.5)
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.chordal_distance(A, eye)
+
+
+def test_baselines_with_the_floor_subtracted():
+    X = torch.randn(2, 8, 3, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    clean = X @ X.mH
+    H = clean + 0.5 * torch.eye(8)
+    for found in (metrics.truncated_svd, metrics.truncated_eigh):
+        U, S, V = found(H, 4, floor=True)
+        torch.testing.assert_close((U * S[:, None]) @ V.mH, clean)
+        U, S, V = found(H, 8)
+        torch.testing.assert_close((U * S[:, None]) @ V.mH, H)
+    U, S, V = metrics.truncated_eigh(-H, 8)
+    torch.testing.assert_close((U * S[:, None]) @ V.mH, -H)
+    U, S, V = metrics.lowrank_svd(H, 6, 4, floor=True)
+    assert U.shape == (2, 8, 6)
+    # random projections: near the best four, not exactly them
+    torch.testing.assert_close((U * S[:, None]) @ V.mH, clean, rtol=1e-2, atol=1e-2)

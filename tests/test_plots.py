@@ -120,6 +120,7 @@ CALLS = {
     "spectrum": lambda: plot_spectrum(torch.tensor([3.0, 1.0]), torch.tensor([3.1, 0.9])),
     "statistics": lambda: plot_statistics(stats()),
     "time": lambda: plot_time({"ours": (1.0, 0.9, 1.2), "eager": 700.0}),
+    "trim": lambda: plots.plot_trim(torch.tensor([3.0, 1.0, 0.1, 0.0]), 2),
 }
 
 
@@ -608,3 +609,26 @@ def test_column_dictionary():
         plots.plot_column_dictionary({})
     with pytest.raises(ValueError, match="shares"):
         plots.plot_column_dictionary({"blocks.0": [0.5, 0.5]})
+
+
+def test_the_knob_is_a_line_of_steps_among_points():
+    rows = [
+        {
+            "name": f"{k} steps",
+            "steps": k,
+            "ae": 0.2 / (k + 1),
+            "true_macs_m": 1.0 + k,
+            "microseconds": 9.0 + k,
+        }
+        for k in (4, 0, 1)
+    ]
+    rows.append({"name": "svd", "steps": None, "ae": 0.08, "true_macs_m": 11.0, "microseconds": 350.0})
+    rows.append({"name": "eigh", "steps": None, "ae": 0.08, "microseconds": 300.0})
+    left, right = panels(plots.plot_knob(rows))
+    np.testing.assert_allclose(line(left, "refined, by steps").get_xdata(), [1.0, 2.0, 5.0])
+    np.testing.assert_allclose(line(right, "refined, by steps").get_ydata(), [0.2, 0.1, 0.04])
+    assert [t.get_text() for t in left.texts] == ["0", "1", "4"]
+    assert [x.get_label() for x in left.lines] == ["refined, by steps", "svd"]
+    assert [x.get_label() for x in right.lines] == ["refined, by steps", "svd", "eigh"]
+    with pytest.raises(ValueError, match="steps"):
+        plots.plot_knob([{"name": "a", "ae": 1.0}])

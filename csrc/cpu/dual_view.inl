@@ -20,11 +20,11 @@ LOMACS_INLINE Vec<T> sum_of_neighbours(Vec<T> a, Vec<T> b, std::integer_sequence
   return LOMACS_SHUFFLE(T, a, b, (I / 2 * 4 + I % 2)...) + LOMACS_SHUFFLE(T, a, b, (I / 2 * 4 + I % 2 + 2)...);
 }
 
-// sums of the 2x2 blocks of an interleaved matrix
+// sums of the 2x2 blocks of an interleaved matrix, rows begin to end of them
 template <typename T>
-LOMACS_TARGET void pool(const Projection<T>& job, const T* x, T* to) {
+LOMACS_TARGET void pool(const Projection<T>& job, const T* x, std::int64_t begin, std::int64_t end, T* to) {
   const std::int64_t narrow = job.narrow();
-  for (std::int64_t m = 0; m < job.low(); ++m, to += narrow) {
+  for (std::int64_t m = begin; m < end; ++m, to += narrow) {
     const T *p = x + 4 * m * job.N, *q = p + 2 * job.N;
     std::int64_t j = 0;
     for (; j + lanes<T> <= narrow; j += lanes<T>) {
@@ -91,18 +91,21 @@ LOMACS_TARGET void add_times(T x, const T* u, std::int64_t n, T* to) {
   for (; j < n; ++j) to[j] += x * u[j];
 }
 
+// rows begin to end of the tokens
 template <typename T>
-LOMACS_TARGET void project_sample(const Projection<T>& job, const T* Hd, T* X, ProjectionScratch<T>& s) {
+LOMACS_TARGET void project_rows(const Projection<T>& job, const T* Hd, std::int64_t begin, std::int64_t end, T* X,
+                                ProjectionScratch<T>& s) {
   const std::int64_t d = job.d, narrow = job.narrow();
-  pool(job, Hd, s.pooled.data());
-  matmul<T>({s.pooled.data(), narrow, 1}, {job.w2t, d}, s.low.data(), d, job.low(), d, narrow);
-  for (std::int64_t m = 0; m < job.M; ++m) {
-    const std::size_t i = static_cast<std::size_t>(m);
-    const T share = static_cast<T>(job.rows.share[i]);
-    blend(job.base + m * d, 1 - share, s.low.data() + job.rows.low[i] * d, share,
-          s.low.data() + job.rows.high[i] * d, d, X + m * d);
+  const std::int64_t *low = job.rows.low.data(), *high = job.rows.high.data();
+  const std::int64_t first = low[begin], count = high[end - 1] + 1 - first;
+  pool(job, Hd, first, first + count, s.pooled.data());
+  matmul<T>({s.pooled.data(), narrow, 1}, {job.w2t, d}, s.low.data(), d, count, d, narrow);
+  for (std::int64_t m = begin; m < end; ++m) {
+    const T share = static_cast<T>(job.rows.share[static_cast<std::size_t>(m)]);
+    blend(job.base + m * d, 1 - share, s.low.data() + (low[m] - first) * d, share,
+          s.low.data() + (high[m] - first) * d, d, X + m * d);
   }
-  matmul<T>({Hd, 2 * job.N, 1}, {job.w1t, d}, X, d, job.M, d, 2 * job.N, true);
+  matmul<T>({Hd + 2 * begin * job.N, 2 * job.N, 1}, {job.w1t, d}, X + begin * d, d, end - begin, d, 2 * job.N, true);
 }
 
 // gHd where it is wanted, plus `more` where there is some, and this sample's part of the sums where they are
@@ -124,7 +127,7 @@ LOMACS_TARGET void project_sample_back(const Projection<T>& job, const T* gX, co
     if (more != nullptr) add_times<T>(1, more, 2 * M * N, gHd);
   }
   if (sums != nullptr) {
-    pool(job, Hd, s.pooled.data());
+    pool(job, Hd, 0, low, s.pooled.data());
     matmul<T>({gX, 1, d}, {Hd, 2 * N}, sums, 2 * N, d, 2 * N, M, true);
     sums += d * 2 * N;
     matmul<T>({s.low.data(), 1, d}, {s.pooled.data(), narrow}, sums, narrow, d, narrow, low, true);
@@ -138,7 +141,7 @@ LOMACS_TARGET void project_samples(const Projection<T>& job, const T* Hd, T* X, 
                                    std::int64_t end) {
   ProjectionScratch<T> scratch(job);
   for (std::int64_t b = begin; b < end; ++b)
-    project_sample(job, Hd + 2 * b * job.M * job.N, X + b * job.M * job.d, scratch);
+    project_rows(job, Hd + 2 * b * job.M * job.N, 0, job.M, X + b * job.M * job.d, scratch);
 }
 
 template <typename T>

@@ -17,6 +17,7 @@
 #include "stages.h"
 #include "sums.h"
 #include "tensors.h"
+#include "tokens.h"
 
 namespace lomacs {
 namespace {
@@ -272,11 +273,22 @@ FrontStage<T> stages::front(const FrontWeights<T>& w) {
   const auto front = std::make_shared<const Front<T>>(z, w.row_w1, w.row_w2, w.col_w1, w.col_w2, w.temperature);
   const auto projection = std::make_shared<const Projection<T>>(w.M, w.N, w.d, w.raw, w.pooled, w.pos);
   const Isa isa = choose_isa();
-  return [front, projection, isa](const T* H, std::int64_t n, T* Hd, T* norms, T* X) {
+  const auto gate = [front](const T* H, T* Hd, T* norms) {
     Gate<T> job = front->job;
     job.H = H, job.Hd = Hd, job.norms = norms, job.normalize = true;
-    LOMACS_DISPATCH(isa, gate_and_project_samples(job, *projection, X, 0, n));
+    return job;
   };
+  return {[=](const T* H, std::int64_t n, T* Hd, T* norms, T* X) {
+            const Gate<T> job = gate(H, Hd, norms);
+            LOMACS_DISPATCH(isa, gate_and_project_samples(job, *projection, X, 0, n));
+          },
+          [=](const T* H, T* Hd, T* norm) {
+            const Gate<T> job = gate(H, Hd, norm);
+            LOMACS_DISPATCH(isa, gate_samples(job, 0, 1));
+          },
+          [=](const T* Hd, std::int64_t begin, std::int64_t end, T* X) {
+            LOMACS_DISPATCH(isa, project_part(*projection, Hd, begin, end, X));
+          }};
 }
 
 template FrontStage<float> stages::front(const FrontWeights<float>&);

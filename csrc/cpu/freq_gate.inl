@@ -378,8 +378,15 @@ LOMACS_TARGET void gate_and_project_samples(const Gate<T>& job, const Projection
   ProjectionScratch<T> more(projection);
   for (std::int64_t b = begin; b < end; ++b) {
     gate_sample(job, b, scratch);
-    project_sample(projection, job.Hd + 2 * b * job.M * job.N, X + b * job.M * projection.d, more);
+    project_rows(projection, job.Hd + 2 * b * job.M * job.N, 0, job.M, X + b * job.M * projection.d, more);
   }
+}
+
+template <typename T>
+LOMACS_TARGET void project_part(const Projection<T>& projection, const T* Hd, std::int64_t begin, std::int64_t end,
+                                T* X) {
+  ProjectionScratch<T> scratch(projection);
+  project_rows(projection, Hd, begin, end, X, scratch);
 }
 
 // chunks of samples; each has its own sums of the gradients of the weights

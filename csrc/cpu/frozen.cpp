@@ -65,7 +65,15 @@ void run(const Network<T>& net, std::int64_t begin, std::int64_t end, Team* team
   const Isa isa = choose_isa();
   for (std::int64_t b = begin; b < end; b += most) {
     const std::int64_t n = std::min(most, end - b);
-    net.front(net.H + 2 * b * M * N, n, Hd, norms, x);
+    if (team != nullptr) {
+      net.front.gate(net.H, Hd, norms);
+      team->share(2, [&](std::uint64_t i) {
+        const auto half = static_cast<std::int64_t>(i);
+        net.front.project(Hd, half * M / 2, (half + 1) * M / 2, x);
+      });
+    } else {
+      net.front.run(net.H + 2 * b * M * N, n, Hd, norms, x);
+    }
     for (const BlockStage<T>& block : net.blocks) {
       if (team != nullptr && block.parts > 1)
         team->share(2, [&](std::uint64_t i) {

@@ -14,20 +14,20 @@ struct Steps {
 
   void plan(Arena<T>& arena, const NeuralSvd<T>& job) {
     const std::int64_t M = job.M, N = job.N, L = job.L;
-    F = arena.panels(N, L);
-    G = arena.panels(M, L);
-    C = arena.squares(L, L);
-    P = arena.squares(L, L);
-    Q = arena.squares(L, L);
-    S = arena.squares(L, L);
+    F = take_panels(arena, N, L);
+    G = take_panels(arena, M, L);
+    C = take_squares(arena, L, L);
+    P = take_squares(arena, L, L);
+    Q = take_squares(arena, L, L);
+    S = take_squares(arena, L, L);
     for (T*& x : rows) x = arena.take(2 * N * L);
     g = arena.take(2 * M * L);
     z = arena.take(2 * N * L);
     left = arena.take(2 * L * L);
     other = arena.take(2 * L * L);
-    lengths = arena.row(L);
-    weights = arena.row(L);
-    sums = arena.row(L);
+    lengths = take_row(arena, L);
+    weights = take_row(arena, L);
+    sums = take_row(arena, L);
   }
 };
 
@@ -229,7 +229,7 @@ template <typename T>
 LOMACS_TARGET void neural_svd_matrices(const NeuralSvd<T>& job, std::int64_t begin, std::int64_t end) {
   const std::int64_t M = job.M, N = job.N, L = job.L;
   Steps<T> x{};
-  const Arena<T> arena(true, [&](Arena<T>& a) { x.plan(a, job); });
+  const Arena<T> arena([&](Arena<T>& a) { x.plan(a, job); }, true);
   std::vector<std::int64_t> order(static_cast<std::size_t>(L));
   for (std::int64_t b = begin; b < end; ++b) {
     const T* H = job.H + 2 * b * M * N;

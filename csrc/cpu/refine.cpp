@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -53,9 +55,15 @@ void unit_circle(double turns, T* out) {
   out[1] = static_cast<T>(std::sin(turn * turns));
 }
 
+// made once a size: at batch 1 they would take as long as a step
 template <typename T>
-std::vector<T> tables(std::int64_t n) {
-  std::vector<T> out(static_cast<std::size_t>(6 * n));
+const std::vector<T>& tables(std::int64_t n) {
+  static std::mutex lock;
+  static std::map<std::int64_t, std::vector<T>> made;
+  const std::lock_guard<std::mutex> guard(lock);
+  std::vector<T>& out = made[n];
+  if (!out.empty()) return out;
+  out.resize(static_cast<std::size_t>(6 * n));
   for (std::int64_t j = 0; j < n; ++j) {
     const double x = static_cast<double>(j), size = static_cast<double>(n);
     unit_circle(x / size, out.data() + 2 * j);
@@ -106,7 +114,7 @@ Found refine(const Tensor& H, const Tensor& U, const std::optional<Tensor>& V, c
   Tensor outU = torch::stable::new_empty(H, {B, M, r, 2}), outV = torch::stable::new_empty(H, {B, N, r, 2});
   Tensor outS = torch::stable::new_empty(H, {B, r});
   Tensor order = torch::stable::new_empty(H, {B, active}, ScalarType::Long);
-  const std::vector<T> left = tables<T>(M), right = tables<T>(N);
+  const std::vector<T>&left = tables<T>(M), &right = tables<T>(N);
   RefineSvd<T> job{};
   job.H = pointer<T>(H), job.U = pointer<T>(U), job.V = V.has_value() ? pointer<T>(*V) : nullptr;
   job.scalars = pointer<T>(scalars);
@@ -150,7 +158,7 @@ Found approximate(const Tensor& H, const Tensor& scalars, std::int64_t rank, std
   const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2);
   Tensor outU = torch::stable::new_empty(H, {B, M, rank, 2}), outV = torch::stable::new_empty(H, {B, N, rank, 2});
   Tensor outS = torch::stable::new_empty(H, {B, rank}), state = torch::stable::new_empty(H, {B}, ScalarType::Long);
-  const std::vector<T> left = tables<T>(M), right = tables<T>(N);
+  const std::vector<T>&left = tables<T>(M), &right = tables<T>(N);
   ApproxSvd<T> job{};
   RefineSvd<T>& x = job.refine;
   x.H = pointer<T>(H), x.scalars = pointer<T>(scalars);

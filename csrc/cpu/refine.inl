@@ -69,6 +69,12 @@ LOMACS_TARGET LOMACS_PLAIN_LOOPS void add_magnitudes(const T* __restrict re, con
   for (Index j = 0; j < n; ++j) sums[j] += LOMACS_ROOT((re[j] * re[j] + im[j] * im[j]) + T(least_energy));
 }
 
+// out += x in
+template <typename T>
+LOMACS_TARGET LOMACS_PLAIN_LOOPS void add_to(T* __restrict out, const T* __restrict in, Index n, T x = T(1)) {
+  for (Index j = 0; j < n; ++j) out[j] += x * in[j];
+}
+
 // the largest of n, or NaN
 template <typename T>
 T largest_of(const T* x, Index n) {
@@ -116,7 +122,7 @@ struct Squares {
   void plan(Arena<T>& a, Index size) {
     n = size, rows = whole_blocks(size);
     for (Planar<T>* x : {&G, &E, &E2, &S, &F, &F2}) *x = planar_square(a, n);
-    sums = a.row(whole_vectors<T>(n));
+    sums = take_row(a, whole_vectors<T>(n));
   }
 
   // `_inverse_root` of x.G into x.F, the last defect in x.E; whether X F is orthonormal to rounding
@@ -180,7 +186,7 @@ struct Refinement {
     // its adjoint is taken in squares of vectors
     H = planar(a, whole_vectors<T>(job.M), job.N);
     for (Planar<T>* x : {&D, &DH, &X, &Y, &A, &B, &P, &Q, &P2, &Q2, &C, &X2, &X4, &X8, &kept}) *x = planar_square(a, k);
-    for (T** x : {&s, &off, &off2, &index, &turn_re, &turn_im, &scale, &energy}) *x = a.row(whole_vectors<T>(k));
+    for (T** x : {&s, &off, &off2, &index, &turn_re, &turn_im, &scale, &energy}) *x = take_row(a, whole_vectors<T>(k));
     const Index sizes[] = {job.M, job.N};
     if (rest > 0) outer.plan(a, rest);
     for (int side = 0; side < 2; ++side) {
@@ -470,6 +476,44 @@ struct Refinement {
     if (!hermitian) rotate(right, Q);
   }
 
+  static Index reversed(Index i, Index n) {
+    Index bin = 0;
+    for (Index bit = 1, from = n / 2; bit < n; bit *= 2, from /= 2)
+      if (i & bit) bin |= from;
+    return bin;
+  }
+
+  // f = sum_j x_j exp(-2 pi i j m / n) of a power of two of rows, in bit-reversed order; x conjugately chirped
+  LOMACS_TARGET void forward_transform(Planar<T> x, Index n, const T* turns, const T* roots, Planar<T> f) {
+    for (Index i = 0; i < n; ++i)
+      for (Index v = 0; v < x.width; v += lanes<T>) {
+        const Vec<T> a = load(x.row(i) + v), b = load(x.imag(i) + v);
+        if (turns == nullptr) {
+          store(f.row(i) + v, a);
+          store(f.imag(i) + v, b);
+        } else {
+          const Vec<T> c = splat(turns[2 * i]), d = splat(turns[2 * i + 1]);
+          store(f.row(i) + v, c * a + d * b);
+          store(f.imag(i) + v, c * b - d * a);
+        }
+      }
+    for (Index half = n / 2; half >= 1; half /= 2)
+      for (Index begin = 0; begin < n; begin += 2 * half)
+        for (Index j = 0; j < half; ++j) {
+          const T* w = roots + 2 * (j * (n / (2 * half)));
+          const Vec<T> c = splat(w[0]), d = splat(w[1]);
+          for (Index v = 0; v < f.width; v += lanes<T>) {
+            T *p = f.row(begin + j) + v, *q = f.row(begin + j + half) + v;
+            const Vec<T> pr = load(p), pi = load(p + f.width), qr = load(q), qi = load(q + f.width);
+            const Vec<T> re = pr - qr, im = pi - qi;
+            store(p, pr + qr);
+            store(p + f.width, pi + qi);
+            store(q, c * re + d * im);
+            store(q + f.width, c * im - d * re);
+          }
+        }
+  }
+
   // energies of the columns of a chirped DFT in the span of x, added to bins
   void clear_bins() { std::fill(bins.begin(), bins.end(), 0.0); }
   void negate_bins() {
@@ -505,37 +549,9 @@ struct Refinement {
       }
       return;
     }
-    for (Index i = 0; i < n; ++i)
-      for (Index v = 0; v < x.width; v += lanes<T>) {
-        const Vec<T> a = load(x.row(i) + v), b = load(x.imag(i) + v);
-        if (turns == nullptr) {
-          store(f.row(i) + v, a);
-          store(f.imag(i) + v, b);
-        } else {
-          const Vec<T> c = splat(turns[2 * i]), d = splat(turns[2 * i + 1]);
-          store(f.row(i) + v, c * a + d * b);
-          store(f.imag(i) + v, c * b - d * a);
-        }
-      }
-    for (Index half = n / 2; half >= 1; half /= 2)
-      for (Index begin = 0; begin < n; begin += 2 * half)
-        for (Index j = 0; j < half; ++j) {
-          const T* w = roots + 2 * (j * (n / (2 * half)));
-          const Vec<T> c = splat(w[0]), d = splat(w[1]);
-          for (Index v = 0; v < f.width; v += lanes<T>) {
-            T *p = f.row(begin + j) + v, *q = f.row(begin + j + half) + v;
-            const Vec<T> pr = load(p), pi = load(p + f.width), qr = load(q), qi = load(q + f.width);
-            const Vec<T> re = pr - qr, im = pi - qi;
-            store(p, pr + qr);
-            store(p + f.width, pi + qi);
-            store(q, c * re + d * im);
-            store(q + f.width, c * im - d * re);
-          }
-        }
+    forward_transform(x, n, turns, roots, f);
     for (Index i = 0; i < n; ++i) {
-      Index bin = 0;
-      for (Index bit = 1, from = n / 2; bit < n; bit *= 2, from /= 2)
-        if (i & bit) bin |= from;
+      const Index bin = reversed(i, n);
       double found = 0;
       for (Index v = 0; v < f.width; v += lanes<T>) {
         const Vec<T> a = load(f.row(i) + v), b = load(f.imag(i) + v);
@@ -585,12 +601,14 @@ struct Refinement {
   // `_filled`: x.U made orthonormal, and outside the span where there is one
   LOMACS_TARGET void fill(const Columns<T>* span, Columns<T>& x, Squares<T>& q, int side, Planar<T> free_columns,
                           Planar<T> f) {
-    bool done = false;
+    bool done = false, gentle = false;
     for (int turn = 0; turn < 2 && !done; ++turn) {
       adjoint_times(q.G, q.rows, x.U, x.U, x.n);
       done = q.inverse_root(fill_iterations, 1.0);
       times(x.Y, x.rows, x.U, q.F, q.n);
       std::swap(x.U, x.Y);
+      // what a small factor adds of the span is rounding
+      gentle = done && turn == 0 && largest_row(q.F, q.n, q.sums) <= 2;
       if (done) break;
       times(q.E2, q.rows, q.E, q.E, q.n);
       shifted(q.S, q.n, T(0.25), q.E, T(0.75));
@@ -609,7 +627,7 @@ struct Refinement {
       times(x.Y, x.rows, x.U, q.F, q.n);
       std::swap(x.U, x.Y);
     }
-    if (span != nullptr) outside(*span, x, x.U);
+    if (span != nullptr && !gentle) outside(*span, x, x.U);
     if (!(straighten(q, x.n, x.rows, x.U, x.Y) < 1e-6)) straighten(q, x.n, x.rows, x.U, x.Y);
     else if (sizeof(T) > 4) straighten(q, x.n, x.rows, x.U, x.Y);
   }
@@ -678,7 +696,7 @@ struct Refinement {
 template <typename T>
 LOMACS_TARGET void refine_samples(const RefineSvd<T>& job, std::int64_t begin, std::int64_t end) {
   Refinement<T> x(job);
-  const Arena<T> arena(true, [&](Arena<T>& a) { x.plan(a); });
+  const Arena<T> arena([&](Arena<T>& a) { x.plan(a); }, true);
   x.prepare();
   for (std::int64_t b = begin; b < end; ++b) x.sample(b);
 }
@@ -692,14 +710,14 @@ class Approximation {
  public:
   explicit Approximation(const ApproxSvd<T>& job)
       : job_(job), M_(job.refine.M), N_(job.refine.N), rank_(job.refine.r),
-        arena_(true, [this](Arena<T>& a) {
+        arena_([this](Arena<T>& a) {
           const Index m = whole_vectors<T>(M_), n = whole_vectors<T>(N_);
           plain_ = planar(a, m, N_);
           adjoint_ = planar(a, n, M_);
           freq_[0] = planar(a, m, N_);
           freq_[1] = planar(a, n, M_);
-          sums_ = a.row(std::max(m, n));
-        }) {}
+          sums_ = take_row(a, std::max(m, n));
+        }, true) {}
 
   LOMACS_TARGET void sample(Index b) {
     const ApproxSvd<T>& job = job_;
@@ -708,7 +726,7 @@ class Approximation {
     Stage* now = &stage(k, rank_);
     now->load_channel(job.refine.H + 2 * b * M_ * N_);
     std::int64_t& state = job.state[b];
-    now->projected = turned_ = false;
+    now->projected = turned_ = known_ = false;
     state = now->norm - now->norm == 0 ? 0 : -1;
     bool tied = false;
     if (state == 0 && job.form != 0) {
@@ -760,7 +778,7 @@ class Approximation {
     Arena<T> arena;
 
     explicit Kept(const RefineSvd<T>& given)
-        : job(given), stage(job), arena(true, [this](Arena<T>& a) { stage.plan(a); }) {
+        : job(given), stage(job), arena([this](Arena<T>& a) { stage.plan(a); }, true) {
       stage.prepare();
     }
   };
@@ -854,8 +872,12 @@ class Approximation {
       highest = std::max(highest, value), lowest = std::min(lowest, value);
     }
     if (!(lowest >= -100 * eps)) return 0;
-    // E = H - T - T^H, T = (W - U D / 2) U^H
+    // E = H - T - T^H, T = Z U^H, Z = W - U D / 2
     combined<false, T>(x.left.Y, x.left.rows, T(-0.5), straight(x.left.U), x.D, k, &x.left.W, T(1));
+    const double expanded = energy_of(x.H, M, N_, sums_) - 2 * energy_of(x.left.W, M, k, x.off) +
+                            energy_of(x.D, k, k, x.off);
+    // without forming E, where its energy is far above rounding
+    if (expanded > 1e-3 && (M & (M - 1)) == 0) return floor_of_diagonals(x, expanded, highest);
     adjoint_of(x.left.U, M, x.adjoint_span);
     times(plain_, x.left.rows, x.left.Y, x.adjoint_span, k);
     adjoint_of(plain_, M, adjoint_);
@@ -891,7 +913,7 @@ class Approximation {
     if (!(antennas <= most_isotropic * size)) return 0;
     x.clear_bins();
     x.add_energies(x.left.U, M, k, 0, 0, x.start_freq[0]);
-    std::vector<double>&re = circular_[0], &im = circular_[1];
+    std::vector<double>&re = sums_of_e_[0], &im = sums_of_e_[1];
     re.assign(static_cast<std::size_t>(M), 0.0);
     im.assign(static_cast<std::size_t>(M), 0.0);
     for (Index i = 0; i < M; ++i) {
@@ -909,6 +931,83 @@ class Approximation {
         if (at >= M) at -= M;
       }
       const double d = g / static_cast<double>(M) + below * (x.bins[static_cast<std::size_t>(m)] - 1);
+      bins += d * d;
+    }
+    return bins <= most_isotropic * size ? below : 0;
+  }
+
+  // sum of Re(a_ij conj(b_ij)) over j
+  LOMACS_TARGET static double row_inner(Planar<T> a, Planar<T> b, Index i, Index columns) {
+    double total = 0;
+    for (Index j = 0; j < a.width; j += lanes<T>) {
+      const Vec<T> x = load(a.row(i) + j) * load(b.row(i) + j) + load(a.imag(i) + j) * load(b.imag(i) + j);
+      if (columns - j >= lanes<T>) total += sum<T>(x);
+      else
+        for (Index v = 0; j + v < columns; ++v) total += static_cast<double>(x[v]);
+    }
+    return total;
+  }
+
+  // (F^H H F)_mm / n for the DFT F
+  LOMACS_TARGET void find_spectrum(Stage& x) {
+    const Index M = M_;
+    std::vector<T>&re = circular_[0], &im = circular_[1];
+    re.assign(static_cast<std::size_t>(M), T(0));
+    im.assign(static_cast<std::size_t>(M), T(0));
+    for (Index i = 0; i < M; ++i) {
+      add_to(re.data(), x.H.row(i) + i, M - i);
+      add_to(im.data(), x.H.imag(i) + i, M - i);
+      add_to(re.data() + M - i, x.H.row(i), i);
+      add_to(im.data() + M - i, x.H.imag(i), i);
+    }
+    const T* roots = job_.refine.roots[0];
+    if (basis_.empty()) {
+      basis_.resize(static_cast<std::size_t>(2 * M * M));
+      for (Index e = 0; e < M; ++e)
+        for (Index m = 0; m < M; ++m) {
+          basis_[static_cast<std::size_t>(2 * M * e + m)] = roots[2 * (e * m % M)];
+          basis_[static_cast<std::size_t>(2 * M * e + M + m)] = roots[2 * (e * m % M) + 1];
+        }
+    }
+    spectrum_.assign(static_cast<std::size_t>(M), T(0));
+    for (Index e = 0; e < M; ++e) {
+      add_to(spectrum_.data(), basis_.data() + 2 * M * e, M, re[static_cast<std::size_t>(e)]);
+      add_to(spectrum_.data(), basis_.data() + 2 * M * e + M, M, -im[static_cast<std::size_t>(e)]);
+    }
+    known_ = true;
+  }
+
+  // the verdict from the diagonals of E in both domains; Z is x.left.Y
+  LOMACS_TARGET double floor_of_diagonals(Stage& x, double square, double highest) {
+    const Index M = M_, k = x.k, rest = M - k;
+    double trace = 0;
+    diagonal_.resize(static_cast<std::size_t>(M));
+    for (Index i = 0; i < M; ++i) {
+      const double d = static_cast<double>(x.H.row(i)[i]) - 2 * row_inner(x.left.Y, x.left.U, i, k);
+      diagonal_[static_cast<std::size_t>(i)] = d;
+      trace += d;
+    }
+    const double below = trace / static_cast<double>(rest);
+    if (!(trace > 0 && static_cast<double>(rest) * square <= whitest * trace * trace &&
+          highest > floors_above * below))
+      return 0;
+    const double size = square - below * below * static_cast<double>(rest);
+    if (size <= 1e-3 * square) return below;
+    double antennas = 0, bins = 0;
+    for (Index i = 0; i < M; ++i) {
+      const double inside = row_inner(x.left.U, x.left.U, i, k);
+      const double d = diagonal_[static_cast<std::size_t>(i)] + below * (inside - 1);
+      antennas += d * d;
+    }
+    if (!(antennas <= most_isotropic * size)) return 0;
+    if (!known_) find_spectrum(x);
+    const Planar<T> of_z = x.start_freq[0], of_u = x.start_basis[0];
+    x.forward_transform(x.left.Y, M, nullptr, job_.refine.roots[0], of_z);
+    x.forward_transform(x.left.U, M, nullptr, job_.refine.roots[0], of_u);
+    const double by = 1 / static_cast<double>(M);
+    for (Index i = 0; i < M; ++i) {
+      const double of_h = static_cast<double>(spectrum_[static_cast<std::size_t>(Stage::reversed(i, M))]);
+      const double d = by * (of_h - 2 * row_inner(of_z, of_u, i, k)) + below * (by * row_inner(of_u, of_u, i, k) - 1);
       bins += d * d;
     }
     return bins <= most_isotropic * size ? below : 0;
@@ -967,7 +1066,9 @@ class Approximation {
   T* sums_;
   bool turned_ = false;  // adjoint_ is that of H
   std::vector<std::int64_t> order_;
-  std::vector<double> circular_[2];
+  std::vector<double> sums_of_e_[2], diagonal_;
+  std::vector<T> circular_[2], basis_, spectrum_;
+  bool known_ = false;  // spectrum_ is that of H
   std::vector<std::unique_ptr<Kept>> stages_;
   Arena<T> arena_;
 };

@@ -33,9 +33,15 @@ struct ConvWeights {
   double eps;
 };
 
-// n channels (M, N, 2) of any scale: the gated ones at unit norm, their norms, tokens (M, d)
+// Channels (M, N, 2) of any scale to the gated ones at unit norm, their norms, and tokens (M, d).
 template <typename T>
-using FrontStage = std::function<void(const T* H, std::int64_t n, T* Hd, T* norms, T* X)>;
+struct FrontStage {
+  // n samples
+  std::function<void(const T* H, std::int64_t n, T* Hd, T* norms, T* X)> run;
+  // one sample in two steps, the second for rows begin to end
+  std::function<void(const T* H, T* Hd, T* norm)> gate;
+  std::function<void(const T* Hd, std::int64_t begin, std::int64_t end, T* X)> project;
+};
 // x + mixer(norm(x)) of parts begin to end of samples' tokens, each sample in so many parts; y is not x
 template <typename T>
 struct BlockStage {

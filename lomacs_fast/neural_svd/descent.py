@@ -13,7 +13,7 @@ from torch import Tensor
 from lomacs_fast import functional
 from lomacs_fast.reference.neural_svd import DAMPING, ORDER, STEPS, neural_svd_update, stepsize
 
-from .extraction import orthonormalize
+from .extraction import frobenius, orthonormalize
 from .sources import MatrixSource
 
 __all__ = ["Descent", "Held", "State", "Streamed", "descend"]
@@ -27,7 +27,7 @@ class Held:
 
     def __init__(self, H: Tensor) -> None:
         self.H = H
-        self.square = torch.linalg.vector_norm(H, dim=(-2, -1), dtype=_wide(H.dtype)).square()
+        self.square = frobenius(H).double().square()
 
     def product(self, F: Tensor) -> Tensor:
         return self.H @ F
@@ -39,7 +39,7 @@ class Held:
 
     def residual(self, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
         """`|H - U diag(S) V^H|`."""
-        return torch.linalg.vector_norm(self.H - (U * S[..., None, :]) @ V.mH, dim=(-2, -1))
+        return frobenius(self.H - (U * S[..., None, :]) @ V.mH)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -75,7 +75,7 @@ class Streamed:
             if both:
                 Z += X.mH @ part
             if square is not None:
-                square += torch.linalg.vector_norm(X, dtype=_wide(X.dtype)).square()
+                square += frobenius(X).double().square()
         self._sum(G)
         if both:
             self._sum(Z)
@@ -94,7 +94,7 @@ class Streamed:
         right = (V * S).mH
         for i, X in self.source.strips(self.begin, self.end):
             error = torch.addmm(X, U[i : i + len(X)], right, alpha=-1)
-            total += torch.linalg.vector_norm(error, dtype=_wide(X.dtype)).square()
+            total += frobenius(error).double().square()
         self._sum(total)
         return total.sqrt()
 
@@ -237,8 +237,11 @@ def start(
 ) -> Tensor:
     """Orthonormal `(..., n, L)`: the columns given, then random ones."""
     have = 0 if given is None else min(given.shape[-1], L)
-    random = torch.randn(*batch, n, L - have, dtype=like.dtype, generator=generator).to(like.device)
+    random = torch.randn(n, L - have, dtype=like.dtype, generator=generator).to(like.device)
     if given is None:
-        return orthonormalize(random)
+        # the same for every matrix, whatever else is in its batch
+        return orthonormalize(random).expand(*batch, n, L).contiguous()
     X = given[..., :have].to(like.dtype)
-    return orthonormalize(torch.cat([X, random - X @ (X.mH @ random)], -1) if have < L else X)
+    if have == L:
+        return orthonormalize(X)
+    return orthonormalize(torch.cat([X, random - X @ (X.mH @ random)], -1))

@@ -201,7 +201,8 @@ class NeuralSVD(nn.Module):
         """Set `lam` so that the gradients of both terms, in the parameters, are of one size; returns it."""
         norms = []
         for term in self.terms(H, rows, columns):
-            found = torch.autograd.grad(term, list(self.parameters()), allow_unused=True, retain_graph=False)
+            # the factors are in both graphs
+            found = torch.autograd.grad(term, list(self.parameters()), allow_unused=True, retain_graph=True)
             squares = [torch.linalg.vector_norm(g).square() for g in found if g is not None]
             norms.append(float(torch.stack(squares).sum().sqrt()))
         # near orthonormal columns the second gradient vanishes, and no weight makes it large

@@ -15,7 +15,7 @@ from lomacs_fast.reference.arguments import integer, number, positive
 
 from .advice import Advice, advise
 from .descent import Held, State, Streamed, descend, start
-from .extraction import PHASES, align, decompose, orthogonality
+from .extraction import PHASES, align, decompose, frobenius, numbers, orthogonality
 from .factors import NESTINGS, NETS, ORTHS, NeuralSVD, one_of
 from .fitting import fit
 from .sources import DTYPES, MatrixSource, open_matrix
@@ -128,6 +128,23 @@ def _share(name: str, value: Any) -> float:
     return found
 
 
+def _largest(H: Tensor) -> Tensor:
+    """The largest real or imaginary part of every matrix, without its sign; `ValueError` for NaN or Inf."""
+    low, high = numbers(H.resolve_neg()).aminmax(dim=-1)
+    largest = torch.maximum(-low, high)
+    # NaN passes through every extreme
+    if not bool(largest.isfinite().all()):
+        _finite(H)
+    return largest
+
+
+def _divided(X: Tensor, size: Tensor) -> Tensor:
+    """X over real numbers, part by part: a complex division costs several times as much."""
+    if not X.is_complex():
+        return X / size
+    return torch.view_as_complex(torch.view_as_real(X) / size[..., None])
+
+
 def _finite(H: Tensor) -> None:
     finite = torch.isfinite(torch.view_as_real(H.resolve_conj()) if H.is_complex() else H)
     if not bool(finite.all()):
@@ -152,7 +169,7 @@ def _measured(H: Held | Streamed, U: Tensor, S: Tensor, V: Tensor, W: Tensor) ->
     core = U.mH @ W
     off = core - torch.diag_embed(S).to(core.dtype)
     # what the spans hold of the residual is off the diagonal: the rest is orthogonal to it
-    span = (rel.square() - (torch.linalg.vector_norm(off, dim=(-2, -1)) / safe).square()).clamp_min(0).sqrt()
+    span = (rel.square() - (frobenius(off) / safe).square()).clamp_min(0).sqrt()
     ortho = torch.maximum(orthogonality(U), orthogonality(V))
     return _plain(rel), _plain(span), _plain(ortho)
 
@@ -359,23 +376,23 @@ def neural_svd(
     )
     if lr is not None:
         positive("lr", lr)
-    if tensor is not None:
-        _finite(tensor)
+    largest = None if tensor is None else _largest(tensor)
     begin = chosen if chosen is not None else min(START, small) if trim is not None else small
     matrices = None if source is not None else int(torch.tensor(full[:-2]).prod())
     asked = FIRST if energy is not None else begin
     advice = advise(full[-2], full[-1], min(asked, small), matrices=matrices, in_memory=tensor is not None)
-    taken = advice.method if method == "auto" else method
+    # there is nothing to optimise in a batch of no matrices
+    taken = "svd" if matrices == 0 else advice.method if method == "auto" else method
     if wish.checkpoint is not None and method == "auto":
         taken = "optimize"
     if taken != "optimize" and tensor is None:
         raise ValueError(f'method="{taken}" needs the matrix in memory; "optimize" does not')
     held: Held | Streamed
     if tensor is not None:
+        assert largest is not None
         # sums of squares neither overflow nor vanish, whatever the unit of H
-        size = tensor.abs().amax((-2, -1), keepdim=True)
-        size = torch.where(size > 0, size, torch.ones_like(size))
-        tensor = tensor.resolve_conj().resolve_neg() / size
+        size = torch.where(largest > 0, largest, torch.ones_like(largest))[..., None, None]
+        tensor = _divided(tensor.resolve_conj().resolve_neg(), size)
         held = Held(tensor)
         source = None if source is None else open_matrix(tensor)
     else:

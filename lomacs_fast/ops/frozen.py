@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
@@ -84,11 +85,11 @@ def frozen_svd_at_once(
     """What the kernel answers to a small call that nobody has looked at yet; see `tokens.at_once`.
 
     Args:
-        sid: scenes, as the module takes them; None, or what is out of range, is not served.
+        sid: scenes, as the module takes them; one integer, or what is out of range, is left to it.
         flat: of `flat_weights`.
     """
     # what is made under a tracer must not be kept
-    if not (isinstance(H, Tensor) and common.plain(H) and common.small_native(H)):
+    if type(H) is not Tensor or _get_current_dispatch_mode() is not None or not common.small_native(H):
         return None
     scenes = weights.table.shape[0] - 1
     if sid is None:

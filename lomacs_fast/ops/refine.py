@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from ..reference import refine as formula
+from ..reference.refine_products import products
 from . import common
 from .common import REAL, library
 from .dispatch import Backend, Op
@@ -80,16 +82,7 @@ def _fake_backward(
     return H.new_empty(H.shape), H.new_empty(U.shape), factor, H.new_empty(scalars.shape)
 
 
-def _recording() -> Any:
-    """Autograd as it is outside of an op: the dispatcher shuts it out of what an op calls."""
-    keys = torch._C.DispatchKeySet
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
-        excluded = excluded - keys(key)
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
-
-
-@torch.library.impl("lomacs::refine_svd_backward", "CompositeExplicitAutograd", lib=library)
+@torch.library.impl("lomacs::refine_svd_backward", "CPU", lib=library)
 def _recomputed(
     gU: Tensor,
     gS: Tensor,
@@ -103,8 +96,25 @@ def _recomputed(
     orthonormal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the reference, computed anew with the columns in the order of the forward."""
+    # on a thread of its own, where autograd records as it does outside of an op and no tracer looks on
+    with ThreadPoolExecutor(1) as aside:
+        return aside.submit(_recompute, gU, gS, gV, H, U, V, scalars, order, sweeps, orthonormal).result()
+
+
+def _recompute(
+    gU: Tensor,
+    gS: Tensor,
+    gV: Tensor,
+    H: Tensor,
+    U: Tensor,
+    V: Tensor | None,
+    scalars: Tensor,
+    order: Tensor,
+    sweeps: int,
+    orthonormal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = [x for x in (H, U, V, scalars) if x is not None]
-    with _recording(), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in given]
         h, u, *rest = (torch.view_as_complex(x) for x in leaves[:-1])
         out = formula.refined(
@@ -182,48 +192,6 @@ def _refine_svd(
     return complex_of(u, U.shape), S, complex_of(v, V.shape)
 
 
-def _roots(iterations: int) -> int:
-    return 3 * iterations - 3
-
-
-def _fill(n: int, k: int, c: int) -> int:
-    """Complex multiply-adds that make c columns orthonormal, and orthogonal to k others."""
-    rounds = formula.ROUNDS
-    root = _roots(formula.FILL)
-    return (
-        (3 * rounds + 6) * n * c * c
-        + ((rounds + 1) * root + 2 * rounds) * c**3
-        + 2 * (rounds + 1) * n * k * c
-    )
-
-
-def _diagonals(k: int, sweeps: int, tied: bool) -> int:
-    return ((6 if tied else 10) * sweeps + (1 if tied else 2) * (sweeps - 1)) * k**3
-
-
-def step_products(M: int, N: int, k: int, sweeps: int, tied: bool) -> int:
-    """Complex multiply-adds of a step."""
-    rows = M if tied else M + N
-    expand = 4 * rows * k * k + (1 if tied else 2) * (1 + _roots(formula.POLISH)) * k**3
-    return (1 if tied else 2) * M * N * k + M * k * k + _diagonals(k, sweeps, tied) + expand
-
-
-def close_products(M: int, N: int, k: int, sweeps: int, tied: bool) -> int:
-    """Complex multiply-adds of the closing."""
-    rows = M if tied else M + N
-    straight = 4 * rows * k * k + (1 if tied else 2) * (3 + _roots(formula.CLOSE)) * k**3
-    return M * N * k + M * k * k + _diagonals(k, sweeps, tied) + k**3 + straight
-
-
-def products(M: int, N: int, r: int, k: int, steps: int, sweeps: int, tied: bool, orthonormal: bool) -> int:
-    """Complex multiply-adds a sample of the reference, where none of its iterations is cut short."""
-    total = steps * step_products(M, N, k, sweeps, tied) + close_products(M, N, k, sweeps, tied)
-    for n in (M,) if tied else (M, N):
-        total += 0 if orthonormal else _fill(n, 0, k)
-        total += _fill(n, k, r - k) + 2 * n * k * (r - k) if r > k else 0
-    return total
-
-
 @register_flop_formula(torch.ops.lomacs.refine_svd)
 def flops_of_refine_svd(
     H: Sequence[int],
@@ -256,13 +224,15 @@ def _flops_backward(
     *_: Any,
     **__: Any,
 ) -> int:
-    """What `FlopCounterMode` counts on the reference: every product twice, those with a DFT basis once."""
+    """What `FlopCounterMode` counts on the reference: products twice, those with a DFT basis once."""
     (B, M, N, _two), r, k = H, U[2], order[1]
     forward = flops_of_refine_svd(H, U, V, scalars, k, sweeps, orthonormal)
     constant = 0
     for n in (M,) if V is None else (M, N):
         constant += 0 if orthonormal else formula.ROUNDS * n * k * k
         constant += formula.ROUNDS * n * (r - k) ** 2 + n * k * (r - k)
+    # the closing has no use for its rotated core, the general form for the phases of that
+    constant += 4 * k**3 if V is None else 0
     return 2 * forward - 2 * B * constant
 
 
@@ -286,6 +256,10 @@ def _fake_approx(
     torch._check(form in (-1, 0, 1), lambda: f"form must be -1, 0 or 1, got {form}")
     state = H.new_empty((B,), dtype=torch.int64)
     return H.new_empty((B, M, rank, 2)), H.new_empty((B, rank)), H.new_empty((B, N, rank, 2)), state
+
+
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("lomacs::approx_svd", _device, torch.float32, lib=library)
 
 
 def _approx(

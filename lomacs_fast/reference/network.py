@@ -262,7 +262,7 @@ class LoMACSSVDNet(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments: `type(net)(**net.config)` has the same architecture."""
-        names = ("M", "N", "r", "n_scene", "dim", "depth", "groups", "kernel_size", "temperature")
+        names = ["M", "N", "r", "n_scene", "dim", "depth", "groups", "kernel_size", "temperature"]
         if self.head == "angular":
             names = names[:4]
         values = {name: getattr(self, name) for name in names} | {"gate_hidden": self.gate_hidden}

@@ -155,7 +155,7 @@ def _run_folder(out: Path, config: TrainConfig, resume: bool, overwrite: bool) -
 
 def _refuse_not_hermitian(pairs: Pairs) -> None:
     first = [int((pairs.sid == s).nonzero()[0]) for s in pairs.sid.unique()]
-    H, _ = pairs.read(first)
+    H, _ = pairs.read(first, 0)
     square = H.shape[-1] == H.shape[-2]
     if not square or bool((torch.linalg.matrix_norm(H - H.mH) > 1e-3 * torch.linalg.matrix_norm(H)).any()):
         raise ValueError(
@@ -269,8 +269,8 @@ def train(
                 f"the network takes {init.M}x{init.N}x{init.r}, the data is {pairs.M}x{pairs.N}x{pairs.r}"
             )
         net = init.train()
-        names = ("dim", "depth", "groups", "kernel_size", "temperature", "k_len", "gate_hidden")
-        names += ("refine_steps", "head", "active", "hermitian", "array")
+        names = ["dim", "depth", "groups", "kernel_size", "temperature", "k_len", "gate_hidden"]
+        names += ["refine_steps", "head", "active", "hermitian", "array"]
         mine: dict[str, Any] = {"refine_steps": 0, "head": "pooled", "active": None, "hermitian": False}
         mine["array"] = None
         mine = {name: value for name, value in (mine | net.config).items() if name in names}
