@@ -33,6 +33,7 @@ HOST = r"""
 #include "aeplus_phases.cuh"
 
 using namespace lomacs::aeplus;
+using lomacs::Cx;
 
 template <class T>
 struct HostThreads {
