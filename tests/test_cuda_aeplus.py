@@ -11,11 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from nvcc import CSRC, build, instructions, resources
 
 from lomacs_fast import reference
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-TORCH = Path(torch.__file__).resolve().parent
 WEIGHTS = {"lam": 0.35, "w_energy": 0.4, "w_diag": 0.3, "w_match": 0.2}
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 SCHEMA = (
@@ -34,6 +33,7 @@ HOST = r"""
 #include "aeplus_phases.cuh"
 
 using namespace lomacs::aeplus;
+using lomacs::Cx;
 
 template <class T>
 struct HostThreads {
@@ -326,43 +326,6 @@ def test_bytes_follow_the_stated_formula(host):
             assert host.bytes_of(M, N, r, element, level) == formula(M, N, r, element, level)
 
 
-def build(folder, *architectures):
-    """The library by the one command; the last architecture's PTX goes along."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("nvcc not found")
-    library = folder / "liblomacs_cuda.so"
-    codes = [f"arch=compute_{a},code=sm_{a}" for a in architectures[:-1]]
-    codes.append(
-        f"arch=compute_{architectures[-1]},code=[sm_{architectures[-1]},compute_{architectures[-1]}]"
-    )
-    command = [nvcc, "-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-shared"]
-    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    command += [x for code in codes for x in ("-gencode", code)]
-    command += [f"-I{TORCH / 'include'}", *map(str, sorted(CSRC.glob("*.cu"))), "-o", str(library)]
-    subprocess.run([*command, f"-L{TORCH / 'lib'}", "-ltorch_cpu"], check=True)
-    return library
-
-
-def cuobjdump():
-    found = shutil.which("cuobjdump")
-    if found is None:
-        try:
-            import triton
-        except ImportError:
-            pytest.skip("cuobjdump not found")
-        found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        if not found.exists():
-            pytest.skip("cuobjdump not found")
-    return str(found)
-
-
-def dump(library, *options):
-    return subprocess.run(
-        [cuobjdump(), *options, str(library)], check=True, capture_output=True, text=True
-    ).stdout
-
-
 def kernel(name):
     """(dtype, level) of a mangled `aeplus_fwd_kernel`, else None."""
     found = re.search(r"aeplus_fwd_kernelI([fd])Li(\d)E", name)
@@ -371,17 +334,8 @@ def kernel(name):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    library = build(tmp_path_factory.mktemp("cuda"), 80, 90, 100, 120)
-    usage, architecture, name = {}, None, None
-    for line in dump(library, "--dump-resource-usage").splitlines():
-        if found := re.search(r"arch = sm_(\d+)", line):
-            architecture = int(found[1])
-        elif found := re.search(r"Function (\S+):", line):
-            name = kernel(found[1])
-        elif name is not None and "REG:" in line:
-            usage[architecture, *name] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
-            name = None
-    return SimpleNamespace(library=library, usage=usage)
+    library = build(tmp_path_factory.mktemp("cuda"), "aeplus.cu", 80, 90, 100, 120)
+    return SimpleNamespace(library=library, usage=resources(library, kernel))
 
 
 @pytest.mark.slow
@@ -400,15 +354,8 @@ def test_compiled_resources(compiled):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_compiled_instructions(compiled):
-    counts, name = {}, None
-    for line in dump(compiled.library, "--dump-sass", "-arch", "sm_90").splitlines():
-        if found := re.search(r"Function : (\S+)", line):
-            name = kernel(found[1])
-        elif found := re.search(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", line):
-            opcode = found[1]
-            assert not re.match(r"RED\b|ATOM", opcode), (name, opcode)
-            counts.setdefault(name, {}).setdefault(opcode, 0)
-            counts[name][opcode] += 1
+    counts = instructions(compiled.library, "sm_90", kernel)
+    assert not [op for own in counts.values() for op in own if re.match(r"RED\b|ATOM", op)]
     # 64x64 r=32 takes level 3, 128x128 r=64 level 2
     for level in (2, 3):
         found = counts["f", level]
@@ -431,7 +378,7 @@ def device(tmp_path_factory):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     major, minor = torch.cuda.get_device_capability()
-    library = build(tmp_path_factory.mktemp("device"), f"{major}{minor}")
+    library = build(tmp_path_factory.mktemp("device"), "aeplus.cu", f"{major}{minor}")
     fragment = None
     if not hasattr(torch.ops.lomacs, "aeplus"):
         fragment = torch.library.Library("lomacs", "FRAGMENT")

@@ -1,6 +1,7 @@
 """The contract of `lomacs::low_rank`: schema, gradients, compiled graphs, autocast, FLOPs, views, refusals."""
 
 import itertools
+import types
 
 import pytest
 import torch
@@ -332,3 +333,11 @@ def test_other_devices_and_mixed_precisions_are_left_to_the_formula():
         loss_of(*meta)
     with use_backend("auto"):
         assert loss_of(*meta).shape == (3,)
+
+
+def test_auto_leaves_cuda_to_the_reference_until_a_device_has_run_the_kernel():
+    x = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.complex64)
+    for backend, left in (("auto", True), ("cpp", False)):
+        with use_backend(backend):
+            reasons = low_rank._native_reasons(x, x, x, "none", None)
+        assert any("has not run on a device yet" in reason for reason in reasons) == left

@@ -1,16 +1,12 @@
 // lomacs::aeplus on CUDA: the loss, its five terms and the gradients in one launch over the samples and one
 // small launch over their terms.
-#include <cuda_runtime.h>
-#include <dlfcn.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <tuple>
 
 #include "aeplus_phases.cuh"
+#include "device.cuh"
 
 namespace lomacs::aeplus {
 namespace {
@@ -44,42 +40,7 @@ __global__ void __launch_bounds__(kMeanThreads) aeplus_mean_kernel(const MeanArg
   aeplus_mean(args, sums, threads);
 }
 
-void check(cudaError_t status, const char* what) {
-  STD_TORCH_CHECK(status == cudaSuccess, "lomacs::aeplus: ", what, ": ", cudaGetErrorString(status));
-}
-
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = device != before_;
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-// libtorch_cuda is loaded privately by torch, so its symbols are found through its handle; without a link to
-// it this library also builds beside a CPU torch.
-cudaStream_t current_stream(int device) {
-  using Get = AOTITorchError (*)(int32_t, void**);
-  static const Get get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    void* symbol = dlsym(library != nullptr ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
-    return reinterpret_cast<Get>(symbol);
-  }();
-  STD_TORCH_CHECK(get != nullptr, "lomacs::aeplus: this torch has no CUDA (libtorch_cuda.so is not loaded)");
-  void* stream = nullptr;
-  STD_TORCH_CHECK(get(device, &stream) == AOTI_TORCH_SUCCESS, "lomacs::aeplus: no current CUDA stream");
-  return static_cast<cudaStream_t>(stream);
-}
+void check(cudaError_t status, const char* what) { check_cuda(status, "aeplus", what); }
 
 Plan plan_of(int64_t M, int64_t N, int64_t r, int element, int level) {
   return make_plan(M, N, r, element, thread_count(M, N, r, thread_limit(element, level)), level);
@@ -105,11 +66,6 @@ Kernel<T> kernel_of(int level) {
   }
 }
 
-// a slice of a real tensor may start between two complex numbers
-Tensor aligned(const Tensor& x, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % bytes == 0 ? x : torch::stable::clone(x);
-}
-
 template <class T>
 Cx<T>* complex_of(const Tensor& x) {
   return x.numel() == 0 ? nullptr : static_cast<Cx<T>*>(x.mutable_data_ptr());
@@ -131,8 +87,8 @@ Result launch(Tensor U, Tensor S, Tensor V, Tensor H, const Tensor& weights, boo
   Tensor terms = torch::stable::new_empty(S, {B, 5});
 
   const int device = U.get_device_index();
-  const OnDevice guard(device);
-  const cudaStream_t stream = current_stream(device);
+  const OnDevice guard(device, "aeplus");
+  const cudaStream_t stream = current_stream(device, "aeplus");
   if (B > 0) {
     int limit = 0;
     check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory limit");

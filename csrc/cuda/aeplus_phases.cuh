@@ -27,13 +27,7 @@
 #include <cstring>
 #endif
 
-#ifdef __CUDACC__
-#define LOMACS_FN __device__ __forceinline__
-#define LOMACS_UNROLL _Pragma("unroll")
-#else
-#define LOMACS_FN inline
-#define LOMACS_UNROLL
-#endif
+#include "phases.cuh"
 
 namespace lomacs::aeplus {
 
@@ -42,11 +36,6 @@ constexpr int kStageLd = 10;   // kStage + 2: again an odd number of 16-byte gro
 constexpr int kSums = 8;
 constexpr int kLanes = 16;     // partial sums of one quantity
 constexpr int kMaxLevel = 3;
-
-template <class T>
-struct alignas(2 * sizeof(T)) Cx {
-  T re, im;
-};
 
 template <class T>
 struct alignas(16) Pair {
