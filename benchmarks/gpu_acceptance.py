@@ -137,6 +137,8 @@ def main() -> int:
             # kernels that no device has run are what this run is for
             "LOMACS_FAST_UNPROVED": "1",
             "PYTHONUNBUFFERED": "1",
+            # the staged package, not the checkout: pytest would put the current folder first
+            "PYTHONSAFEPATH": "1",
         }
         return run_all(args.out, args.dry_run, environment, args.only)
 

@@ -28,8 +28,34 @@ def rows_of(stem: str) -> list[dict[str, Any]]:
     return [r for r in result["cases"] if r["stem"] == stem and r["kind"] in kinds]
 
 
+def refinement() -> str:
+    """Times of an SVD by refinement beside the decompositions, from the benchmark of that stem."""
+    found = json.loads(RESULTS.with_name("refine.json").read_text(encoding="utf-8"))
+    cells = [
+        [
+            row["data"],
+            row["batch"],
+            row["call"],
+            f"{row['us']:.0f}",
+            f"{row['svd_ratio']:.1f}" if row["svd_ratio"] else "",
+            f"{row['floor_us']:.0f}" if row["floor_us"] else "",
+        ]
+        for row in found["cases"]
+        if not row["call"].startswith("eager") or row["call"].endswith("step")
+    ]
+    told = (
+        f"Microseconds a channel, 64x64, 32 columns, 16 of them active. {found['processor']}, "
+        f"{found['threads']} threads, torch {found['torch']}, {found['date']}; "
+        "`benchmarks/bench_refine.py --times`. The floor takes a complex product as four real ones; "
+        "the kernel does three, so it can be below."
+    )
+    return f"{told}\n\n{table(cells, ('data', 'batch', 'call', 'µs', 'SVD / this', 'floor µs'))}\n"
+
+
 def measured(stem: str) -> str:
     """Eager, ours and the floor of every case of a stem, microseconds a channel."""
+    if stem == "refine":
+        return refinement()
     rows = rows_of(stem)
     if not rows:
         raise ValueError(f"{RESULTS} holds nothing of {stem!r}: run lomacs-fast bench")

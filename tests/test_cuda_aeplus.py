@@ -412,7 +412,8 @@ def device(tmp_path_factory):
 
 
 def on_device(op, arguments, match="norm", wanted=(True,) * 4):
-    wide = [(torch.view_as_real(x) if x.is_complex() else x).cuda() for x in arguments]
+    # QR gives columns in another order of memory
+    wide = [(torch.view_as_real(x) if x.is_complex() else x).contiguous().cuda() for x in arguments]
     weights = torch.tensor(list(WEIGHTS.values()), dtype=torch.float64, device="cuda")
     return op(*wide, weights, match == "mean", *wanted)
 

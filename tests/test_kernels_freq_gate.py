@@ -165,7 +165,11 @@ def test_what_is_not_wanted_is_empty(size):
         part = served(H, weights, 0.4, True, gHd, gnorms, gh, gw)
         for name, x, y in zip(NAMES, part, whole, strict=True):
             wanted = gh if name == "gH" else gw if name[0] == "g" else True
-            assert torch.equal(x, y) if wanted else x.shape == (0,)
+            if not wanted:
+                assert x.shape == (0,)
+            else:
+                # code of its own for every choice: on a device it may contract other products
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
     plain = served(H, weights, 0.4, True, gHd, None)
     assert torch.equal(plain[3], whole[3])
     zero = served(H, weights, 0.4, True, gHd, torch.zeros_like(gnorms))

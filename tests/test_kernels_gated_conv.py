@@ -135,11 +135,14 @@ def test_gradients_not_wanted_are_empty():
     gy = torch.randn_like(arguments[0])
     full = kernels.gated_conv1d_backward(gy, *arguments, EPS, True, True)
     gx, *none = kernels.gated_conv1d_backward(gy, *arguments, EPS, True, False)
-    assert torch.equal(gx, full[0])
+    # code of its own for every choice: on a device it may contract other products
+    same = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    same(gx, full[0])
     assert all(g.shape == (0,) for g in none)
     none, *gw = kernels.gated_conv1d_backward(gy, *arguments, EPS, False, True)
     assert none.shape == (0,)
-    assert all(torch.equal(one, other) for one, other in zip(gw, full[1:], strict=True))
+    for one, other in zip(gw, full[1:], strict=True):
+        same(one, other)
     assert all(g.shape == (0,) for g in kernels.gated_conv1d_backward(gy, *arguments, EPS, False, False))
 
 

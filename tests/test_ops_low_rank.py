@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lomacs_fast import BackendError, functional, use_backend
-from lomacs_fast.ops import low_rank, native, toolchain
+from lomacs_fast.ops import common, low_rank, native, toolchain
 
 pytestmark = pytest.mark.skipif(
     toolchain.find_compiler("cpu") is None and bool(native.reasons("cpu")), reason="no C++ compiler"
@@ -335,9 +335,13 @@ def test_other_devices_and_mixed_precisions_are_left_to_the_formula():
         assert loss_of(*meta).shape == (3,)
 
 
-def test_auto_leaves_cuda_to_the_reference_until_a_device_has_run_the_kernel():
+@pytest.mark.parametrize(("kind", "left"), [((8, 0), True), ((9, 0), False)])
+def test_auto_leaves_cuda_to_the_reference_until_a_device_of_the_kind_has_run_the_kernel(
+    kind, left, monkeypatch
+):
+    monkeypatch.setattr(common, "_capability", lambda device: kind)
     x = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.complex64)
-    for backend, left in (("auto", True), ("cpp", False)):
+    for backend, there in (("auto", left), ("cpp", False)):
         with use_backend(backend):
             reasons = low_rank._native_reasons(x, x, x, "none", None)
-        assert any("has not run on a device yet" in reason for reason in reasons) == left
+        assert any("has run the kernel yet" in reason for reason in reasons) == there

@@ -398,3 +398,14 @@ def test_a_large_sample_is_left_to_the_formula():
         torch.zeros(1, 1, 1).expand(1, 1 << 12, 1 << 10), *[[torch.zeros(1, 1)]] * 6
     )
     assert any("too large" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("g", "a", "k", "fits"), [(64, 64, 64, True), (32, 64, 128, True), (40, 4, 70, False)]
+)
+def test_triton_says_which_tiles_have_no_room(g, a, k, fits):
+    groups = 2
+    x, wq = torch.empty(3, 5, groups * g), torch.empty(groups, a, g)
+    pk = torch.empty(groups, 5, k)
+    found = stem._triton_reasons(x, wq, None, None, None, pk)
+    assert any("shared memory" in reason for reason in found) is not fits

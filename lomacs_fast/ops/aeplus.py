@@ -138,7 +138,7 @@ def _native_reasons(U: Tensor, S: Tensor, V: Tensor, H: Tensor, *_: Any) -> list
     found += common.size_reasons(M * N + (M + N) * r)
     found += common.transform_reasons()
     if H.device.type == "cuda":
-        found += common.unproved_reasons("cpp")
+        found += common.unproved_reasons("cpp", H.device)
     if not found:
         found += native.reasons(H.device.type)
     return found

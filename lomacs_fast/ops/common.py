@@ -212,6 +212,10 @@ def small_native(x: Any) -> bool:
     )
 
 
+# compute capabilities of the devices that have run every kernel, see benchmarks/results/
+PROVED = frozenset({(9, 0)})
+
+
 @constant_in_graphs
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -225,17 +229,28 @@ def triton_reasons(device: torch.device) -> list[str]:
         return ["Triton is not installed"]
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         return ["TRITON_INTERPRET=1 interprets kernels"]
-    return unproved_reasons("triton")
+    return unproved_reasons("triton", device)
 
 
-def unproved_reasons(backend: str) -> list[str]:
-    """Why `auto` passes a kernel by that no device has run yet; asked for by name it serves.
+@constant_in_graphs
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def unproved_reasons(backend: str, device: torch.device) -> list[str]:
+    """Why `auto` passes a kernel by that no device of the kind has run yet; asked for by name it serves.
 
     `LOMACS_FAST_UNPROVED=1` lets `auto` take such kernels: for the run that proves them.
     """
-    if chosen() == "auto" and os.environ.get("LOMACS_FAST_UNPROVED", "0") != "1":
-        return [f'the kernel has not run on a device yet, it serves under use_backend("{backend}") alone']
-    return []
+    if chosen() != "auto" or os.environ.get("LOMACS_FAST_UNPROVED", "0") == "1":
+        return []
+    kind = _capability(device)
+    if kind in PROVED and torch.version.hip is None:
+        return []
+    return [
+        f"no device of compute capability {kind[0]}.{kind[1]} has run the kernel yet, it serves under "
+        f'use_backend("{backend}") alone'
+    ]
 
 
 def mixed_reasons(**tensors: Tensor) -> list[str]:

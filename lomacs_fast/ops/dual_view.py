@@ -100,7 +100,7 @@ def _backward_on_cuda(
 
 @torch.library.impl("lomacs::gate_project", "CUDA", lib=library)
 def _front_on_cuda(*args: Any) -> tuple[Tensor, ...]:
-    from ..kernels import dual_view as kernels
+    from ..kernels import freq_gate as kernels
 
     return kernels.gate_project(*args)
 

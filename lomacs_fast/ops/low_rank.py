@@ -114,7 +114,7 @@ def _matrices(x: Tensor) -> Tensor:
 def _native_reasons(F: Tensor, G: Tensor, H: Tensor, nesting: str, shape: Any) -> list[str]:
     found = common.mixed_reasons(F=F, G=G, H=H) + common.transform_reasons()
     if H.device.type == "cuda":
-        found += common.unproved_reasons("cpp")
+        found += common.unproved_reasons("cpp", H.device)
     if not found:
         found += native.reasons(H.device.type)
     return found

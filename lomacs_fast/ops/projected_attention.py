@@ -228,6 +228,10 @@ def _shape(pk: Grouped) -> tuple[int, int]:
     return len(pk), pk[0].shape[-1]
 
 
+# numbers of k_len x g, as the Triton kernel pads them, that a program has room for
+TILE = 4096
+
+
 def _native_reasons(
     x: Tensor, wq: Grouped, wk: Grouped, wv: Grouped, wo: Grouped, pk: Grouped, *_: Any
 ) -> list[str]:
@@ -236,8 +240,21 @@ def _native_reasons(
     return tokens.reasons(x, 4 * T * d + 2 * G * k * T + 6 * k * g + 4 * g * d)
 
 
-def _triton_reasons(x: Tensor, *_: Any) -> list[str]:
-    return tokens.triton_reasons(x)
+def _triton_reasons(x: Tensor, *weights: Any) -> list[str]:
+    G, k = _shape(weights[4])
+    g = x.shape[-1] // G
+    found = tokens.triton_reasons(x)
+    # the backward keeps ten tiles of this size in shared memory
+    if _padded(k) * _padded(g) > TILE:
+        found.append(
+            f"k_len {k} with {g} channels a group: padded to powers of two their product is above {TILE}, "
+            "more than the shared memory of a program"
+        )
+    return found
+
+
+def _padded(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
 
 
 def _eager(x: Tensor, *rest: Any) -> Tensor:
