@@ -215,6 +215,28 @@ def test_main_size_against_float64(host, match, kind):
     compare(host, (64, 64, 32), match, B=11, kind=kind)
 
 
+@pytest.mark.parametrize("level", [1, 3])
+@pytest.mark.parametrize("sizes", [MAIN[0], (33, 17, 16)])
+def test_ties_of_the_mean_form(host, sizes, level):
+    """S_k and |M_kk| apart by less than float32 sums can tell: a wrong sign is a wrong gradient."""
+    signs, wrong = 0, 0
+    for seed in range(4):
+        U, S, V, H = problem(*sizes, seed=seed, B=8)
+        diagonal = torch.einsum("bmr,bmn,bnr->br", U.conj().cdouble(), H.cdouble(), V.cdouble()).abs()
+        # the float32 numbers around |M_kk|, so some are ties and some are not
+        S = diagonal.float() * (1 + torch.linspace(-4, 4, S.shape[1]).round() * EPS[torch.float32])
+        x = [U, S, V, H]
+        got, want = on_host(host, x, "mean", level=level), by_autograd(x, "mean")
+        # orders of summation differ in float64 too: leave out what even that does not tell
+        told = (S.double() - diagonal).abs() > 1e-12 * diagonal
+        signs += int(told.sum())
+        # by which a wrong sign moves the gradient of S, at the least
+        own = 2 * WEIGHTS["w_match"] / S.shape[1] / H.abs().square().sum((1, 2)).sqrt().amax() / len(S)
+        wrong += int(((got["gS"] - want["gS"]).abs() > own / 2)[told].sum())
+    assert signs > 400
+    assert wrong == 0
+
+
 @pytest.mark.parametrize("match", ["norm", "mean"])
 @pytest.mark.parametrize("level", [1, 2])
 def test_large_size_against_float64(host, match, level):

@@ -332,6 +332,7 @@ struct Scalars {
 
 // of each quantity a thread's part; after the reduction the roots, kGap apart, and |M| behind them
 enum Sum { kE2, kH2, kOff2, kDiag2, kGu2, kGv2, kS2, kGap };
+constexpr int kTies = kSums + 1;  // whether there are ties
 
 template <class T, int Level>
 struct Block {
@@ -341,7 +342,7 @@ struct Block {
   const Cx<T>* H;
   Cx<T>*U, *V, *W;       // padded panels, in shared memory or in the workspace
   Cx<T>*M, *G;           // Gram regions; both together, or G alone, also stage H
-  Cx<T>* d;              // diag(M)
+  Cx<T>* d;              // diag(M), later see `gaps`
   double* part;
   Scalars<T>* c;
   T *S, *sums, *red;
@@ -381,6 +382,7 @@ struct Block {
   LOMACS_FN void load(int t) const {
     load_panel(U, a.U + sample * a.M * a.r, a.M, s.Mp, t);
     load_panel(V, a.V + sample * a.N * a.r, a.N, s.Np, t);
+    if (t == 0) sums[kTies] = 0;
     T s2 = 0;
     for (int k = t; k < s.q; k += threads) {
       const T x = k < a.r ? a.S[sample * a.r + k] : T(0);
@@ -541,15 +543,64 @@ struct Block {
     red[kGv2 * threads + t] = gv2;
   }
 
+  LOMACS_FN static T magnitude(T x) { return x < 0 ? -x : x; }
   LOMACS_FN static T modulus(const Cx<T>& x) { return root(x.re * x.re + x.im * x.im); }
 
+  // d becomes Re diag(M) and S - |diag(M)|
   LOMACS_FN void gaps(int t) const {
     T gap = 0;
     for (int k = t; k < a.r; k += threads) {
       const T x = S[k] - modulus(d[k]);
-      gap += x < 0 ? -x : x;
+      d[k].im = x;
+      gap += magnitude(x);
+      // of whoever writes it, the same
+      if (tied(k)) sums[kTies] = 1;
     }
     red[kGap * threads + t] = gap;
+  }
+
+  // closer than float32 sums can tell which of the two is larger
+  LOMACS_FN bool tied(int k) const { return magnitude(d[k].im) < T(1) / 32768 * S[k]; }
+
+  LOMACS_FN double* wide_sums() const { return reinterpret_cast<double*>(red); }
+
+  // M_kk of a tie once more in float64, eight threads a row
+  LOMACS_FN void tie_parts(int k, int t) const {
+    double re = 0, im = 0;
+    for (int x = t; x < 8 * a.M; x += threads) {
+      const int i = x / 8;
+      const Cx<T>* row = H + int64_t(i) * a.N;
+      double wr = 0, wi = 0;
+      for (int j = x % 8; j < a.N; j += 8) {
+        const Cx<T> h = row[j], v = V[j * s.ld + k];
+        wr += double(h.re) * v.re - double(h.im) * v.im;
+        wi += double(h.re) * v.im + double(h.im) * v.re;
+      }
+      const Cx<T> u = U[i * s.ld + k];
+      re += u.re * wr + u.im * wi;
+      im += u.re * wi - u.im * wr;
+    }
+    wide_sums()[2 * t] = re;
+    wide_sums()[2 * t + 1] = im;
+  }
+
+  LOMACS_FN void tie_lanes(int t) const {
+    if (t >= 2 * kLanes) return;
+    double sum = 0;
+    for (int u = t; u < 2 * threads; u += 2 * kLanes) sum += wide_sums()[u];
+    part[t] = sum;
+  }
+
+  LOMACS_FN void tie_gap(int k, int t) const {
+    if (t != 0) return;
+    double re = 0, im = 0;
+    for (int l = 0; l < kLanes; ++l) {
+      re += part[2 * l];
+      im += part[2 * l + 1];
+    }
+    const T gap = T(S[k] - root(re * re + im * im));
+    sums[kGap] += magnitude(gap) - magnitude(d[k].im);
+    d[k] = {T(re), gap};
   }
 
   // fixed order: each lane its own threads, then the lanes
@@ -607,10 +658,8 @@ struct Block {
     *c = out;
   }
 
-  LOMACS_FN T spectral(int k) const {
-    if (!a.mean) return c->spectral;
-    const T size = modulus(d[k]);
-    return c->spectral * sign(S[k] - size) * inverse(size);
+  LOMACS_FN T spectral(int k, const Cx<T>& m) const {
+    return a.mean ? c->spectral * sign(d[k].im) * inverse(modulus(m)) : c->spectral;
   }
 
   LOMACS_FN void spectrum(int t) const {
@@ -621,7 +670,7 @@ struct Block {
         const Cx<T> x = G[k * s.ld + j], y = G[j * s.ld + k];
         sum += j == k ? T(0) : S[j] * (x.re * y.re - x.im * y.im);
       }
-      const T own = a.mean ? c->slope * sign(S[k] - modulus(d[k])) : c->slope * S[k];
+      const T own = a.mean ? c->slope * sign(d[k].im) : c->slope * S[k];
       a.gS[sample * a.r + k] = own - c->alpha * (d[k].re - sum);
     }
   }
@@ -631,7 +680,7 @@ struct Block {
     for (int x = t; x < s.q * s.q; x += threads) {
       const int i = x / s.q, j = x % s.q;
       Cx<T>& m = M[i * s.ld + j];
-      const T scale = i == j ? c->diagonal + spectral(i) : c->off;
+      const T scale = i == j ? c->diagonal + spectral(i, m) : c->off;
       m = {scale * m.re - (i == j ? c->alpha * S[i] : T(0)), scale * m.im};
     }
   }
@@ -799,6 +848,16 @@ LOMACS_FN void aeplus_sample(const Args<T>& a, int64_t sample, int64_t slot, cha
   threads.run([&](int t, A&) { b.gaps(t); });
   threads.run([&](int t, A&) { b.reduce_lanes(t); });
   threads.run([&](int t, A&) { b.reduce_sums(t); });
+  if constexpr (sizeof(T) == 4) {
+    if (a.mean && b.sums[kTies] != 0) {
+      for (int k = 0; k < a.r; ++k) {
+        if (!b.tied(k)) continue;
+        threads.run([&](int t, A&) { b.tie_parts(k, t); });
+        threads.run([&](int t, A&) { b.tie_lanes(t); });
+        threads.run([&](int t, A&) { b.tie_gap(k, t); });
+      }
+    }
+  }
   threads.run([&](int t, A&) { b.coefficients(t); });
   const bool panels = a.gV != nullptr || a.gH != nullptr;
   if (a.gS != nullptr || a.gU != nullptr || panels) {
