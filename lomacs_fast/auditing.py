@@ -31,6 +31,7 @@ KINDS = {
 FUSED = {
     "aeplus": "matrix products, norms",
     "low_rank": "matrix products, sums",
+    "neural_svd_steps": "matrix products, column norms",
     "ortho_refine": "matrix products, column norms",
     "bjorck": "matrix products, largest row sum",
     "spectral_calibrate": "matrix product, column dots",

@@ -689,7 +689,7 @@ register_macs("lomacs::freq_gate_backward", _freq_gate_backward)
 register_macs("lomacs::dual_view_project", lambda Hd, weight, *_, **__: _project_macs(Hd, weight, 1))
 register_macs(
     "lomacs::dual_view_project_backward",
-    lambda gX, Hd, weight, gh, gw, **_: _project_macs(Hd, weight, gh + gw),
+    lambda gX, Hd, weight, gh, gw, *_, **__: _project_macs(Hd, weight, gh + gw),
 )
 register_macs("lomacs::gate_project", _gate_project)
 

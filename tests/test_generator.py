@@ -364,7 +364,7 @@ def test_any_size(M, N, scenario, index):
     [(2, (2, 1, 1)), (63, (1, 7, 9)), (64, (2, 4, 8)), (128, (2, 8, 8)), (14, (2, 1, 7))],
 )
 def test_arrays(antennas, array):
-    assert module._array(antennas) == array
+    assert module.panel_shape(antennas) == array
 
 
 @pytest.mark.parametrize(
