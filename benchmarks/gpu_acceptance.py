@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PREBUILT = ROOT / "build" / "native"
 # seconds; together under nine minutes
-LIMITS = {"load": 120, "test": 210, "sanitize": 70, "bench": 120}
+LIMITS = {"load": 30, "test": 110, "kernels": 140, "sanitize": 80, "bench": 180}
 
 
 def build_ahead() -> None:
@@ -117,6 +117,7 @@ def main() -> int:
     parser.add_argument("--build", action="store_true")
     parser.add_argument("--only", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="steps to run")
     parser.add_argument("--step", choices=["load", "sanitize", "bench"], help=argparse.SUPPRESS)
+    parser.add_argument("--function", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.build:
         build_ahead()
@@ -124,7 +125,11 @@ def main() -> int:
     if args.out is None:
         parser.error("the folder for the results is missing")
     if args.step:
-        STEPS[args.step](args.out, "cpu" if args.dry_run else "cuda")
+        device = "cpu" if args.dry_run else "cuda"
+        if args.step == "sanitize":
+            sanitize(device, args.function)
+        else:
+            STEPS[args.step](args.out, device)
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     if any(args.out.iterdir()):
@@ -162,15 +167,18 @@ def run_all(out: Path, dry: bool, environment: dict[str, str], wanted: Sequence[
         # what is compiled ahead, or run by the host, needs no device
         for path in sorted((ROOT / "tests").glob("test_cuda_*.py")):
             tests[path.stem] = [*pytest, str(path), "-m", "gpu"]
-        for path in sorted((ROOT / "tests").glob("test_kernels_*.py")):
-            tests[path.stem] = [*pytest, str(path), "-k", "not ahead and not compiled"]
     sanitizer = shutil.which("compute-sanitizer") if not dry else None
     watched = [sanitizer, "--error-exitcode", "9"] if sanitizer else []
-    commands = {"load": [*own, "load"], "sanitize": [*watched, *own, "sanitize"], "bench": [*own, "bench"]}
+    paths = [] if dry else sorted((ROOT / "tests").glob("test_kernels_*.py"))
+    groups = {
+        "test": tests,
+        "kernels": {p.stem: [*pytest, str(p), "-k", "not ahead and not compiled"] for p in paths},
+        "sanitize": {f: [*watched, *own, "sanitize", "--function", f] for f in names},
+    }
     steps = [
-        together(name, tests, out, environment, LIMITS[name])
-        if name == "test"
-        else step(name, commands[name], out, environment, LIMITS[name])
+        together(name, groups[name], out, environment, LIMITS[name])
+        if name in groups
+        else step(name, [*own, name], out, environment, LIMITS[name])
         for name in LIMITS
         if name in wanted
     ]
@@ -219,14 +227,14 @@ def names_of(function: str) -> list[str]:
     return [b.name for op in OPS.values() if op.name == function for b in op.backends if b.name != "eager"]
 
 
-def sanitize(out: Path, device: str) -> None:
-    """Small odd sizes of everything once, under the sanitizer where it is there."""
+def sanitize(device: str, function: str) -> None:
+    """A small odd size of a function once, under the sanitizer where it is there."""
     import torch
 
     from lomacs_fast import functional, use_backend
     from lomacs_fast.benchmarks import stems
 
-    for case in stems.CASES:
+    for case in (c for c in stems.CASES if c.function == function):
         drawn = stems.cast(stems.tensors(case, 3, stems.Size(19, 13, 5)), device)
         for name in names_of(case.function) if device == "cuda" else ["auto"]:
             with use_backend(name):
@@ -260,7 +268,7 @@ def bench(out: Path, device: str) -> None:
     (out / "bench.md").write_text(report.markdown(result), encoding="utf-8")
 
 
-STEPS = {"load": load, "sanitize": sanitize, "bench": bench}
+STEPS = {"load": load, "bench": bench}
 
 if __name__ == "__main__":
     sys.exit(main())

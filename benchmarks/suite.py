@@ -11,7 +11,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from statistics import median
@@ -69,7 +69,8 @@ class Options:
 class Case:
     """Variants that do the same work: `variants` by name, eager first; `macs` and `bytes` are the batch's.
 
-    A variant outside `alike` computes something else, a decomposition; its error is in `errors`.
+    A variant outside `alike` computes something else, a decomposition; its error is in `errors`. Where it
+    decomposes one matrix after the other it is timed on the share of the batch in `shares`.
     """
 
     stem: str
@@ -86,6 +87,7 @@ class Case:
     compared: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
     alike: Sequence[str] = ("eager", "torch.compile", "ours")
     errors: Mapping[str, float] | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
     kind: str = "main"
 
 
@@ -122,9 +124,9 @@ def seconds(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - begin
 
 
-def timer(call: Callable[[], Any], device: str) -> Callable[[], float]:
-    """What times one run of `call`: the clock on a CPU, replays of a captured graph on a device."""
-    if device == "cpu":
+def timer(call: Callable[[], Any], device: str, captured: bool = True) -> Callable[[], float]:
+    """What times one run of `call`: replays of a captured graph on a device, else the clock."""
+    if device == "cpu" or not captured:
         return partial(seconds, call, device)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -214,7 +216,7 @@ def measure(case: Case, machine: Machine, budget: float) -> list[Row]:
         if name in trouble:
             continue
         try:
-            timers[name] = timer(call, case.device)
+            timers[name] = timer(call, case.device, name in case.alike)
             peaks[name] = peak_bytes(call, case.device)
         except Exception as failure:
             trouble[name] = f"failed: {_reason(failure)}"
@@ -224,7 +226,7 @@ def measure(case: Case, machine: Machine, budget: float) -> list[Row]:
     while order and (time.perf_counter() - begin < budget * len(order) or turn < 5) and turn < 2000:
         for i in range(len(order)):
             name = order[(turn + i) % len(order)]
-            times[name].append(timers[name]())
+            times[name].append(timers[name]() / case.shares.get(name, 1))
         turn += 1
     floor_s, bound_by = machine.floor(case)
     rows = []
@@ -448,12 +450,14 @@ def inference_case(size: stems.Size, batch: int, device: str, compiled: bool, ki
     variants["frozen"] = partial(_infer, frozen, H, sid)
     alike = tuple(variants)
     variants["approx_svd"] = partial(_approximate, H, size.r)
-    variants |= decompositions(H, size.r, device)
+    # on a device they decompose one matrix after the other: a part tells the time of all
+    part = H[: max(1, batch // 64)] if device == "cuda" else H
+    others = decompositions(part, size.r, device)
+    variants |= others
     spectrum = torch.linalg.svdvals(H[:few].to(torch.complex128))
     errors = {
-        name: _spectrum_error([x[:few] for x in call()], spectrum)
-        for name, call in variants.items()
-        if name not in (*alike, "approx_svd")
+        name: _spectrum_error([x[:few] for x in call()], spectrum[: len(part)])
+        for name, call in others.items()
     }
     macs = _counted(variants["ours"])
     moved = _bytes([H], variants["frozen"]())
@@ -472,6 +476,7 @@ def inference_case(size: stems.Size, batch: int, device: str, compiled: bool, ki
         compared=lambda factors: _product([x[:few] for x in factors]),
         alike=alike,
         errors=errors,
+        shares=dict.fromkeys(others, len(part) / batch),
         kind=kind,
     )
 
@@ -490,7 +495,8 @@ def cases(options: Options) -> Iterator[Callable[[], Case]]:
             yield partial(inference_case, size, slot, device, whole, "main")
     if "inference" in wanted:
         yield partial(inference_case, SMALL, 1, device, whole and not options.quick, "latency")
-    compiled = options.compiled and not options.quick
+    # compiling every function takes minutes, which an acceptance run does not have
+    compiled = options.compiled and not options.quick and device == "cpu"
     sizes = [(size, batch, "main") for size, _, batch in main] + [(SMALL, 1, "latency")]
     for size, batch, kind in sizes:
         for case in stems.CASES:
