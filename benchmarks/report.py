@@ -124,7 +124,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
     ]
     if result.get("left_out"):
-        lines += [f"{result['left_out']} cases did not begin in time.", ""]
+        lines += [f"{result['left_out']} cases failed or did not begin in time.", ""]
     return "\n".join(lines)
 
 

@@ -482,19 +482,12 @@ def inference_case(size: stems.Size, batch: int, device: str, compiled: bool, ki
 
 
 def cases(options: Options) -> Iterator[Callable[[], Case]]:
-    """The suite, the network first; each is made when its turn comes."""
+    """The suite, functions first, then the network; each is made when its turn comes."""
     device = options.device
     wanted = options.stems or tuple(dict.fromkeys([*(c.stem for c in stems.CASES), "network", "inference"]))
     main = [(s, SLOT[s.M] if device == "cuda" else b, b) for s, b in MAIN]
     main = main[:1] if options.quick else main
     whole = options.compiled
-    for size, slot, batch in main:
-        if "network" in wanted:
-            yield partial(training_case, size, batch, device, whole, "main")
-        if "inference" in wanted:
-            yield partial(inference_case, size, slot, device, whole, "main")
-    if "inference" in wanted:
-        yield partial(inference_case, SMALL, 1, device, whole and not options.quick, "latency")
     # compiling every function takes minutes, which an acceptance run does not have
     compiled = options.compiled and not options.quick and device == "cpu"
     sizes = [(size, batch, "main") for size, _, batch in main] + [(SMALL, 1, "latency")]
@@ -505,6 +498,13 @@ def cases(options: Options) -> Iterator[Callable[[], Case]]:
                     yield partial(
                         function_case, case, size, batch, backward, device, compiled and kind == "main", kind
                     )
+    for size, slot, batch in main:
+        if "network" in wanted:
+            yield partial(training_case, size, batch, device, whole, "main")
+        if "inference" in wanted:
+            yield partial(inference_case, size, slot, device, whole, "main")
+    if "inference" in wanted:
+        yield partial(inference_case, SMALL, 1, device, whole and not options.quick, "latency")
     if options.sweeps and "inference" in wanted:
         for batch in BATCHES[:5:2] if options.quick else BATCHES:
             yield partial(inference_case, SMALL, batch, device, False, "batch")
@@ -535,7 +535,7 @@ def run(options: Options, each: Callable[[list[Row]], None] = lambda rows: None)
 
     Returns:
         Facts of the machine with its measured rates, `cases` (the rows), and `left_out`, the number of cases
-        that did not begin before `options.end`.
+        that failed or did not begin before `options.end`.
 
     Raises:
         ValueError: for a stem that the suite does not have, and for CUDA where there is no device.
@@ -556,7 +556,13 @@ def run(options: Options, each: Callable[[list[Row]], None] = lambda rows: None)
             if time.monotonic() > options.end:
                 left += 1
                 continue
-            made = measure(make(), machine, options.seconds)
+            try:
+                made = measure(make(), machine, options.seconds)
+            except Exception as failure:
+                # a device that is out of memory, or a graph that cannot be captured, ends no other case
+                print(f"left out: {_reason(failure)}", flush=True)
+                left += 1
+                continue
             rows += made
             each(made)
     rates = {"product_gmacs": machine.product / 1e9, "copy_gb": machine.copy / 1e9}

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import reference
 from . import common, native
 from .common import REAL, library
-from .dispatch import Backend, Op
+from .dispatch import Backend, Op, chosen
 
 library.define("ortho_refine(Tensor U, Tensor? V, Tensor steps) -> (Tensor, Tensor)", tags=common.TAGS)
 library.define(
@@ -218,6 +218,10 @@ def native_reasons(size: int, **tensors: Tensor) -> list[str]:
     return found or list(native.reasons("cpu"))
 
 
+# numbers of a factor up to which one program a sample is faster than eager: benchmarks/results/h100/
+FASTER = 64 * 32
+
+
 def triton_reasons(**tensors: Tensor) -> list[str]:
     """Why the Triton kernels cannot take complex tensors; U decides the dtype."""
     first = next(iter(tensors.values()))
@@ -231,6 +235,11 @@ def triton_reasons(**tensors: Tensor) -> list[str]:
 
         rows = [x.shape[-2] for name, x in tensors.items() if name[0] in "UV"]
         found += limit(first.shape[-1], *rows)
+        if chosen() == "auto" and max(rows) * first.shape[-1] > FASTER:
+            found.append(
+                f"factors of more than {FASTER} numbers are slower on an H100 than PyTorch's batched products; "
+                'the kernel serves under use_backend("triton") alone'
+            )
     return found
 
 
