@@ -120,6 +120,12 @@ CALLS = {
     "spectrum": lambda: plot_spectrum(torch.tensor([3.0, 1.0]), torch.tensor([3.1, 0.9])),
     "statistics": lambda: plot_statistics(stats()),
     "time": lambda: plot_time({"ours": (1.0, 0.9, 1.2), "eager": 700.0}),
+    "knob": lambda: plots.plot_knob(
+        [
+            {"name": "4 steps", "steps": 4, "ae": 0.05, "true_macs_m": 13.0, "microseconds": 400.0},
+            {"name": "svd", "steps": None, "ae": 0.07, "true_macs_m": 11.0, "microseconds": 700.0},
+        ]
+    ),
     "trim": lambda: plots.plot_trim(torch.tensor([3.0, 1.0, 0.1, 0.0]), 2),
 }
 
