@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -212,8 +212,10 @@ def small_native(x: Any) -> bool:
     )
 
 
-# compute capabilities of the devices that have run every kernel, see benchmarks/results/
+# compute capabilities of the devices that have run the kernels, see benchmarks/results/
 PROVED = frozenset({(9, 0)})
+# of the kernels that are newer than the last run on a device
+NOWHERE: frozenset[tuple[int, int]] = frozenset()
 
 
 @constant_in_graphs
@@ -221,15 +223,20 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def triton_reasons(device: torch.device) -> list[str]:
-    """Why Triton kernels cannot serve on this device; `auto` leaves them out until a device has run them."""
+def triton_reasons(device: torch.device, proved: Collection[tuple[int, int]] = PROVED) -> list[str]:
+    """Why Triton kernels cannot serve on this device; `auto` leaves them out until a device has run them.
+
+    Args:
+        device: of the tensors.
+        proved: compute capabilities of the devices that have run this kernel.
+    """
     if device.type != "cuda":
         return [f"Triton kernels run on GPUs, the tensors are on {device.type}"]
     if not _triton_installed():
         return ["Triton is not installed"]
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         return ["TRITON_INTERPRET=1 interprets kernels"]
-    return unproved_reasons("triton", device)
+    return unproved_reasons("triton", device, proved)
 
 
 @constant_in_graphs
@@ -237,7 +244,9 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def unproved_reasons(backend: str, device: torch.device) -> list[str]:
+def unproved_reasons(
+    backend: str, device: torch.device, proved: Collection[tuple[int, int]] = PROVED
+) -> list[str]:
     """Why `auto` passes a kernel by that no device of the kind has run yet; asked for by name it serves.
 
     `LOMACS_FAST_UNPROVED=1` lets `auto` take such kernels: for the run that proves them.
@@ -245,7 +254,7 @@ def unproved_reasons(backend: str, device: torch.device) -> list[str]:
     if chosen() != "auto" or os.environ.get("LOMACS_FAST_UNPROVED", "0") == "1":
         return []
     kind = _capability(device)
-    if kind in PROVED and torch.version.hip is None:
+    if kind in proved and torch.version.hip is None:
         return []
     return [
         f"no device of compute capability {kind[0]}.{kind[1]} has run the kernel yet, it serves under "
