@@ -15,6 +15,8 @@ struct Taps {
 
   explicit Taps(std::int64_t n) {
     const std::int64_t half = n / 2;
+    for (auto* places : {&low, &high}) places->reserve(static_cast<std::size_t>(n));
+    share.reserve(static_cast<std::size_t>(n));
     for (std::int64_t i = 0; i < n; ++i) {
       const double scale = static_cast<double>(half) / static_cast<double>(n);
       const double centre = std::max((static_cast<double>(i) + 0.5) * scale - 0.5, 0.0);
@@ -61,7 +63,7 @@ struct Projection {
         d(d),
         weight(nullptr),
         rows(M),
-        columns(N),
+        columns(0),
         w1t(raw),
         w2t(pooled),
         base(base) {}

@@ -100,7 +100,7 @@ void run(const Network<T>& net, std::int64_t begin, std::int64_t end, Team* team
       s[i] = static_cast<T>(std::max(z, 0.0) + std::log1p(std::exp(-std::abs(z))) + 1e-6);
     }
     T* S = net.S + b * r;
-    net.tail(u, v, s, Hd, n, net.U + 2 * b * M * r, S, net.V + 2 * b * N * r);
+    net.tail(u, v, s, Hd, n, net.U + 2 * b * M * r, S, net.V + 2 * b * N * r, team);
     for (std::int64_t i = 0; i < n * r; ++i) S[i] *= norms[i / r];
   }
 }

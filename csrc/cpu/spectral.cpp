@@ -222,12 +222,13 @@ namespace lomacs {
 template <typename T>
 TailStage<T> stages::tail(std::int64_t M, std::int64_t N, std::int64_t r, double a, double b, double tau) {
   const Isa isa = choose_isa();
-  return [=](const T* U, const T* V, const T* S, const T* Hd, std::int64_t n, T* oU, T* oS, T* oV) {
+  return [=](const T* U, const T* V, const T* S, const T* Hd, std::int64_t n, T* oU, T* oS, T* oV, Team* team) {
     Tail<T> job{};
     job.U = U, job.V = V, job.S_pred = S, job.H = Hd;
     job.oU = oU, job.oS = oS, job.oV = oV;
     job.M = M, job.N = N, job.r = r, job.a = a, job.b = b, job.tau = tau;
-    LOMACS_DISPATCH(isa, tail_samples(job, 0, n));
+    if (team != nullptr) LOMACS_DISPATCH(isa, tail_of_one(job, *team));
+    else LOMACS_DISPATCH(isa, tail_samples(job, 0, n));
   };
 }
 

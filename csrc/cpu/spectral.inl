@@ -235,6 +235,15 @@ LOMACS_TARGET double tail_gradient(const std::int64_t* order, const TailFactor<T
   return gstep;
 }
 
+// largest first, NaN before all, equal ones as they come: torch's order
+template <typename T>
+void sort_columns(const T* S_pred, std::int64_t r, std::int64_t* order) {
+  for (std::int64_t k = 0; k < r; ++k) order[k] = k;
+  std::stable_sort(order, order + r, [S_pred](std::int64_t i, std::int64_t j) {
+    return S_pred[i] > S_pred[j] || (S_pred[i] != S_pred[i] && S_pred[j] == S_pred[j]);
+  });
+}
+
 template <typename T>
 LOMACS_TARGET void tail_samples(const Tail<T>& job, std::int64_t begin, std::int64_t end) {
   const std::int64_t M = job.M, N = job.N, r = job.r;
@@ -266,10 +275,7 @@ LOMACS_TARGET void tail_samples(const Tail<T>& job, std::int64_t begin, std::int
       ahead.add(job.V + right + 2 * N * r, sizeof(T) * static_cast<std::size_t>(2 * N * r));
       ahead.add(job.U + left + 2 * M * r, sizeof(T) * static_cast<std::size_t>(2 * M * r));
     }
-    // largest first, NaN before all, equal ones as they come: torch's order
-    for (std::int64_t k = 0; k < r; ++k) order[static_cast<std::size_t>(k)] = k;
-    std::stable_sort(order.begin(), order.end(),
-                     [s](std::int64_t i, std::int64_t j) { return s[i] > s[j] || (s[i] != s[i] && s[j] == s[j]); });
+    sort_columns(s, r, order.data());
     T *u = backward ? u_rows : job.oU + left, *v = backward ? v_rows : job.oV + right;
     T *uy = backward ? fu.x.Y : u, *vy = backward ? fv.x.Y : v;
     tail_columns(job.U + left, order.data(), fu, M, r, job.a, uy, ahead);
@@ -306,6 +312,55 @@ LOMACS_TARGET void tail_samples(const Tail<T>& job, std::int64_t begin, std::int
     scalars[0] = tail_gradient(order.data(), fu, M, r, job.a, job.oU + left, ahead);
     scalars[1] = tail_gradient(order.data(), fv, N, r, job.b, job.oV + right, ahead);
   }
+}
+
+template <typename T>
+LOMACS_TARGET void tail_factor(const T* raw, const std::int64_t* order, const TailFactor<T>& f, std::int64_t rows,
+                               std::int64_t r, double step, T* to) {
+  Ahead ahead;
+  tail_columns(raw, order, f, rows, r, step, to, ahead);
+  times_real(to, f.x.scale, rows, r, to);
+}
+
+// columns from `vec * lanes` on of (U^H H V)_kk, so many
+template <typename T>
+LOMACS_TARGET void measure_columns(const Tail<T>& job, Panels<T> V, const Diagonal<T>& z, std::int64_t vec,
+                                   std::int64_t columns) {
+  Ahead ahead;
+  const std::int64_t first = vec * lanes<T>;
+  const Term<T> measured[] = {{{job.H, job.N, 1}, {V.at(0, vec), V.rows}, job.N}};
+  ToDots<T> dots{job.oU + 2 * first, job.r, z.re + first, z.im + first};
+  product<false>(measured, dots, job.M, columns, ahead);
+}
+
+// The tail of one sample by a team, bit for bit what `tail_samples` gives.
+template <typename T>
+LOMACS_TARGET void tail_of_one(const Tail<T>& job, Team& team) {
+  const std::int64_t M = job.M, N = job.N, r = job.r;
+  TailFactor<T> fu, fv;
+  Panels<T> V;
+  Diagonal<T> z;
+  const auto plan = [&](Arena<T>& a) {
+    fu.plan(a, M, r, false);
+    fv.plan(a, N, r, false);
+    V = take_squares(a, N, r);
+    z.plan(a, r);
+  };
+  const Arena<T> arena(plan, r % lanes<T> != 0 || N % lanes<T> != 0);
+  std::vector<std::int64_t> order(static_cast<std::size_t>(r));
+  sort_columns(job.S_pred, r, order.data());
+  team.share(2, [&](std::uint64_t i) {
+    if (i == 0) return tail_factor(job.U, order.data(), fu, M, r, job.a, job.oU);
+    tail_factor(job.V, order.data(), fv, N, r, job.b, job.oV);
+    pack(job.oV, N, r, V);
+  });
+  z.clear(r);
+  // a vector that is not whole stays with the rest
+  const std::int64_t shares = r % lanes<T> == 0 ? r / lanes<T> : 1;
+  team.share(static_cast<std::uint64_t>(shares), [&](std::uint64_t i) {
+    measure_columns(job, V, z, static_cast<std::int64_t>(i), r / shares);
+  });
+  z.calibrate(job.S_pred, order.data(), job.tau, r, job.oS);
 }
 
 }  // namespace

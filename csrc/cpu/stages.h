@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <functional>
 
+#include "team.h"
+
 namespace lomacs {
 
 template <typename T>
@@ -48,10 +50,11 @@ struct BlockStage {
   std::int64_t parts;
   std::function<void(const T* x, std::int64_t begin, std::int64_t end, T* y)> run;
 };
-// raw columns and predicted spectrum to the factors: normalised, sorted, refined, calibrated on Hd
+// raw columns and predicted spectrum to the factors: normalised, sorted, refined, calibrated on Hd; a single sample
+// may be shared by a team
 template <typename T>
 using TailStage = std::function<void(const T* U, const T* V, const T* S, const T* Hd, std::int64_t n, T* oU, T* oS,
-                                T* oV)>;
+                                T* oV, Team* team)>;
 
 namespace stages {
 
