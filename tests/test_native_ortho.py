@@ -147,17 +147,23 @@ def check_errors(names, runs):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [(64, 32), (63, 11)])
-# five and seven steps of order 1 and three and four of order 2 share Gram matrices in groups of every length
+# five and six steps of order 1 and three and four of order 2 share Gram matrices in groups of every length; of
+# more, the first go one at a time, since what they leave in directions of no singular value grows step by step
 @pytest.mark.parametrize(
     "call",
-    [("refine", 0.1), ("refine", 0.5), *(("bjorck", *x) for x in ((5, 1), (7, 1), (3, 2), (4, 2)))],
+    [
+        ("refine", 0.1),
+        ("refine", 0.5),
+        *(("bjorck", *x) for x in ((5, 1), (6, 1), (14, 1), (20, 1), (3, 2), (4, 2), (14, 2))),
+    ],
 )
 def test_float32_error_is_at_most_twice_eager(size, kind, call):
     runs = []
     for seed in range(3):
         U, g = hard_case(kind, *size, seed)
-        # one at a time: the gradient of the step is a number a sample
-        for u, h in zip(U.split(1), g.split(1), strict=True):
+        # one at a time where the gradient of the step is a number a sample
+        share = 1 if call[0] == "refine" else len(U)
+        for u, h in zip(U.split(share), g.split(share), strict=True):
             exact = expected(h.to(torch.complex128), u.to(torch.complex128), *call)
             runs.append((exact, expected(h, u, *call), all_of(h, u, *call)))
     check_errors(("value", "gU", "gstep")[: len(runs[0][0])], runs)
