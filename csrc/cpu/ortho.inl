@@ -19,17 +19,33 @@ LOMACS_TARGET void ortho_refine_factors(const OrthoRefine<T>& job, std::int64_t 
     Ahead ahead;
     if (n + 1 < end && b + 1 < job.batch) {
       if (job.backward) ahead.add(f.g + (b + 1) * size, sizeof(T) * static_cast<std::size_t>(size));
+      if (f.refined) ahead.add(f.refined + (b + 1) * size, sizeof(T) * static_cast<std::size_t>(size));
       ahead.add(f.x + (b + 1) * size, sizeof(T) * static_cast<std::size_t>(size));
     }
     x.U.rows = rows;
     const T* u = f.x + b * size;
     T* out = f.out + b * size;
-    if (job.backward) {
+    T* residual = f.residual ? f.residual + 2 * b * f.stride * r : nullptr;
+    T* norms = f.norms ? f.norms + b * f.stride : nullptr;
+    if (job.backward && residual) {
+      pack(residual, r, r, x.G);
+      refine_polynomial(x, r, f.step);
+      for (std::int64_t k = 0; k < r; ++k) {
+        const double n = norms[k];
+        x.scale[k] = static_cast<T>(1 / (n + normal_eps));
+        x.slope[k] = static_cast<T>(n != 0 ? 1 / n : 0.0);
+      }
+      const T* refined = f.refined + b * size;
+      f.gsteps[b] = refine_gradient(u, refined, f.g + b * size, x, rows, r, f.step, out, ahead);
+    } else if (job.backward) {
       refine_columns(u, x, rows, r, f.step, x.Y, ahead);
-      f.gsteps[b] = refine_gradient(u, f.g + b * size, x, rows, r, f.step, out, ahead);
+      f.gsteps[b] = refine_gradient(u, x.Y, f.g + b * size, x, rows, r, f.step, out, ahead);
     } else {
       refine_columns(u, x, rows, r, f.step, out, ahead);
       times_real(out, x.scale, rows, r, out);
+      if (!residual) continue;
+      rows_of(x.G, r, residual);
+      for (std::int64_t k = 0; k < r; ++k) norms[k] = std::sqrt(x.squares[k]);
     }
   }
 }
