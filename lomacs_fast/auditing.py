@@ -33,6 +33,7 @@ FUSED = {
     "low_rank": "matrix products, sums",
     "neural_svd_steps": "matrix products, column norms",
     "ortho_refine": "matrix products, column norms",
+    "ortho_refine_kept": "matrix products, column norms",
     "bjorck": "matrix products, largest row sum",
     "spectral_calibrate": "matrix product, column dots",
     "svd_tail": "matrix products, column norms, sort",

@@ -718,8 +718,13 @@ def _calibrate(U: Tensor, V: Tensor, wanted: int) -> float:
     return B * (4 * M * V.shape[1] * r * (1 + wanted) + _macs(8 * M * r))
 
 
-register_macs("lomacs::ortho_refine", lambda U, V, steps, out: _refinement(U, V, False))
+for _name in ("ortho_refine", "ortho_refine_kept"):
+    register_macs(f"lomacs::{_name}", lambda U, V, steps, out: _refinement(U, V, False))
 register_macs("lomacs::ortho_refine_backward", lambda gU, gV, U, V, steps, out: _refinement(U, V, True))
+register_macs(
+    "lomacs::ortho_refine_kept_backward",
+    lambda gU, gV, U, V, *_, out: _refinement(U, V, True) - _refinement(U, V, False),
+)
 register_macs("lomacs::bjorck", lambda U, steps, order, out: _bjorck(U, steps, order, False))
 register_macs("lomacs::bjorck_backward", lambda g, U, steps, order, out: _bjorck(U, steps, order, True))
 register_macs("lomacs::spectral_calibrate", lambda U, H, V, *_, out: _calibrate(U, V, 0))

@@ -53,6 +53,16 @@ def refine_gradient(g, U, step=0.3):
     return torch.view_as_complex(gU), gstep
 
 
+def kept(g, U, step=0.3):
+    """Value and gradients by what the forward keeps for the backward."""
+    arguments = real(U), None, scalars(step)
+    out, none, residuals, norms = torch.ops.lomacs.ortho_refine_kept(*arguments)
+    gradients = torch.ops.lomacs.ortho_refine_kept_backward(
+        real(g), None, *arguments, out, none, residuals, norms
+    )
+    return torch.view_as_complex(out), torch.view_as_complex(gradients[0]), gradients[2]
+
+
 def bjorck(U, steps, order):
     return torch.view_as_complex(torch.ops.lomacs.bjorck(real(U), steps, order))
 
@@ -63,6 +73,8 @@ def bjorck_gradient(g, U, steps, order):
 
 def all_of(g, U, name, *rest):
     """Value and gradients by the kernels."""
+    if name == "kept":
+        return kept(g, U, *rest)
     if name == "refine":
         return refine(U, *rest), *refine_gradient(g, U, *rest)
     return bjorck(U, *rest), bjorck_gradient(g, U, *rest)
@@ -71,7 +83,7 @@ def all_of(g, U, name, *rest):
 def expected(g, U, name, *rest):
     """Value and gradients by autograd of the reference."""
     U = U.clone().requires_grad_()
-    if name == "refine":
+    if name in ("refine", "kept"):
         step = torch.tensor(*rest or [0.3], dtype=torch.float64, requires_grad=True)
         out = reference.ortho_refine(U, step)
         gU, gstep = torch.autograd.grad(out, (U, step), g)
@@ -91,7 +103,8 @@ def close(got, want, bound=1e-10):
 def test_refinement_in_float64_equals_autograd_of_the_reference(isa, size):
     for scale in (1.0, 0.2):
         U, g = scale * matrices(*size), matrices(*size, seed=1)
-        close(all_of(g, U, "refine"), expected(g, U, "refine"))
+        for name in ("refine", "kept"):
+            close(all_of(g, U, name), expected(g, U, name))
 
 
 @pytest.mark.parametrize(("order", "steps"), ITERATIONS)
@@ -147,17 +160,24 @@ def check_errors(names, runs):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [(64, 32), (63, 11)])
-# five and seven steps of order 1 and three and four of order 2 share Gram matrices in groups of every length
+# five and six steps of order 1 and three and four of order 2 share Gram matrices in groups of every length; of
+# more, the first go one at a time, since what they leave in directions of no singular value grows step by step
 @pytest.mark.parametrize(
     "call",
-    [("refine", 0.1), ("refine", 0.5), *(("bjorck", *x) for x in ((5, 1), (7, 1), (3, 2), (4, 2)))],
+    [
+        ("refine", 0.1),
+        ("kept", 0.1),
+        ("kept", 0.5),
+        *(("bjorck", *x) for x in ((5, 1), (6, 1), (14, 1), (20, 1), (3, 2), (4, 2), (14, 2))),
+    ],
 )
 def test_float32_error_is_at_most_twice_eager(size, kind, call):
     runs = []
     for seed in range(3):
         U, g = hard_case(kind, *size, seed)
-        # one at a time: the gradient of the step is a number a sample
-        for u, h in zip(U.split(1), g.split(1), strict=True):
+        # one at a time where the gradient of the step is a number a sample
+        share = len(U) if call[0] == "bjorck" else 1
+        for u, h in zip(U.split(share), g.split(share), strict=True):
             exact = expected(h.to(torch.complex128), u.to(torch.complex128), *call)
             runs.append((exact, expected(h, u, *call), all_of(h, u, *call)))
     check_errors(("value", "gU", "gstep")[: len(runs[0][0])], runs)
@@ -182,20 +202,28 @@ def test_instruction_sets_agree(isa, size):
         close([x.to(y.dtype) for x, y in zip(all_of(g, U, *call), want, strict=True)], want, 5e-6)
 
 
+def kept_pair(U, V, gU, gV):
+    arguments = real(U), real(V), scalars(0.3, 0.2)
+    forward = torch.ops.lomacs.ortho_refine_kept(*arguments)
+    backward = torch.ops.lomacs.ortho_refine_kept_backward(real(gU), real(gV), *arguments, *forward)
+    return *forward[:2], *backward
+
+
 def pair(U, V, gU, gV):
     steps = scalars(0.3, 0.2)
     forward = torch.ops.lomacs.ortho_refine(real(U), real(V), steps)
     return *forward, *torch.ops.lomacs.ortho_refine_backward(real(gU), real(gV), real(U), real(V), steps)
 
 
-def test_both_factors_in_one_call_give_the_bits_of_two():
+@pytest.mark.parametrize(("name", "pair"), [("refine", pair), ("kept", kept_pair)])
+def test_both_factors_in_one_call_give_the_bits_of_two(name, pair):
     U, V, gU, gV = (matrices(n, 5, B=9, seed=s) for s, n in enumerate((33, 17, 33, 17)))
     u, v, gu, gv, gsteps = pair(U, V, gU, gV)
     for x, g, step, out, gradient, gstep in (
         (U, gU, 0.3, u, gu, gsteps[:1]),
         (V, gV, 0.2, v, gv, gsteps[1:]),
     ):
-        for a, b in zip(all_of(g, x, "refine", step), (out, gradient, gstep), strict=True):
+        for a, b in zip(all_of(g, x, name, step), (out, gradient, gstep), strict=True):
             assert torch.equal(real(a) if a.is_complex() else a, b)
 
 
@@ -207,7 +235,7 @@ def test_threads_and_repetition_do_not_change_a_bit():
         for threads in (1, 2, 3, 1):
             torch.set_num_threads(threads)
             more = [real(x) for order in (1, 2) for x in all_of(single[2], single[0], "bjorck", 3, order)]
-            results.append([*pair(*single), *more])
+            results.append([*pair(*single), *kept_pair(*single), *more])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -234,7 +262,7 @@ def test_inputs_are_not_written_to_and_may_lie_anywhere():
 def test_zero_columns_stay_zero(isa):
     U, g = matrices(5, 3), matrices(5, 3, seed=1)
     U[0], U[1, :, 1] = 0, 0
-    for call in (("refine", 0.3), ("bjorck", 3, 1), ("bjorck", 3, 2)):
+    for call in (("refine", 0.3), ("kept", 0.3), ("bjorck", 3, 1), ("bjorck", 3, 2)):
         got = all_of(g, U, *call)
         assert (got[0][U == 0] == 0).all()
         close(got, expected(g, U, *call))
@@ -244,7 +272,7 @@ def test_zero_columns_stay_zero(isa):
 def test_nan_stays_in_its_sample(size):
     U, g = matrices(*size), matrices(*size, seed=1)
     U[1, 2, 1] = float("nan")
-    for call in (("refine", 0.3), ("bjorck", 0, 1), ("bjorck", 2, 1), ("bjorck", 2, 2)):
+    for call in (("refine", 0.3), ("kept", 0.3), ("bjorck", 0, 1), ("bjorck", 2, 1), ("bjorck", 2, 2)):
         value, gradient, *_ = all_of(g, U, *call)
         for x in (value, gradient):
             assert x[1].isnan().any()
@@ -254,9 +282,10 @@ def test_nan_stays_in_its_sample(size):
 
 def test_an_empty_batch():
     U = matrices(4, 3, B=0)
-    value, gradient, gstep = all_of(U, U, "refine")
-    assert value.shape == gradient.shape == U.shape
-    assert gstep == 0
+    for name in ("refine", "kept"):
+        value, gradient, gstep = all_of(U, U, name)
+        assert value.shape == gradient.shape == U.shape
+        assert gstep == 0
     assert all(x.shape == U.shape for x in all_of(U, U, "bjorck", 2, 1))
 
 
@@ -272,6 +301,7 @@ def test_bad_arguments_are_named():
         (lambda: ops.ortho_refine(U[:, :, :0], None, step), "no dimension but the batch may be empty"),
         (lambda: ops.ortho_refine_backward(U, U, U, None, step), "gV must be given where V is"),
         (lambda: ops.ortho_refine_backward(U[:, :2], None, U, None, step), "gU must have shape"),
+        (lambda: ops.ortho_refine_kept_backward(U, None, U, None, step, U, U, U, U), "residuals must have"),
         (lambda: ops.bjorck(U[:, :2].contiguous(), 2, 1), "at least as many rows as columns"),
         (lambda: ops.bjorck(U, -1, 1), "steps must be at least 0, got -1"),
         (lambda: ops.bjorck(U, 1, 3), "order must be 1 or 2, got 3"),

@@ -106,9 +106,32 @@ def test_opcheck(dtype):
     U, V, steps = raw(dtype, (False, False, False))
     torch.library.opcheck(OPS.ortho_refine_backward.default, (U, V, U, V, steps))
     torch.library.opcheck(OPS.ortho_refine_backward.default, (U, None, U, None, steps[:1]))
+    for v, sizes in ((V, steps), (None, steps[:1])):
+        kept = OPS.ortho_refine_kept(U, v, sizes)
+        torch.library.opcheck(OPS.ortho_refine_kept_backward.default, (U, v, U, v, sizes, *kept))
+        leaf = U.detach().clone().requires_grad_()
+        torch.library.opcheck(OPS.ortho_refine_kept.default, (leaf, v, sizes))
     for order in (1, 2):
         torch.library.opcheck(OPS.bjorck.default, (U.detach().requires_grad_(), 2, order))
         torch.library.opcheck(OPS.bjorck_backward.default, (U, U, 2, order))
+
+
+def test_what_the_gradients_need_is_kept_where_they_are_wanted(monkeypatch):
+    """Without gradients no more than the results; with them the same bits and the residuals."""
+    U, called = matrices(), []
+    real = {name: getattr(OPS, name).default for name in ("ortho_refine", "ortho_refine_kept")}
+    for name, op in real.items():
+        monkeypatch.setattr(
+            getattr(OPS, name), "default", lambda *x, op=op, name=name: called.append(name) or op(*x)
+        )
+    leaf, step = U.clone().requires_grad_(), size(0.3).requires_grad_()
+    plain = functional.ortho_refine(U, 0.3)
+    for out in (functional.ortho_refine(leaf, 0.3), functional.ortho_refine(U, step)):
+        assert out.requires_grad
+        assert torch.equal(out, plain)
+    with torch.no_grad():
+        assert torch.equal(functional.ortho_refine(leaf, step), plain)
+    assert called == ["ortho_refine", "ortho_refine_kept", "ortho_refine_kept", "ortho_refine"]
 
 
 def test_opcheck_of_no_samples():
@@ -343,6 +366,14 @@ def test_transforms_take_the_formula():
         (lambda U, s: OPS.ortho_refine(U, U, s), "steps must"),
         (lambda U, s: OPS.ortho_refine(U, U[:1], s.expand(2).clone()), "V must"),
         (lambda U, s: OPS.ortho_refine_backward(U, U, U, None, s), "gV must be given where V is"),
+        (
+            lambda U, s: OPS.ortho_refine_kept_backward(U, None, U, None, s, U[:1], U, U, U),
+            "U_out must",
+        ),
+        (
+            lambda U, s: OPS.ortho_refine_kept_backward(U, None, U, None, s, U, U, U, U),
+            "residuals must",
+        ),
         (lambda U, s: OPS.bjorck(U[:, :2].contiguous(), 1, 1), "at least as many rows as columns"),
         (lambda U, s: OPS.bjorck(U, 1, 3), "order must be 1 or 2"),
         (lambda U, s: OPS.bjorck_backward(U[:1], U, 1, 1), "g must"),

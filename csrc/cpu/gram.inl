@@ -150,10 +150,11 @@ LOMACS_TARGET void gram_matrix(const T* x, Panels<T> planar, std::int64_t rows, 
 }
 
 // Gradient of columns x that were divided by (norm + eps), given that of the quotients, g:
-// to = g diag(a) - x diag(q Re(x^H g)); to may be x or g
+// to = g diag(a) - x diag(q Re(x^H g)), a = 1 / (norm + eps), q = a^2 / norm, or 1 / norm for x the quotients;
+// to may be x or g; in panels too where there are some
 template <typename T>
 LOMACS_TARGET void normal_gradient(const T* x, const T* g, const T* a, const T* q, std::int64_t rows,
-                                   std::int64_t columns, T* to) {
+                                   std::int64_t columns, T* to, Panels<T> planar = {}) {
   for (std::int64_t j = 0; j < columns; j += lanes<T>) {
     const std::int64_t count = columns - j;
     Vec<T> dot{};
@@ -174,7 +175,12 @@ LOMACS_TARGET void normal_gradient(const T* x, const T* g, const T* a, const T* 
       Vec<T> xr, xi, gr, gi;
       load_complex(x + at, count, xr, xi);
       load_complex(g + at, count, gr, gi);
-      store_complex(to + at, count, of_g * gr - of_x * xr, of_g * gi - of_x * xi);
+      const Vec<T> re = of_g * gr - of_x * xr, im = of_g * gi - of_x * xi;
+      store_complex(to + at, count, re, im);
+      if (planar.data == nullptr) continue;
+      T* p = planar.at(i, j / lanes<T>);
+      store(p, re);
+      store(p + Panels<T>::imag, im);
     }
   }
 }
@@ -199,6 +205,12 @@ struct Factor {
   }
 };
 
+template <typename T>
+LOMACS_TARGET void refine_polynomial(const Factor<T>& x, std::int64_t r, double step) {
+  multiple(x.G, static_cast<T>(-step), r, x.P);
+  add_identity(x.P, static_cast<T>(1), r);
+}
+
 // Y = U - step U (U^H U - I); leaves 1 / (norm + eps) of its columns in x.scale
 template <typename T>
 LOMACS_TARGET void refine_columns(const T* u, const Factor<T>& x, std::int64_t rows, std::int64_t r, double step,
@@ -211,8 +223,7 @@ LOMACS_TARGET void refine_columns(const T* u, const Factor<T>& x, std::int64_t r
     g[Panels<T>::imag] = 0;
     x.squares[k] = 0;
   }
-  multiple(x.G, static_cast<T>(-step), r, x.P);
-  add_identity(x.P, static_cast<T>(1), r);
+  refine_polynomial(x, r, step);
   const Term<T> terms[] = {{{u, r, 1}, x.P, r}};
   ToRowsAndSquares<T> sink{{Y, r}, x.squares};
   product<false>(terms, sink, rows, r, ahead);
@@ -223,12 +234,13 @@ LOMACS_TARGET void refine_columns(const T* u, const Factor<T>& x, std::int64_t r
   }
 }
 
-// After refine_columns into x.Y: gU from the gradient g of the normalised columns; returns that of the step.
+// gU from the gradient g of the normalised columns; returns that of the step. After refine_columns into x.Y, which
+// is `columns`; or those normalised, and then x.slope has 1 / norm.
 template <typename T>
-LOMACS_TARGET double refine_gradient(const T* u, const T* g, const Factor<T>& x, std::int64_t rows, std::int64_t r,
-                                     double step, T* gU, Ahead& ahead) {
-  normal_gradient(x.Y, g, x.scale, x.slope, rows, r, x.Y);
-  const Term<T> cross[] = {{{x.Y, 1, r}, x.U, rows}};
+LOMACS_TARGET double refine_gradient(const T* u, const T* columns, const T* g, const Factor<T>& x, std::int64_t rows,
+                                     std::int64_t r, double step, T* gU, Ahead& ahead) {
+  normal_gradient(columns, g, x.scale, x.slope, rows, r, x.Y, x.U);
+  const Term<T> cross[] = {{{u, 1, r}, x.U, rows}};
   ToPanels<T> of_gram{x.K};
   product<true>(cross, of_gram, r, r, ahead);
   hermitian_sum(x.K, static_cast<T>(-step), r, x.C);

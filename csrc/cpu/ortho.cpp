@@ -13,7 +13,9 @@
 namespace lomacs {
 namespace {
 
-// A batch of one factor; g and gsteps, one a sample, are there for the backward alone.
+// A batch of one factor; g and gsteps, one a sample, are there for the backward alone. Where the forward kept
+// U^H U - I and the norms of the columns, `stride` columns from sample to sample, the backward reads them and the
+// refined columns.
 template <typename T>
 struct FactorOf {
   const T *x, *g;
@@ -21,6 +23,9 @@ struct FactorOf {
   double* gsteps;
   std::int64_t rows;
   double step;
+  const T* refined;
+  T *residual, *norms;
+  std::int64_t stride;
 };
 
 template <typename T>
@@ -94,10 +99,21 @@ OrthoRefine<T> refine_job(const Tensor& U, const std::optional<Tensor>& V, const
   OrthoRefine<T> job{};
   const double* step = pointer<double>(steps);
   job.batch = U.size(0), job.r = U.size(2);
-  job.factors[0] = {pointer<T>(U), nullptr, output<T>(outU), nullptr, U.size(1), step[0]};
+  job.factors[0] = {pointer<T>(U), nullptr, output<T>(outU), nullptr, U.size(1), step[0], nullptr, nullptr, nullptr, 0};
   if (V.has_value())
-    job.factors[1] = {pointer<T>(*V), nullptr, output<T>(outV), nullptr, V->size(1), step[1]};
+    job.factors[1] = {pointer<T>(*V), nullptr, output<T>(outV), nullptr, V->size(1), step[1], nullptr, nullptr,
+                      nullptr, 0};
   return job;
+}
+
+// where the forward leaves what the backward reads: residuals (B, factors, r, r, 2) and norms (B, factors, r)
+template <typename T>
+void keep(OrthoRefine<T>& job, std::int64_t factors, const Tensor& residuals, const Tensor& norms) {
+  for (std::int64_t f = 0; f < factors; ++f) {
+    job.factors[f].residual = output<T>(residuals) + 2 * f * job.r * job.r;
+    job.factors[f].norms = output<T>(norms) + f * job.r;
+    job.factors[f].stride = factors * job.r;
+  }
 }
 
 template <typename T>
@@ -114,9 +130,33 @@ std::tuple<Tensor, Tensor> ortho_refine(const Tensor& U, const std::optional<Ten
 }
 
 template <typename T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> refine_kept(const Tensor& U, const std::optional<Tensor>& V,
+                                                       const Tensor& steps) {
+  const std::int64_t factors = V.has_value() ? 2 : 1, B = U.size(0), r = U.size(2);
+  Tensor outU = shaped_like(U), outV = V.has_value() ? shaped_like(*V) : torch::stable::new_empty(U, {0});
+  Tensor residuals = torch::stable::new_empty(U, {B, factors, r, r, 2});
+  Tensor norms = torch::stable::new_empty(U, {B, factors, r});
+  OrthoRefine<T> job = refine_job<T>(U, V, steps, outU, outV);
+  keep(job, factors, residuals, norms);
+  if (B > 0) run(job, B * factors);
+  return {outU, outV, residuals, norms};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ortho_refine_kept(const Tensor& U, const std::optional<Tensor>& V,
+                                                             const Tensor& steps) {
+  check_refine(Checks{"ortho_refine_kept"}, U, V, steps);
+  return U.scalar_type() == ScalarType::Float ? refine_kept<float>(U, V, steps) : refine_kept<double>(U, V, steps);
+}
+
+// What the forward kept and the refined factors, or nothing.
+struct Kept {
+  const Tensor *U, *V, *residuals, *norms;
+};
+
+template <typename T>
 std::tuple<Tensor, Tensor, Tensor> refine_backward(const Tensor& gU, const std::optional<Tensor>& gV,
                                                    const Tensor& U, const std::optional<Tensor>& V,
-                                                   const Tensor& steps) {
+                                                   const Tensor& steps, const Kept* kept) {
   Tensor outU = shaped_like(U), outV = V.has_value() ? shaped_like(*V) : torch::stable::new_empty(U, {0});
   Tensor gsteps = shaped_like(steps);
   OrthoRefine<T> job = refine_job<T>(U, V, steps, outU, outV);
@@ -129,6 +169,11 @@ std::tuple<Tensor, Tensor, Tensor> refine_backward(const Tensor& gU, const std::
     job.factors[1].g = pointer<T>(*gV);
     job.factors[1].gsteps = samples.data() + job.batch;
   }
+  if (kept) {
+    keep(job, factors, *kept->residuals, *kept->norms);
+    job.factors[0].refined = pointer<T>(*kept->U);
+    if (V.has_value()) job.factors[1].refined = pointer<T>(*kept->V);
+  }
   if (job.batch > 0) run(job, factors * job.batch);
   // in the order of the samples, whatever thread had them
   for (std::int64_t f = 0; f < factors; ++f) {
@@ -139,16 +184,35 @@ std::tuple<Tensor, Tensor, Tensor> refine_backward(const Tensor& gU, const std::
   return {outU, outV, gsteps};
 }
 
-std::tuple<Tensor, Tensor, Tensor> ortho_refine_backward(const Tensor& gU, const std::optional<Tensor>& gV,
-                                                         const Tensor& U, const std::optional<Tensor>& V,
-                                                         const Tensor& steps) {
-  constexpr Checks checks{"ortho_refine_backward"};
+void check_refine_backward(const Checks& checks, const Tensor& gU, const std::optional<Tensor>& gV, const Tensor& U,
+                           const std::optional<Tensor>& V, const Tensor& steps) {
   check_refine(checks, U, V, steps);
   checks.expect(gV.has_value() == V.has_value(), "gV must be given where V is, and nowhere else");
   checks.tensor("gU", gU, U.scalar_type(), {U.size(0), U.size(1), U.size(2), 2});
   if (V.has_value()) checks.tensor("gV", *gV, U.scalar_type(), {U.size(0), V->size(1), U.size(2), 2});
-  if (U.scalar_type() == ScalarType::Float) return refine_backward<float>(gU, gV, U, V, steps);
-  return refine_backward<double>(gU, gV, U, V, steps);
+}
+
+std::tuple<Tensor, Tensor, Tensor> ortho_refine_backward(const Tensor& gU, const std::optional<Tensor>& gV,
+                                                         const Tensor& U, const std::optional<Tensor>& V,
+                                                         const Tensor& steps) {
+  check_refine_backward(Checks{"ortho_refine_backward"}, gU, gV, U, V, steps);
+  if (U.scalar_type() == ScalarType::Float) return refine_backward<float>(gU, gV, U, V, steps, nullptr);
+  return refine_backward<double>(gU, gV, U, V, steps, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> ortho_refine_kept_backward(
+    const Tensor& gU, const std::optional<Tensor>& gV, const Tensor& U, const std::optional<Tensor>& V,
+    const Tensor& steps, const Tensor& U_out, const Tensor& V_out, const Tensor& residuals, const Tensor& norms) {
+  constexpr Checks checks{"ortho_refine_kept_backward"};
+  check_refine_backward(checks, gU, gV, U, V, steps);
+  const std::int64_t factors = V.has_value() ? 2 : 1, B = U.size(0), r = U.size(2);
+  checks.tensor("U_out", U_out, U.scalar_type(), {B, U.size(1), r, 2});
+  if (V.has_value()) checks.tensor("V_out", V_out, U.scalar_type(), {B, V->size(1), r, 2});
+  checks.tensor("residuals", residuals, U.scalar_type(), {B, factors, r, r, 2});
+  checks.tensor("norms", norms, U.scalar_type(), {B, factors, r});
+  const Kept kept{&U_out, &V_out, &residuals, &norms};
+  if (U.scalar_type() == ScalarType::Float) return refine_backward<float>(gU, gV, U, V, steps, &kept);
+  return refine_backward<double>(gU, gV, U, V, steps, &kept);
 }
 
 template <typename T>
@@ -191,6 +255,8 @@ Tensor bjorck_backward(const Tensor& g, const Tensor& U, std::int64_t steps, std
 STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) {
   m.impl("ortho_refine", TORCH_BOX(&lomacs::ortho_refine));
   m.impl("ortho_refine_backward", TORCH_BOX(&lomacs::ortho_refine_backward));
+  m.impl("ortho_refine_kept", TORCH_BOX(&lomacs::ortho_refine_kept));
+  m.impl("ortho_refine_kept_backward", TORCH_BOX(&lomacs::ortho_refine_kept_backward));
   m.impl("bjorck", TORCH_BOX(&lomacs::bjorck));
   m.impl("bjorck_backward", TORCH_BOX(&lomacs::bjorck_backward));
 }

@@ -19,20 +19,60 @@ LOMACS_TARGET void ortho_refine_factors(const OrthoRefine<T>& job, std::int64_t 
     Ahead ahead;
     if (n + 1 < end && b + 1 < job.batch) {
       if (job.backward) ahead.add(f.g + (b + 1) * size, sizeof(T) * static_cast<std::size_t>(size));
+      if (f.refined) ahead.add(f.refined + (b + 1) * size, sizeof(T) * static_cast<std::size_t>(size));
       ahead.add(f.x + (b + 1) * size, sizeof(T) * static_cast<std::size_t>(size));
     }
     x.U.rows = rows;
     const T* u = f.x + b * size;
     T* out = f.out + b * size;
-    if (job.backward) {
+    T* residual = f.residual ? f.residual + 2 * b * f.stride * r : nullptr;
+    T* norms = f.norms ? f.norms + b * f.stride : nullptr;
+    if (job.backward && residual) {
+      pack(residual, r, r, x.G);
+      refine_polynomial(x, r, f.step);
+      for (std::int64_t k = 0; k < r; ++k) {
+        const double n = norms[k];
+        x.scale[k] = static_cast<T>(1 / (n + normal_eps));
+        x.slope[k] = static_cast<T>(n != 0 ? 1 / n : 0.0);
+      }
+      const T* refined = f.refined + b * size;
+      f.gsteps[b] = refine_gradient(u, refined, f.g + b * size, x, rows, r, f.step, out, ahead);
+    } else if (job.backward) {
       refine_columns(u, x, rows, r, f.step, x.Y, ahead);
-      f.gsteps[b] = refine_gradient(u, f.g + b * size, x, rows, r, f.step, out, ahead);
+      f.gsteps[b] = refine_gradient(u, x.Y, f.g + b * size, x, rows, r, f.step, out, ahead);
     } else {
       refine_columns(u, x, rows, r, f.step, out, ahead);
       times_real(out, x.scale, rows, r, out);
+      if (!residual) continue;
+      rows_of(x.G, r, residual);
+      for (std::int64_t k = 0; k < r; ++k) norms[k] = std::sqrt(x.squares[k]);
     }
   }
 }
+
+// product + x X, where it lies and in panels
+template <typename T>
+struct ToMoreRowsAndPanels {
+  ToRowsAndPanels<T> to;
+  const T* X;
+  T x;
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+    const std::int64_t columns = to.rows.columns;
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) {
+        const std::int64_t column = (vec + j) * lanes<T>;
+        Vec<T> xr, xi;
+        load_complex(X + 2 * ((i0 + i) * columns + column), columns - column, xr, xi);
+        re[i][j] += x * xr;
+        im[i][j] += x * xi;
+      }
+    to.template take<R, V>(re, im, i0, vec);
+  }
+};
 
 // Scratch of Björck's iteration. With gradients every step keeps its matrices, else two take turns.
 template <typename T>
@@ -95,29 +135,39 @@ LOMACS_TARGET void copy_scaled(const T* from, T s, std::int64_t n, T* to) {
   for (; i < n; ++i) to[i] = s * from[i];
 }
 
-// to = A B of commuting Hermitian matrices, Hermitian itself: its upper half, mirrored; to may be A
+// to = A B of commuting Hermitian matrices, Hermitian itself: its upper half, mirrored, and then `to` may be A; or
+// all of it
 template <typename T>
-LOMACS_TARGET void hermitian_product(const Iterates<T>& x, Panels<T> A, Panels<T> B, Panels<T> to, Ahead& ahead) {
+LOMACS_TARGET void hermitian_product(const Iterates<T>& x, Panels<T> A, Panels<T> B, Panels<T> to, Ahead& ahead,
+                                     Part part = Part::upper) {
   rows_of(A, x.r, x.square);
   const Term<T> terms[] = {{{x.square, x.r, 1}, B, x.r}};
   ToPanels<T> sink{to};
-  product<false>(terms, sink, x.r, x.r, ahead, Part::upper);
-  mirror(to, x.r);
+  product<false>(terms, sink, x.r, x.r, ahead, part);
+  if (part == Part::upper) mirror(to, x.r);
 }
 
-// P = c0 I + c1 G, or c0 I + c1 G + c2 G^2
+// The Gram matrix of u, by half of it or all: halves round differently, equal columns of all have equal entries.
+template <typename T>
+LOMACS_TARGET void iterate_gram(const Iterates<T>& x, const T* u, Panels<T> to, Part part, Ahead& ahead) {
+  if (part == Part::upper) return gram_matrix(u, x.U, x.M, x.r, to, ahead);
+  const Term<T> terms[] = {{{u, 1, x.r}, x.U, x.M}};
+  ToPanels<T> sink{to};
+  product<true>(terms, sink, x.r, x.r, ahead);
+}
+
+// The polynomial of a step without its constant: P = c1 G, or c1 G + c2 G^2
 template <typename T>
 LOMACS_TARGET void bjorck_polynomial(const Bjorck<T>& job, const Iterates<T>& x, Panels<T> G, Panels<T> P,
-                                     Ahead& ahead) {
+                                     Part part, Ahead& ahead) {
   const std::int64_t r = job.r;
   const T c1 = static_cast<T>(job.c[1]);
   if (job.order == 2) {
-    hermitian_product(x, G, G, P, ahead);
+    hermitian_product(x, G, G, P, ahead, part);
     combine(P, static_cast<T>(job.c[2]), G, c1, r, P);
   } else {
     multiple(G, c1, r, P);
   }
-  add_identity(P, static_cast<T>(job.c[0]), r);
 }
 
 // Two steps of order 1 as one polynomial: with G = I + X and S = X^2, P = I - X/2 + S (3/8 I - 5/16 X + 1/16 S).
@@ -139,13 +189,18 @@ LOMACS_TARGET void two_steps(const Iterates<T>& x, Panels<T> G, Panels<T> P, Ahe
 template <typename T>
 LOMACS_TARGET Panels<T> product_of_steps(const Bjorck<T>& job, const Iterates<T>& x, std::int64_t steps,
                                          Ahead& ahead) {
+  const std::int64_t r = x.r;
   const Panels<T> G = x.gram(0);
   bool first = true;
   while (steps > 0) {
     const Panels<T> P = first ? x.Z : x.polynomial(0);
     const bool two = job.order == 1 && steps > 1;
-    if (two) two_steps(x, G, P, ahead);
-    else bjorck_polynomial(job, x, G, P, ahead);
+    if (two) {
+      two_steps(x, G, P, ahead);
+    } else {
+      bjorck_polynomial(job, x, G, P, Part::upper, ahead);
+      add_identity(P, static_cast<T>(job.c[0]), r);
+    }
     steps -= two ? 2 : 1;
     if (steps > 0) {
       // P G P
@@ -161,23 +216,24 @@ LOMACS_TARGET Panels<T> product_of_steps(const Bjorck<T>& job, const Iterates<T>
 // The Gram matrix of u and the sums of its magnitudes, the largest of which is `largest`; returns the scale of the
 // start, by which the Gram matrix is multiplied already
 template <typename T>
-LOMACS_TARGET T bjorck_start(const Bjorck<T>& job, const Iterates<T>& x, const T* u, double& largest, Ahead& ahead) {
-  const std::int64_t M = job.M, r = job.r;
-  pack(u, M, r, x.U);
-  if (job.backward) {
-    // all of it: the halves round differently, and equal columns must have equal sums to share a gradient
-    const Term<T> terms[] = {{{u, 1, r}, x.U, M}};
-    ToPanels<T> sink{x.gram(0)};
-    product<true>(terms, sink, r, r, ahead);
-  } else {
-    gram_matrix(u, x.U, M, r, x.gram(0), ahead);
-  }
+LOMACS_TARGET T bjorck_start(const Bjorck<T>& job, const Iterates<T>& x, const T* u, double& largest, Part part,
+                             Ahead& ahead) {
+  pack(u, job.M, job.r, x.U);
+  iterate_gram(x, u, x.gram(0), part, ahead);
   largest = row_sums(x, x.gram(0));
   const double bound = job.bound;
   // NaN fails every comparison and passes on
   const T scale = static_cast<T>(largest < bound * bound ? 1.0 : bound / std::sqrt(largest));
-  multiple(x.gram(0), scale * scale, r, x.gram(0));
+  multiple(x.gram(0), scale * scale, job.r, x.gram(0));
   return scale;
+}
+
+// What a step leaves in directions of no singular value grows 1.5-fold with every later step of order 1 and
+// 1.875-fold with one of order 2. Before the last so many, steps are therefore taken one at a time as
+// `c0 U + U (c1 G + c2 G^2)`, G whole: rounding is less, and equal columns stay equal to the bit.
+template <typename T>
+std::int64_t first_that_may_be_rough(const Bjorck<T>& job) {
+  return std::max<std::int64_t>(job.steps - (job.order == 1 ? 6 : 4), 0);
 }
 
 // Steps that share a Gram matrix before the next is formed from U anew: errors of its smallest eigenvalues grow
@@ -191,18 +247,31 @@ std::int64_t steps_at_once(const Bjorck<T>& job) {
 
 template <typename T>
 LOMACS_TARGET void bjorck_forward(const Bjorck<T>& job, const Iterates<T>& x, const T* u, T* out, Ahead& ahead) {
-  const std::int64_t M = job.M, r = job.r, most = steps_at_once(job), groups = (job.steps + most - 1) / most;
+  const std::int64_t M = job.M, r = job.r, most = steps_at_once(job), fine = first_that_may_be_rough(job);
+  const std::int64_t rough = job.steps - fine, groups = (rough + most - 1) / most;
   double largest = 0;
-  const T scale = bjorck_start(job, x, u, largest, ahead);
-  if (groups == 0) return copy_scaled(u, scale, 2 * M * r, out);
+  T scale = bjorck_start(job, x, u, largest, fine > 0 ? Part::all : Part::upper, ahead);
+  if (job.steps == 0) return copy_scaled(u, scale, 2 * M * r, out);
   const T* now = u;
+  for (std::int64_t i = 0; i < fine; ++i) {
+    if (i > 0) iterate_gram(x, now, x.gram(0), Part::all, ahead);
+    const Panels<T> P = x.polynomial(0);
+    bjorck_polynomial(job, x, x.gram(0), P, Part::all, ahead);
+    if (i == 0) multiple(P, scale, r, P);
+    const Term<T> terms[] = {{{now, r, 1}, P, r}};
+    T* next = x.iterate(i);
+    ToMoreRowsAndPanels<T> sink{{{next, r}, {x.U}}, now, scale * static_cast<T>(job.c[0])};
+    product<false>(terms, sink, M, r, ahead);
+    now = next;
+    scale = 1;
+  }
   for (std::int64_t n = 0; n < groups; ++n) {
-    if (n > 0) gram_matrix(now, x.U, M, r, x.gram(0), ahead);
-    const Panels<T> Q = product_of_steps(job, x, (n + 1) * job.steps / groups - n * job.steps / groups, ahead);
-    if (n == 0) multiple(Q, scale, r, Q);
+    if (now != u) iterate_gram(x, now, x.gram(0), Part::upper, ahead);
+    const Panels<T> Q = product_of_steps(job, x, (n + 1) * rough / groups - n * rough / groups, ahead);
+    if (now == u) multiple(Q, scale, r, Q);
     const Term<T> terms[] = {{{now, r, 1}, Q, r}};
     if (n + 1 < groups) {
-      T* next = x.iterate(n);
+      T* next = x.iterate(fine + n);
       ToRowsAndPanels<T> sink{{next, r}, {x.U}};
       product<false>(terms, sink, M, r, ahead);
       now = next;
@@ -218,16 +287,18 @@ LOMACS_TARGET void bjorck_forward(const Bjorck<T>& job, const Iterates<T>& x, co
 template <typename T>
 LOMACS_TARGET T bjorck_iterate(const Bjorck<T>& job, const Iterates<T>& x, const T* u, double& largest,
                                Ahead& ahead) {
-  const std::int64_t M = job.M, r = job.r;
-  const T scale = bjorck_start(job, x, u, largest, ahead);
+  const std::int64_t M = job.M, r = job.r, fine = first_that_may_be_rough(job);
+  // all of it: equal columns must have equal sums to share a gradient
+  const T scale = bjorck_start(job, x, u, largest, Part::all, ahead);
   copy_scaled(u, scale, 2 * M * r, x.iterate(0));
   for (std::int64_t i = 0; i < job.steps; ++i) {
     const T* now = x.iterate(i);
-    if (i > 0) gram_matrix(now, x.U, M, r, x.gram(i), ahead);
-    bjorck_polynomial(job, x, x.gram(i), x.polynomial(i), ahead);
+    const Part part = i < fine ? Part::all : Part::upper;
+    if (i > 0) iterate_gram(x, now, x.gram(i), part, ahead);
+    bjorck_polynomial(job, x, x.gram(i), x.polynomial(i), part, ahead);
     if (i + 1 == job.steps) break;
     const Term<T> terms[] = {{{now, r, 1}, x.polynomial(i), r}};
-    ToRowsAndPanels<T> sink{{x.iterate(i + 1), r}, {x.U}};
+    ToMoreRowsAndPanels<T> sink{{{x.iterate(i + 1), r}, {x.U}}, now, static_cast<T>(job.c[0])};
     product<false>(terms, sink, M, r, ahead);
   }
   return scale;
@@ -274,7 +345,7 @@ LOMACS_TARGET void bjorck_gradient(const Bjorck<T>& job, const Iterates<T>& x, c
     }
     const Term<T> terms[] = {{{now, r, 1}, x.polynomial(i), r}, {{iterate, r, 1}, x.S, r}};
     T* next = i == 0 && !scaled ? gU : x.g + i % 2 * size;
-    ToRowsAndPanels<T> sink{{next, r}, {x.U}};
+    ToMoreRowsAndPanels<T> sink{{{next, r}, {x.U}}, now, static_cast<T>(job.c[0])};
     product<false>(terms, sink, M, r, ahead);
     now = next;
   }

@@ -224,7 +224,7 @@ LOMACS_TARGET void tail_columns(const T* raw, const std::int64_t* order, const T
 template <typename T>
 LOMACS_TARGET double tail_gradient(const std::int64_t* order, const TailFactor<T>& f, std::int64_t rows,
                                    std::int64_t r, double step, T* graw, Ahead& ahead) {
-  const double gstep = refine_gradient(f.columns, f.g, f.x, rows, r, step, f.g, ahead);
+  const double gstep = refine_gradient(f.columns, f.x.Y, f.g, f.x, rows, r, step, f.g, ahead);
   normal_gradient(f.columns, f.g, f.scale, f.slope, rows, r, f.g);
   const T* from = f.g;
   for (std::int64_t i = 0; i < rows; ++i, graw += 2 * r)

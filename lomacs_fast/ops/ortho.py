@@ -20,6 +20,17 @@ library.define(
     "-> (Tensor gU, Tensor gV, Tensor gsteps)",
     tags=common.TAGS,
 )
+# U^H U - I of the factors and the norms of the columns are, with the results, what the gradients need
+library.define(
+    "ortho_refine_kept(Tensor U, Tensor? V, Tensor steps) "
+    "-> (Tensor U_out, Tensor V_out, Tensor residuals, Tensor norms)",
+    tags=common.TAGS,
+)
+library.define(
+    "ortho_refine_kept_backward(Tensor gU, Tensor? gV, Tensor U, Tensor? V, Tensor steps, Tensor U_out, "
+    "Tensor V_out, Tensor residuals, Tensor norms) -> (Tensor gU, Tensor gV, Tensor gsteps)",
+    tags=common.TAGS,
+)
 library.define("bjorck(Tensor U, int steps, int order) -> Tensor", tags=common.TAGS)
 library.define("bjorck_backward(Tensor g, Tensor U, int steps, int order) -> Tensor", tags=common.TAGS)
 
@@ -63,6 +74,34 @@ def _fake_refine_backward(
     if gV is not None and V is not None:
         check_like("gV", gV, V.shape, "U", U)
     return U.new_empty(U.shape), U.new_empty((0,) if V is None else V.shape), steps.new_empty(steps.shape)
+
+
+@torch.library.register_fake("lomacs::ortho_refine_kept", lib=library)
+def _fake_refine_kept(U: Tensor, V: Tensor | None, steps: Tensor) -> tuple[Tensor, ...]:
+    B, r, factors = U.shape[0], U.shape[2], 1 if V is None else 2
+    return (*_fake_refine(U, V, steps), U.new_empty((B, factors, r, r, 2)), U.new_empty((B, factors, r)))
+
+
+@torch.library.register_fake("lomacs::ortho_refine_kept_backward", lib=library)
+def _fake_refine_kept_backward(
+    gU: Tensor,
+    gV: Tensor | None,
+    U: Tensor,
+    V: Tensor | None,
+    steps: Tensor,
+    U_out: Tensor,
+    V_out: Tensor,
+    residuals: Tensor,
+    norms: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = _fake_refine_backward(gU, gV, U, V, steps)
+    B, r, factors = U.shape[0], U.shape[2], 1 if V is None else 2
+    check_like("U_out", U_out, U.shape, "U", U)
+    if V is not None:
+        check_like("V_out", V_out, V.shape, "U", U)
+    check_like("residuals", residuals, (B, factors, r, r, 2), "U", U)
+    check_like("norms", norms, (B, factors, r), "U", U)
+    return found
 
 
 def _check_bjorck(U: Tensor, steps: int, order: int) -> None:
@@ -109,6 +148,23 @@ def _backward_refine(ctx: Any, gU: Tensor | None, gV: Tensor | None) -> tuple[Te
     return tuple(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=True))
 
 
+def _setup_refine_kept(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1 if inputs[1] is None else 2 :])
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward_refine_kept(
+    ctx: Any, gU: Tensor | None, gV: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    common.refuse_second_derivatives("the fused refinement")
+    U, V, *rest = ctx.saved_tensors
+    found = torch.ops.lomacs.ortho_refine_kept_backward.default(
+        gradient(gU, U), None if V is None else gradient(gV, V), U, V, *rest
+    )
+    return tuple(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=True))
+
+
 def _setup_bjorck(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     U, ctx.steps, ctx.order = inputs
     ctx.save_for_backward(U)
@@ -124,14 +180,24 @@ def _backward_bjorck(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
 torch.library.register_autograd(
     "lomacs::ortho_refine", _backward_refine, setup_context=_setup_refine, lib=library
 )
+torch.library.register_autograd(
+    "lomacs::ortho_refine_kept", _backward_refine_kept, setup_context=_setup_refine_kept, lib=library
+)
 torch.library.register_autograd("lomacs::bjorck", _backward_bjorck, setup_context=_setup_bjorck, lib=library)
-for _name in ("ortho_refine", "ortho_refine_backward", "bjorck", "bjorck_backward"):
+for _name in (
+    "ortho_refine",
+    "ortho_refine_backward",
+    "ortho_refine_kept",
+    "ortho_refine_kept_backward",
+    "bjorck",
+    "bjorck_backward",
+):
     # half precision of the caller's becomes single; float64 stays
     for _device in ("cpu", "cuda"):
         torch.library.register_autocast(f"lomacs::{_name}", _device, torch.float32, lib=library)
 
 
-@register_flop_formula(torch.ops.lomacs.ortho_refine)
+@register_flop_formula([torch.ops.lomacs.ortho_refine, torch.ops.lomacs.ortho_refine_kept])
 def flops_of_refine(
     U: Sequence[int], V: Sequence[int] | None, steps: Sequence[int], *_: Any, **__: Any
 ) -> int:
@@ -140,7 +206,7 @@ def flops_of_refine(
     return 2 * B * 2 * (M + N) * r * r
 
 
-@register_flop_formula(torch.ops.lomacs.ortho_refine_backward)
+@register_flop_formula([torch.ops.lomacs.ortho_refine_backward, torch.ops.lomacs.ortho_refine_kept_backward])
 def flops_of_refine_backward(
     gU: Sequence[int],
     gV: Sequence[int] | None,
@@ -249,8 +315,16 @@ Size = Tensor | float
 def _refine(U: Tensor, V: Tensor | None, a: Size, b: Size | None) -> tuple[Tensor, Tensor]:
     sizes = (a,) if b is None else (a, b)
     u, v = common.planes(U), None if V is None else common.planes(V)
-    u, v = torch.ops.lomacs.ortho_refine.default(u, v, common.scalars(sizes, U.device))
+    steps = common.scalars(sizes, U.device)
+    if U.device.type == "cpu" and _needs_gradient(u, v, steps):
+        u, v, *_ = torch.ops.lomacs.ortho_refine_kept.default(u, v, steps)
+    else:
+        u, v = torch.ops.lomacs.ortho_refine.default(u, v, steps)
     return complex_of(u, U.shape), v if V is None else complex_of(v, V.shape)
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def complex_of(x: Tensor, shape: torch.Size) -> Tensor:
