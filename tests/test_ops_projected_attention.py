@@ -400,12 +400,20 @@ def test_a_large_sample_is_left_to_the_formula():
     assert any("too large" in reason for reason in reasons)
 
 
+@pytest.mark.parametrize("k", [1, 11, 128, 300])
 @pytest.mark.parametrize(
-    ("g", "a", "k", "fits"), [(64, 64, 64, True), (32, 64, 128, True), (40, 4, 70, False)]
+    ("g", "a", "words"),
+    [
+        (8, 64, None),
+        (64, 64, None),
+        (128, 128, None),
+        (129, 4, "129 channels a group are more than the 128"),
+        (8, 200, "200 wide queries are more than the 128"),
+    ],
 )
-def test_triton_says_which_tiles_have_no_room(g, a, k, fits):
+def test_triton_says_which_widths_have_no_room(g, a, k, words):
     groups = 2
     x, wq = torch.empty(3, 5, groups * g), torch.empty(groups, a, g)
     pk = torch.empty(groups, 5, k)
-    found = stem._triton_reasons(x, wq, None, None, None, pk)
-    assert any("shared memory" in reason for reason in found) is not fits
+    found = [r for r in stem._triton_reasons(x, wq, None, None, None, pk) if "shared memory" in r]
+    assert [words in r for r in found] == ([True] if words else [])

@@ -228,8 +228,8 @@ def _shape(pk: Grouped) -> tuple[int, int]:
     return len(pk), pk[0].shape[-1]
 
 
-# numbers of k_len x g, as the Triton kernel pads them, that a program has room for
-TILE = 4096
+# widest group, and widest queries, that the Triton kernel has room for; T and k_len go in tiles
+WIDEST = 128
 
 
 def _native_reasons(
@@ -240,21 +240,12 @@ def _native_reasons(
     return tokens.reasons(x, 4 * T * d + 2 * G * k * T + 6 * k * g + 4 * g * d)
 
 
-def _triton_reasons(x: Tensor, *weights: Any) -> list[str]:
-    G, k = _shape(weights[4])
-    g = x.shape[-1] // G
-    found = tokens.triton_reasons(x)
-    # the backward keeps ten tiles of this size in shared memory
-    if _padded(k) * _padded(g) > TILE:
-        found.append(
-            f"k_len {k} with {g} channels a group: padded to powers of two their product is above {TILE}, "
-            "more than the shared memory of a program"
-        )
+def _triton_reasons(x: Tensor, wq: Grouped, *_: Any) -> list[str]:
+    found = tokens.triton_reasons(x, common.NOWHERE)
+    for what, n in (("channels a group", x.shape[-1] // len(wq)), ("wide queries", wq[0].shape[0])):
+        if n > WIDEST:
+            found.append(f"{n} {what} are more than the {WIDEST} that a program's shared memory holds")
     return found
-
-
-def _padded(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
 
 
 def _eager(x: Tensor, *rest: Any) -> Tensor:
