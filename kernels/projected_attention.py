@@ -568,12 +568,12 @@ def projected_attention_bwd_kernel(
             norm_backward(p_ticket + s, G, p_gn + at, p_x + at, p_gy + at, p_nw, p_gx + at, T, d, EPS, TT, DB)
 
 
-def _rows(k: int, chunk: int) -> int:
+def whole_chunks(k: int, chunk: int) -> int:
     """Rows that whole chunks of k_len have."""
     return -(-k // chunk) * chunk
 
 
-def _blocks(T: int, d: int, g: int, a: int, k: int) -> tuple[dict[str, int], int]:
+def forward_blocks(T: int, d: int, g: int, a: int, k: int) -> tuple[dict[str, int], int]:
     """Tile sizes and warps of the forward.
 
     32 tokens, so that no product unrolls more than 32 terms in registers; two warps, since with k_len and g
@@ -611,12 +611,12 @@ def projected_attention_launch(
     B, T, d = x.shape
     G, a, g = wq.shape
     k = pk.shape[-1]
-    blocks, warps = _blocks(T, d, g, a, k)
+    blocks, warps = forward_blocks(T, d, g, a, k)
     tensors = {"p_wq": wq, "p_wk": wk, "p_wv": wv, "p_wo": wo, "p_pk": pk, "p_pv": pv}
     tensors |= {"p_nw": norm_weight, "p_nb": norm_bias}
     programs, room = B * G if T else 0, None
     if k > blocks["KB"]:
-        room = x.new_empty((programs, 2, _rows(k, blocks["KB"]), blocks["GB"]), dtype=torch.float32)
+        room = x.new_empty((programs, 2, whole_chunks(k, blocks["KB"]), blocks["GB"]), dtype=torch.float32)
     return Launch(
         projected_attention_fwd_kernel,
         (programs,),
@@ -689,7 +689,7 @@ def projected_attention_backward_launch(
     arguments |= {"p_wq": wq, "p_wk": wk, "p_wv": wv, "p_wo": wo, "p_pk": pk, "p_pv": pv}
     arguments |= {"p_nw": norm_weight, "p_nb": norm_bias, "p_gn": scratch, "p_gx": gx, "p_ticket": ticket}
     arguments["p_stats"] = x.new_empty((P * G, 5, T), dtype=torch.float32)
-    room = (P * G, _rows(k, blocks["KB"]), 5 * blocks["GB"] + blocks["AB"])
+    room = (P * G, whole_chunks(k, blocks["KB"]), 5 * blocks["GB"] + blocks["AB"])
     arguments["p_room"] = x.new_empty(room, dtype=torch.float32)
     launch = Launch(
         projected_attention_bwd_kernel,
