@@ -53,3 +53,8 @@ def precision() -> str:
 def block(n: int, least: int = 16) -> int:
     """The power of two that holds n, at least `least`."""
     return max(least, 1 << (n - 1).bit_length())
+
+
+def in_chunks(g: int, a: int, k: int) -> bool:
+    """Whether k_len rows of g channels, or queries a wide, are more than an attention's program holds."""
+    return block(k) * max(block(g), block(a)) > 4096

@@ -7,12 +7,15 @@ With X the g columns of a group (normalised where the norm is fused), reducing f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, block, precision
+from .launch import Launch, block, in_chunks, precision
 from .real import accumulate, norm_backward, normalised, product, statistics, store_tile, tile
 
 # programs of a backward launch, all groups together; fixed, so that sums over samples have one order
@@ -118,6 +121,43 @@ def projected_attention_fwd_kernel(
         p_pk + group * T * k, p_pv + group * T * k, p_nw, p_nb, None, p_room, p_y + at, group * g,
         T, d, g, a, k, EPS, SCALE, NORM, False, TYPE, PRECISION, TT, DB, GB, AB, KB,
     )  # fmt: skip
+
+
+@triton.jit
+def projected_attention_groups_fwd_kernel(
+    p_x,
+    weights,
+    p_nw,
+    p_nb,
+    p_room,
+    p_y,
+    T: tl.constexpr,
+    d: tl.constexpr,
+    G: tl.constexpr,
+    g: tl.constexpr,
+    a: tl.constexpr,
+    k: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TT: tl.constexpr,
+    DB: tl.constexpr,
+    GB: tl.constexpr,
+    AB: tl.constexpr,
+    KB: tl.constexpr,
+):
+    # weights lie apart, so each group is code of its own
+    at = (tl.program_id(0) // G).to(tl.int64) * T * d
+    if p_room is not None:
+        p_room += tl.program_id(0).to(tl.int64) * ((k + KB - 1) // KB * KB * 2 * GB)
+    for i in tl.static_range(G):
+        if tl.program_id(0) % G == i:
+            attend_group(
+                p_x + at, weights[i], weights[G + i], weights[2 * G + i], weights[3 * G + i],
+                weights[4 * G + i], weights[5 * G + i], p_nw, p_nb, None, p_room, p_y + at, i * g,
+                T, d, g, a, k, EPS, SCALE, NORM, False, p_x.dtype.element_ty, PRECISION, TT, DB, GB, AB, KB,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -577,13 +617,12 @@ def forward_blocks(T: int, d: int, g: int, a: int, k: int) -> tuple[dict[str, in
     """Tile sizes and warps of the forward.
 
     32 tokens, so that no product unrolls more than 32 terms in registers; two warps, since with k_len and g
-    of 32 rows a third would repeat the others' work; more where k_len or widths are larger. More than 4,096
-    numbers of k_len x width are more than shared memory has: chunks of k_len then, and fewer tokens.
+    of 32 rows a third would repeat the others' work; more where k_len or widths are larger. Where k_len goes
+    in chunks, 16 tokens.
     """
-    GB, AB = block(g), block(a)
-    whole = block(k) * max(GB, AB) <= 4096
-    KB, TT = (block(k), 32) if whole else (min(block(k), CHUNK), 16)
-    warps = 2 if max(KB, GB, AB) <= 32 else 4 if whole else 8
+    GB, AB, chunks = block(g), block(a), in_chunks(g, a, k)
+    KB, TT = (min(block(k), CHUNK), 16) if chunks else (block(k), 32)
+    warps = 2 if max(KB, GB, AB) <= 32 else 8 if chunks else 4
     return {"TT": min(block(T), TT), "DB": min(block(d), 32), "GB": GB, "AB": AB, "KB": KB}, warps
 
 
@@ -596,29 +635,34 @@ def _backward_blocks(d: int, g: int, a: int, k: int) -> tuple[dict[str, int], in
 
 def projected_attention_launch(
     x: Tensor,
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
-    wo: Tensor,
-    pk: Tensor,
-    pv: Tensor,
+    wq: Tensor | Sequence[Tensor],
+    wk: Tensor | Sequence[Tensor],
+    wv: Tensor | Sequence[Tensor],
+    wo: Tensor | Sequence[Tensor],
+    pk: Tensor | Sequence[Tensor],
+    pv: Tensor | Sequence[Tensor],
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
     y: Tensor,
 ) -> Launch:
-    """The forward launch, into y."""
+    """The forward launch, into y; weights stacked over groups, or all of them lists of one tensor a group."""
     B, T, d = x.shape
-    G, a, g = wq.shape
-    k = pk.shape[-1]
+    G, (a, g), k = len(wq), wq[0].shape, pk[0].shape[-1]
     blocks, warps = forward_blocks(T, d, g, a, k)
-    tensors = {"p_wq": wq, "p_wk": wk, "p_wv": wv, "p_wo": wo, "p_pk": pk, "p_pv": pv}
+    weights = (wq, wk, wv, wo, pk, pv)
+    tensors: dict[str, Any] = dict(
+        zip(("p_wq", "p_wk", "p_wv", "p_wo", "p_pk", "p_pv"), weights, strict=True)
+    )
+    listed = not isinstance(wq, Tensor)
+    if listed:
+        tensors = {"weights": tuple(w for group in weights for w in group)}
     tensors |= {"p_nw": norm_weight, "p_nb": norm_bias}
     programs, room = B * G if T else 0, None
     if k > blocks["KB"]:
         room = x.new_empty((programs, 2, whole_chunks(k, blocks["KB"]), blocks["GB"]), dtype=torch.float32)
     return Launch(
-        projected_attention_fwd_kernel,
+        projected_attention_groups_fwd_kernel if listed else projected_attention_fwd_kernel,
         (programs,),
         {"p_x": x, **tensors, "p_room": room, "p_y": y},
         {
@@ -631,6 +675,24 @@ def projected_attention_launch(
         },
         num_warps=warps,
     )
+
+
+def projected_attention_groups(
+    x: Tensor,
+    wq: Sequence[Tensor],
+    wk: Sequence[Tensor],
+    wv: Sequence[Tensor],
+    wo: Sequence[Tensor],
+    pk: Sequence[Tensor],
+    pv: Sequence[Tensor],
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """`projected_attention` of weights that are lists of one contiguous tensor a group, where they lie."""
+    y = torch.empty_like(x)
+    projected_attention_launch(x, wq, wk, wv, wo, pk, pv, norm_weight, norm_bias, eps, y).run()
+    return y
 
 
 def projected_attention(

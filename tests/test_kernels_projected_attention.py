@@ -118,6 +118,15 @@ def test_k_len_in_chunks(B, T, G, g, a, k, norm, monkeypatch):
     held_to_the_rule([problem(B, T, G, g, a, k, norm, seed) for seed in range(draws)], torch.float32)
 
 
+@pytest.mark.parametrize("size", [(2, 17, 3, 8, 4, 5), (2, 9, 2, 33, 4, 70)], ids=str)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_lists_give_the_bits_of_stacks(size, norm):
+    x, *weights, norm_weight, norm_bias = cast(problem(*size, norm), torch.float32)
+    lists = [[w.clone() for w in stack] for stack in weights]
+    want = kernels.projected_attention(x, *weights, norm_weight, norm_bias, EPS)
+    assert torch.equal(kernels.projected_attention_groups(x, *lists, norm_weight, norm_bias, EPS), want)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_half_precision(dtype, norm):
@@ -236,7 +245,7 @@ SIZES = {
     "widest": (256, 1, 128, 128, 128),
 }
 # beyond what is promised; the chips with the least shared memory tell whether it fits
-ONLY = {"forward widest": ("sm_80", "gfx942"), "backward widest": ("gfx942",)}
+ONLY = {"lists 64": ("sm_80", "sm_90"), "forward widest": ("sm_80", "gfx942"), "backward widest": ("gfx942",)}
 
 
 def launches():
@@ -247,6 +256,11 @@ def launches():
         found[f"forward {name}"] = kernels.projected_attention_launch(
             x, *arguments[1:], EPS, torch.empty_like(x)
         )
+        if name == "64":
+            lists = [list(w) for w in arguments[1:7]]
+            found["lists 64"] = kernels.projected_attention_launch(
+                x, *lists, *arguments[7:], EPS, torch.empty_like(x)
+            )
         found[f"backward {name}"] = kernels.projected_attention_backward_launch(
             x, x, *arguments[1:], EPS, torch.empty_like(x), True
         )[0]

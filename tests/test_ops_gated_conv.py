@@ -282,3 +282,11 @@ def test_module_trains_as_the_reference_does():
 def test_a_large_sample_is_left_to_the_formula():
     x = torch.zeros(1, 1, 1).expand(1, 1 << 12, 1 << 10)
     assert any("too large" in reason for reason in gated_conv._native_reasons(x, torch.zeros(2048, 1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("taps", "T", "fits"), [(31, 300, True), (33, 65, False), (33, 64, True), (129, 64, True)]
+)
+def test_triton_says_which_taps_reach_too_far(taps, T, fits):
+    found = gated_conv._triton_reasons(torch.empty(2, T, 8), torch.empty(16, 1, taps))
+    assert any(f"taps over more than 64 tokens, got {taps}" in reason for reason in found) is not fits

@@ -28,7 +28,6 @@ library.define(
 # T x d of which a sample's tokens, twice in float32, stay in the cache of a multiprocessor
 TOKENS = 1 << 14
 CHANNELS = 256
-TAPS = 31
 # addresses that a launch has room for
 ADDRESSES = 400
 
@@ -143,8 +142,8 @@ def _one_launch_reasons(
         if isinstance(block, ConvBlock):
             if d % 2:
                 found.append(f"pairs of channels need an even number of them, got {d}")
-            if block.dw_weight.shape[-1] > TAPS:
-                found.append(f"at most {TAPS} taps, got {block.dw_weight.shape[-1]}")
+            if block.dw_weight.shape[-1] > gated_conv.TAPS:
+                found.append(f"at most {gated_conv.TAPS} taps, got {block.dw_weight.shape[-1]}")
         else:
             G, a, _ = (len(block[2]), *block[2][0].shape)
             if max(d // G, a) > WIDEST:
