@@ -72,8 +72,7 @@ def fold_network(net: Any) -> FrozenWeights:
             score, mix = wq.mT @ wk / mixer.att_dim**0.5, wv.mT @ wo.mT
             blocks.append(FoldedAttention(*affine, *map(cast, (score, mix, pk, pv))))
         else:
-            weights = mixer.dw.weight, mixer.dw.bias, mixer.pw.weight, mixer.pw.bias
-            blocks.append(ConvBlock(*affine, *map(cast, weights)))
+            blocks.append(ConvBlock(*affine, *map(cast, mixer.weights)))
     heads = [net.u_head, net.v_head, net.s_head[0]]
     head = torch.cat([h.weight for h in heads]).double()
     bias = torch.cat([h.bias for h in heads]).double()

@@ -355,8 +355,7 @@ class LoMACSSVDNet(nn.Module):
             if isinstance(mixer, GroupedProjectedAttention):
                 found.append(AttentionBlock(*affine, *mixer.weights))
             else:
-                dw, pw = mixer.dw, mixer.pw
-                found.append(ConvBlock(*affine, dw.weight, dw.bias, pw.weight, pw.bias))
+                found.append(ConvBlock(*affine, *mixer.weights))
         return found if _unhooked(*self.blocks) else None
 
     def _front(self, H: Tensor) -> tuple[Tensor, Tensor]:
