@@ -30,6 +30,7 @@ def _input(
     p_nb,
     mean,
     rstd,
+    p_stats,
     t0,
     SHIFT: tl.constexpr,
     q0,
@@ -43,7 +44,11 @@ def _input(
     x = tile(p_x, t0 + SHIFT, q0, T, d, d, R, Q).to(tl.float32)
     plain = x
     if NORM:
-        if SHIFT != 0:
+        if p_stats is not None:
+            row = t0 + SHIFT + tl.arange(0, R)
+            mean = tl.load(p_stats + row, mask=(row >= 0) & (row < T), other=0.0)
+            rstd = tl.load(p_stats + T + row, mask=(row >= 0) & (row < T), other=0.0)
+        elif SHIFT != 0:
             # rows that the tile has no statistics for are outside of the sequence or of the tile's own tokens
             row = tl.minimum(tl.maximum(tl.arange(0, R) + SHIFT, 0), R - 1)
             mean, rstd = tl.gather(mean, row, 0), tl.gather(rstd, row, 0)
@@ -60,6 +65,7 @@ def _pair(
     p_nb,
     mean,
     rstd,
+    p_stats,
     t0,
     q0,
     T: tl.constexpr,
@@ -76,7 +82,7 @@ def _pair(
     even += tl.load(p_db + 2 * q, mask=q < d, other=0.0).to(tl.float32)[None, :]
     odd += tl.load(p_db + 2 * q + 1, mask=q < d, other=0.0).to(tl.float32)[None, :]
     for tap in tl.static_range(K):
-        x, _ = _input(p_x, p_nw, p_nb, mean, rstd, t0, tap - K // 2, q0, T, d, NORM, R, Q)
+        x, _ = _input(p_x, p_nw, p_nb, mean, rstd, p_stats, t0, tap - K // 2, q0, T, d, NORM, R, Q)
         even += x * tl.load(p_dw + 2 * q * K + tap, mask=q < d, other=0.0).to(tl.float32)[None, :]
         odd += x * tl.load(p_dw + (2 * q + 1) * K + tap, mask=q < d, other=0.0).to(tl.float32)[None, :]
     return even, odd
@@ -134,8 +140,8 @@ def gated_conv_fwd_kernel(
     t0 = tl.program_id(0) // BLOCKS % TILES * STEP
     at = (tl.program_id(0) // (BLOCKS * TILES)).to(tl.int64) * T * d
     convolve_tile(
-        p_x + at, p_dw, p_db, p_pw, p_pb, p_nw, p_nb, p_y + at, t0, j0,
-        T, d, K, STEP, HALO, EPS, NORM, PRECISION, R, Q, NB, DB,
+        p_x + at, p_dw, p_db, p_pw, p_pb, p_nw, p_nb, None, p_y + at, t0, j0,
+        T, d, K, STEP, HALO, EPS, NORM, p_x.dtype.element_ty, PRECISION, R, Q, NB, DB,
     )  # fmt: skip
 
 
@@ -148,6 +154,7 @@ def convolve_tile(
     p_pb,
     p_nw,
     p_nb,
+    p_stats,
     p_y,
     t0,
     j0,
@@ -158,23 +165,29 @@ def convolve_tile(
     HALO: tl.constexpr,
     EPS: tl.constexpr,
     NORM: tl.constexpr,
+    TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     R: tl.constexpr,
     Q: tl.constexpr,
     NB: tl.constexpr,
     DB: tl.constexpr,
 ):
-    """Tokens t0 to t0 + STEP, outputs j0 to j0 + DB of y of one sample."""
-    TYPE: tl.constexpr = p_x.dtype.element_ty
+    """Tokens t0 to t0 + STEP, outputs j0 to j0 + DB of y of one sample, products in TYPE.
+
+    Where the norm's statistics are in memory, the means of T tokens and then their reciprocal deviations,
+    tiles need no halo.
+    """
     mean = tl.zeros((R,), tl.float32)
     rstd = tl.zeros((R,), tl.float32)
-    if NORM:
+    if NORM and p_stats is None:
         mean, rstd = statistics(p_x, t0 - HALO, T, d, EPS, R, NB)
     y = tl.zeros((R, DB), tl.float32)
     for i0 in tl.range(0, d // 2, Q, loop_unroll_factor=1, num_stages=1):
         at = t0 - HALO
-        value, value1 = _pair(p_x, p_dw, p_db, p_nw, p_nb, mean, rstd, at, i0, T, d, K, NORM, R, Q)
-        gate, gate1 = _pair(p_x, p_dw, p_db, p_nw, p_nb, mean, rstd, at, d // 2 + i0, T, d, K, NORM, R, Q)
+        value, value1 = _pair(p_x, p_dw, p_db, p_nw, p_nb, mean, rstd, p_stats, at, i0, T, d, K, NORM, R, Q)
+        gate, gate1 = _pair(
+            p_x, p_dw, p_db, p_nw, p_nb, mean, rstd, p_stats, at, d // 2 + i0, T, d, K, NORM, R, Q
+        )
         even, odd = _columns(p_pw, j0, i0, d, DB, Q)
         y += product(value * tl.sigmoid(gate), tl.trans(even), TYPE, PRECISION)  # [R, DB]
         y += product(value1 * tl.sigmoid(gate1), tl.trans(odd), TYPE, PRECISION)
@@ -184,7 +197,7 @@ def convolve_tile(
     if NORM:
         y += tile(p_x, t0 - HALO, j0, T, d, d, R, DB).to(tl.float32)
     own = (t >= t0) & (t < t0 + STEP) & (t < T) & (j < d)[None, :]
-    tl.store(p_y + t * d + j[None, :], y.to(TYPE), mask=own)
+    tl.store(p_y + t * d + j[None, :], y.to(p_y.dtype.element_ty), mask=own)
 
 
 @triton.jit
@@ -248,8 +261,8 @@ def _backward_tile(
         even += product(tl.trans(w), tl.trans(gy), TYPE, PRECISION)  # [Q, R]
         odd += product(tl.trans(w1), tl.trans(gy), TYPE, PRECISION)
     even, odd = tl.trans(even), tl.trans(odd)
-    v, v1 = _pair(p_x + at, p_dw, p_db, p_nw, p_nb, mean, rstd, first, i0, T, d, K, NORM, R, Q)
-    g, g1 = _pair(p_x + at, p_dw, p_db, p_nw, p_nb, mean, rstd, first, d // 2 + i0, T, d, K, NORM, R, Q)
+    v, v1 = _pair(p_x + at, p_dw, p_db, p_nw, p_nb, mean, rstd, None, first, i0, T, d, K, NORM, R, Q)
+    g, g1 = _pair(p_x + at, p_dw, p_db, p_nw, p_nb, mean, rstd, None, first, d // 2 + i0, T, d, K, NORM, R, Q)
     g, g1 = tl.sigmoid(g), tl.sigmoid(g1)
     t = first + tl.arange(0, R)[:, None]
     own = (t >= t0) & (t < t0 + STEP) & (t < T)
@@ -289,7 +302,7 @@ def _backward_tile(
                     mask=own & (q < count)[None, :],
                 )
             if NORM and GW:
-                _, plain = _input(p_x + at, p_nw, p_nb, mean, rstd, first, 0, q0, T, d, NORM, R, Q)
+                _, plain = _input(p_x + at, p_nw, p_nb, mean, rstd, None, first, 0, q0, T, d, NORM, R, Q)
                 gx = tl.where(own, gx, 0.0)
                 _add_row(p_gnw + part * d, tl.sum(gx * plain, 0), fresh, q, 1, count)
                 _add_row(p_gnb + part * d, tl.sum(gx, 0), fresh, q, 1, count)
@@ -298,7 +311,9 @@ def _backward_tile(
             _add_row(p_gdb + part * 2 * d, tl.sum(e, 0), fresh, q, 2, count)
             _add_row(p_gdb + part * 2 * d + 1, tl.sum(o, 0), fresh, q, 2, count)
             for tap in tl.static_range(K):
-                x, _ = _input(p_x + at, p_nw, p_nb, mean, rstd, first, tap - K // 2, q0, T, d, NORM, R, Q)
+                x, _ = _input(
+                    p_x + at, p_nw, p_nb, mean, rstd, None, first, tap - K // 2, q0, T, d, NORM, R, Q
+                )
                 p = p_gdw + part * 2 * d * K + tap
                 _add_row(p, tl.sum(e * x, 0), fresh, q, 2 * K, count)
                 _add_row(p + K, tl.sum(o * x, 0), fresh, q, 2 * K, count)

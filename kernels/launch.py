@@ -11,14 +11,15 @@ from torch import Tensor
 class Launch(NamedTuple):
     """One launch of a kernel.
 
-    `arguments` are tensors and integers by the kernel's names, `constants` its `tl.constexpr`. Made from
-    tensors on any device, "meta" included, so that what is compiled ahead is what a device runs. `registers`
-    is what a thread may have on NVIDIA: left to itself, the compiler spills some to fit more threads.
+    `arguments` are tensors, tuples of them and integers by the kernel's names, `constants` its
+    `tl.constexpr`. Made from tensors on any device, "meta" included, so that what is compiled ahead is what a
+    device runs. `registers` is what a thread may have on NVIDIA: left to itself, the compiler spills some to
+    fit more threads.
     """
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Tensor | int | None]
+    arguments: dict[str, Tensor | tuple[Tensor, ...] | int | None]
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 1
@@ -52,3 +53,8 @@ def precision() -> str:
 def block(n: int, least: int = 16) -> int:
     """The power of two that holds n, at least `least`."""
     return max(least, 1 << (n - 1).bit_length())
+
+
+def in_chunks(g: int, a: int, k: int) -> bool:
+    """Whether k_len rows of g channels, or queries a wide, are more than an attention's program holds."""
+    return block(k) * max(block(g), block(a)) > 4096

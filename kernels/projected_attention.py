@@ -7,16 +7,21 @@ With X the g columns of a group (normalised where the norm is fused), reducing f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, block, precision
+from .launch import Launch, block, in_chunks, precision
 from .real import accumulate, norm_backward, normalised, product, statistics, store_tile, tile
 
 # programs of a backward launch, all groups together; fixed, so that sums over samples have one order
 PROGRAMS = 512
+# rows of k_len at once, where all of them are too many
+CHUNK = 32
 
 
 @triton.jit
@@ -51,12 +56,30 @@ def _tokens(
 
 
 @triton.jit
+def _logits(x, n, k0, k, SCALE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, KB: tl.constexpr):
+    """Scaled logits of tokens in rows k0 on of k; no others."""
+    logits = product(x, tl.trans(n), TYPE, PRECISION) * SCALE  # [TT, KB]
+    return tl.where(k0 + tl.arange(0, KB)[None, :] < k, logits, float("-inf"))
+
+
+@triton.jit
 def _softmax(x, n, k, SCALE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, KB: tl.constexpr):
     """Weights of the k_len rows for each token."""
-    logits = product(x, tl.trans(n), TYPE, PRECISION) * SCALE  # [TT, KB]
-    logits = tl.where(tl.arange(0, KB)[None, :] < k, logits, float("-inf"))
+    logits = _logits(x, n, 0, k, SCALE, TYPE, PRECISION, KB)
     share = tl.exp(logits - tl.max(logits, 1)[:, None])
     return share / tl.sum(share, 1)[:, None]
+
+
+@triton.jit
+def _kept(p, r0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] from row r0 on of a program's own padded matrix."""
+    return tl.load(p + (r0 + tl.arange(0, ROWS))[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+
+
+@triton.jit
+def _keep(p, x, r0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows r0 on of a program's own padded matrix."""
+    tl.store(p + (r0 + tl.arange(0, ROWS))[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], x)
 
 
 @triton.jit
@@ -70,6 +93,7 @@ def projected_attention_fwd_kernel(
     p_pv,
     p_nw,
     p_nb,
+    p_room,
     p_y,
     T: tl.constexpr,
     d: tl.constexpr,
@@ -89,35 +113,99 @@ def projected_attention_fwd_kernel(
 ):
     TYPE: tl.constexpr = p_x.dtype.element_ty
     group = tl.program_id(0) % G
-    sample = (tl.program_id(0) // G).to(tl.int64)
+    at = (tl.program_id(0) // G).to(tl.int64) * T * d
+    if p_room is not None:
+        p_room += tl.program_id(0).to(tl.int64) * ((k + KB - 1) // KB * KB * 2 * GB)
     attend_group(
-        p_x + sample * T * d,
-        p_wq + group * a * g,
-        p_wk + group * a * g,
-        p_wv + group * g * g,
-        p_wo + group * g * g,
-        p_pk + group * T * k,
-        p_pv + group * T * k,
-        p_nw,
-        p_nb,
-        p_y + sample * T * d,
-        group * g,
-        T,
-        d,
-        g,
-        a,
-        k,
-        EPS,
-        SCALE,
-        NORM,
-        TYPE,
-        PRECISION,
-        TT,
-        DB,
-        GB,
-        AB,
-        KB,
-    )
+        p_x + at, p_wq + group * a * g, p_wk + group * a * g, p_wv + group * g * g, p_wo + group * g * g,
+        p_pk + group * T * k, p_pv + group * T * k, p_nw, p_nb, None, p_room, p_y + at, group * g,
+        T, d, g, a, k, EPS, SCALE, NORM, False, TYPE, PRECISION, TT, DB, GB, AB, KB,
+    )  # fmt: skip
+
+
+@triton.jit
+def projected_attention_groups_fwd_kernel(
+    p_x,
+    weights,
+    p_nw,
+    p_nb,
+    p_room,
+    p_y,
+    T: tl.constexpr,
+    d: tl.constexpr,
+    G: tl.constexpr,
+    g: tl.constexpr,
+    a: tl.constexpr,
+    k: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TT: tl.constexpr,
+    DB: tl.constexpr,
+    GB: tl.constexpr,
+    AB: tl.constexpr,
+    KB: tl.constexpr,
+):
+    # weights lie apart, so each group is code of its own
+    at = (tl.program_id(0) // G).to(tl.int64) * T * d
+    if p_room is not None:
+        p_room += tl.program_id(0).to(tl.int64) * ((k + KB - 1) // KB * KB * 2 * GB)
+    for i in tl.static_range(G):
+        if tl.program_id(0) % G == i:
+            attend_group(
+                p_x + at, weights[i], weights[G + i], weights[2 * G + i], weights[3 * G + i],
+                weights[4 * G + i], weights[5 * G + i], p_nw, p_nb, None, p_room, p_y + at, i * g,
+                T, d, g, a, k, EPS, SCALE, NORM, False, p_x.dtype.element_ty, PRECISION, TT, DB, GB, AB, KB,
+            )  # fmt: skip
+
+
+@triton.jit
+def _reduced(
+    p_x,
+    p_wq,
+    p_wk,
+    p_wv,
+    p_wo,
+    p_pk,
+    p_pv,
+    p_nw,
+    p_nb,
+    p_stats,
+    c0,
+    k0,
+    T: tl.constexpr,
+    d: tl.constexpr,
+    g: tl.constexpr,
+    a: tl.constexpr,
+    k: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    FOLDED: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TT: tl.constexpr,
+    DB: tl.constexpr,
+    GB: tl.constexpr,
+    AB: tl.constexpr,
+    KB: tl.constexpr,
+):
+    """Rows k0 on of N and O; of weights that are folded already, `W_k^T W_q` is p_wq, `W_v^T W_o^T` p_wv."""
+    rk = tl.zeros((KB, GB), tl.float32)
+    rv = tl.zeros((KB, GB), tl.float32)
+    for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
+        x, _ = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+        rk += product(tl.trans(tile(p_pk, t0, k0, T, k, k, TT, KB)), x, TYPE, PRECISION)
+        rv += product(tl.trans(tile(p_pv, t0, k0, T, k, k, TT, KB)), x, TYPE, PRECISION)
+    if FOLDED:
+        n = product(rk, tl.trans(tile(p_wq, 0, 0, g, g, g, GB, GB)), TYPE, PRECISION)  # [KB, GB]
+        o = product(rv, tile(p_wv, 0, 0, g, g, g, GB, GB), TYPE, PRECISION)  # [KB, GB]
+    else:
+        keys = product(rk, tl.trans(tile(p_wk, 0, 0, a, g, g, AB, GB)), TYPE, PRECISION)  # [KB, AB]
+        n = product(keys, tile(p_wq, 0, 0, a, g, g, AB, GB), TYPE, PRECISION)  # [KB, GB]
+        values = product(rv, tl.trans(tile(p_wv, 0, 0, g, g, g, GB, GB)), TYPE, PRECISION)  # [KB, GB]
+        o = product(values, tl.trans(tile(p_wo, 0, 0, g, g, g, GB, GB)), TYPE, PRECISION)  # [KB, GB]
+    return n, o
 
 
 @triton.jit
@@ -131,6 +219,8 @@ def attend_group(
     p_pv,
     p_nw,
     p_nb,
+    p_stats,
+    p_room,
     p_y,
     c0,
     T: tl.constexpr,
@@ -141,6 +231,7 @@ def attend_group(
     EPS: tl.constexpr,
     SCALE: tl.constexpr,
     NORM: tl.constexpr,
+    FOLDED: tl.constexpr,
     TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     TT: tl.constexpr,
@@ -149,24 +240,127 @@ def attend_group(
     AB: tl.constexpr,
     KB: tl.constexpr,
 ):
-    """Columns c0 to c0 + g of y of one sample, every pointer at the sample or the group."""
-    rk = tl.zeros((KB, GB), tl.float32)
-    rv = tl.zeros((KB, GB), tl.float32)
+    """Columns c0 to c0 + g of y of one sample, every pointer at the sample or the group.
+
+    More than KB rows of k_len go in chunks, which wait in the program's room.
+    """
+    if k <= KB:
+        n, o = _reduced(
+            p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_stats, c0, 0,
+            T, d, g, a, k, EPS, NORM, FOLDED, TYPE, PRECISION, TT, DB, GB, AB, KB,
+        )  # fmt: skip
+    else:
+        p_o = p_room + (k + KB - 1) // KB * KB * GB
+        # the last call's rows were read by all threads
+        tl.debug_barrier()
+        for k0 in tl.range(0, k, KB, loop_unroll_factor=1, num_stages=1):
+            n, o = _reduced(
+                p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_stats, c0, k0,
+                T, d, g, a, k, EPS, NORM, FOLDED, TYPE, PRECISION, TT, DB, GB, AB, KB,
+            )  # fmt: skip
+            _keep(p_room, n, k0, KB, GB)
+            _keep(p_o, o, k0, KB, GB)
+        tl.debug_barrier()
     for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
-        x, _ = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, None, EPS, NORM, TT, DB, GB)
-        rk += product(tl.trans(tile(p_pk, t0, 0, T, k, k, TT, KB)), x, TYPE, PRECISION)
-        rv += product(tl.trans(tile(p_pv, t0, 0, T, k, k, TT, KB)), x, TYPE, PRECISION)
-    keys = product(rk, tl.trans(tile(p_wk, 0, 0, a, g, g, AB, GB)), TYPE, PRECISION)  # [KB, AB]
-    n = product(keys, tile(p_wq, 0, 0, a, g, g, AB, GB), TYPE, PRECISION)  # [KB, GB]
-    values = product(rv, tl.trans(tile(p_wv, 0, 0, g, g, g, GB, GB)), TYPE, PRECISION)  # [KB, GB]
-    o = product(values, tl.trans(tile(p_wo, 0, 0, g, g, g, GB, GB)), TYPE, PRECISION)  # [KB, GB]
-    for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
-        x, _ = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, None, EPS, NORM, TT, DB, GB)
-        share = _softmax(x, n, k, SCALE, TYPE, PRECISION, KB)
-        y = product(share, o, TYPE, PRECISION)  # [TT, GB]
+        x, _ = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+        if k <= KB:
+            share = _softmax(x, n, k, SCALE, TYPE, PRECISION, KB)
+            y = product(share, o, TYPE, PRECISION)  # [TT, GB]
+        else:
+            top = tl.full((TT,), float("-inf"), tl.float32)
+            total = tl.zeros((TT,), tl.float32)
+            y = tl.zeros((TT, GB), tl.float32)
+            for k0 in tl.range(0, k, KB, loop_unroll_factor=1, num_stages=1):
+                logits = _logits(x, _kept(p_room, k0, KB, GB), k0, k, SCALE, TYPE, PRECISION, KB)
+                higher = tl.maximum(top, tl.max(logits, 1))
+                share = tl.exp(logits - higher[:, None])
+                before = tl.exp(top - higher)
+                total = total * before + tl.sum(share, 1)
+                y = y * before[:, None] + product(share, _kept(p_o, k0, KB, GB), TYPE, PRECISION)
+                top = higher
+            y = y / total[:, None]
         if NORM:
             y += tile(p_x + c0, t0, 0, T, g, d, TT, GB).to(tl.float32)
         store_tile(p_y + c0, y, t0, 0, T, g, d, TT, GB)
+
+
+@triton.jit
+def _softmax_statistics(
+    p_x,
+    p_gy,
+    p_nw,
+    p_nb,
+    p_n,
+    p_o,
+    p_stats,
+    c0,
+    T: tl.constexpr,
+    d: tl.constexpr,
+    g: tl.constexpr,
+    k: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    NORM: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TT: tl.constexpr,
+    DB: tl.constexpr,
+    GB: tl.constexpr,
+    KB: tl.constexpr,
+):
+    """Of every token, over all chunks of k_len: maximum, sum, and mean of the gradient of the weights."""
+    for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
+        x, _ = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+        gy = tile(p_gy + c0, t0, 0, T, g, d, TT, GB)
+        top = tl.full((TT,), float("-inf"), tl.float32)
+        total = tl.zeros((TT,), tl.float32)
+        along = tl.zeros((TT,), tl.float32)
+        for k0 in tl.range(0, k, KB, loop_unroll_factor=1, num_stages=1):
+            logits = _logits(x, _kept(p_n, k0, KB, GB), k0, k, SCALE, TYPE, PRECISION, KB)
+            gl = product(gy, tl.trans(_kept(p_o, k0, KB, GB)), TYPE, PRECISION)  # [TT, KB]
+            higher = tl.maximum(top, tl.max(logits, 1))
+            share = tl.exp(logits - higher[:, None])
+            before = tl.exp(top - higher)
+            total = total * before + tl.sum(share, 1)
+            along = along * before + tl.sum(share * gl, 1)
+            top = higher
+        t = t0 + tl.arange(0, TT)
+        tl.store(p_stats + 2 * T + t, top, mask=t < T)
+        tl.store(p_stats + 3 * T + t, total, mask=t < T)
+        tl.store(p_stats + 4 * T + t, along / total, mask=t < T)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _weights_and_gradient(
+    x,
+    gy,
+    n,
+    o,
+    p_stats,
+    t0,
+    k0,
+    T: tl.constexpr,
+    k: tl.constexpr,
+    SCALE: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TT: tl.constexpr,
+    KB: tl.constexpr,
+):
+    """Softmax of tokens t0 on over rows k0 on, and the gradient of `x N^T` in them."""
+    gl = product(gy, tl.trans(o), TYPE, PRECISION)  # [TT, KB]
+    if k <= KB:
+        share = _softmax(x, n, k, SCALE, TYPE, PRECISION, KB)
+        along = tl.sum(share * gl, 1)
+    else:
+        t = t0 + tl.arange(0, TT)
+        logits = _logits(x, n, k0, k, SCALE, TYPE, PRECISION, KB)
+        top = tl.load(p_stats + 2 * T + t, mask=t < T, other=0.0)
+        total = tl.load(p_stats + 3 * T + t, mask=t < T, other=1.0)
+        along = tl.load(p_stats + 4 * T + t, mask=t < T, other=0.0)
+        share = tl.exp(logits - top[:, None]) / total[:, None]
+    return share, share * (gl - along[:, None]) * SCALE
 
 
 def _backward_sample(
@@ -183,6 +377,7 @@ def _backward_sample(
     p_nb,
     p_gn,
     p_stats,
+    p_room,
     p_gwq,
     p_gwk,
     p_gwv,
@@ -209,8 +404,12 @@ def _backward_sample(
     AB: tl.constexpr,
     KB: tl.constexpr,
 ):
-    """One sample of one group: gradient in x, and what it adds to the program's sums for the weights."""
+    """One sample of one group: gradient in x, and what it adds to the program's sums for the weights.
+
+    k_len goes in chunks of KB rows; what a later pass needs of them lies in the program's room.
+    """
     TYPE: tl.constexpr = p_x.dtype.element_ty
+    ROWS: tl.constexpr = (k + KB - 1) // KB * KB
     group = tl.program_id(0) % G
     program = tl.program_id(0) // G
     part = tl.program_id(0).to(tl.int64)
@@ -221,84 +420,117 @@ def _backward_sample(
     p_wo += group * g * g
     p_pk += group * T * k
     p_pv += group * T * k
+    p_stats += part * 5 * T
+    # matrices of ROWS rows: the gradients of R_k and R_v take the places of these
+    p_rk = p_room + part * ROWS * (5 * GB + AB)
+    p_rv = p_rk + ROWS * GB
+    p_n = p_rv + ROWS * GB
+    p_o = p_n + ROWS * GB
+    p_values = p_o + ROWS * GB
+    p_keys = p_values + ROWS * GB
     at = tl.cast(s, tl.int64) * T * d
+    p_x += at
+    p_gy += at
     if NORM:
         # once a sample, in memory: the loops below then read numbers a token, not rows
-        p_stats += part * 2 * T
         for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
             t = t0 + tl.arange(0, TT)
-            mean, rstd = statistics(p_x + at, t0, T, d, EPS, TT, DB)
+            mean, rstd = statistics(p_x, t0, T, d, EPS, TT, DB)
             tl.store(p_stats + t, mean, mask=t < T)
             tl.store(p_stats + T + t, rstd, mask=t < T)
         tl.debug_barrier()
-    rk = tl.zeros((KB, GB), tl.float32)
-    rv = tl.zeros((KB, GB), tl.float32)
-    for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
-        x, _ = _tokens(p_x + at, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
-        rk += product(tl.trans(tile(p_pk, t0, 0, T, k, k, TT, KB)), x, TYPE, PRECISION)
-        rv += product(tl.trans(tile(p_pv, t0, 0, T, k, k, TT, KB)), x, TYPE, PRECISION)
-    keys = product(rk, tl.trans(tile(p_wk, 0, 0, a, g, g, AB, GB)), TYPE, PRECISION)  # [KB, AB]
-    n = product(keys, tile(p_wq, 0, 0, a, g, g, AB, GB), TYPE, PRECISION)  # [KB, GB]
+    for k0 in tl.range(0, k, KB, loop_unroll_factor=1, num_stages=1):
+        rk = tl.zeros((KB, GB), tl.float32)
+        rv = tl.zeros((KB, GB), tl.float32)
+        for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
+            x, _ = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+            rk += product(tl.trans(tile(p_pk, t0, k0, T, k, k, TT, KB)), x, TYPE, PRECISION)
+            rv += product(tl.trans(tile(p_pv, t0, k0, T, k, k, TT, KB)), x, TYPE, PRECISION)
+        keys = product(rk, tl.trans(tile(p_wk, 0, 0, a, g, g, AB, GB)), TYPE, PRECISION)  # [KB, AB]
+        tl.debug_barrier()
+        n = product(keys, tile(p_wq, 0, 0, a, g, g, AB, GB), TYPE, PRECISION)  # [KB, GB]
+        _keep(p_rk, rk, k0, KB, GB)
+        _keep(p_keys, keys, k0, KB, AB)
+        _keep(p_n, n, k0, KB, GB)
+        tl.debug_barrier()
+        values = product(rv, tl.trans(tile(p_wv, 0, 0, g, g, g, GB, GB)), TYPE, PRECISION)  # [KB, GB]
+        tl.debug_barrier()
+        o = product(values, tl.trans(tile(p_wo, 0, 0, g, g, g, GB, GB)), TYPE, PRECISION)  # [KB, GB]
+        _keep(p_rv, rv, k0, KB, GB)
+        _keep(p_values, values, k0, KB, GB)
+        _keep(p_o, o, k0, KB, GB)
     tl.debug_barrier()
-    values = product(rv, tl.trans(tile(p_wv, 0, 0, g, g, g, GB, GB)), TYPE, PRECISION)  # [KB, GB]
-    tl.debug_barrier()
-    o = product(values, tl.trans(tile(p_wo, 0, 0, g, g, g, GB, GB)), TYPE, PRECISION)  # [KB, GB]
+    if k > KB:
+        _softmax_statistics(
+            p_x, p_gy, p_nw, p_nb, p_n, p_o, p_stats, c0,
+            T, d, g, k, EPS, SCALE, NORM, TYPE, PRECISION, TT, DB, GB, KB,
+        )  # fmt: skip
 
-    tl.debug_barrier()
-    go = tl.zeros((KB, GB), tl.float32)
-    gn = tl.zeros((KB, GB), tl.float32)
-    for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
-        x, _ = _tokens(p_x + at, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
-        gy = tile(p_gy + at + c0, t0, 0, T, g, d, TT, GB)  # [TT, GB]
-        share = _softmax(x, tl.where(t0 < T, n, 0.0), k, SCALE, TYPE, PRECISION, KB)
-        gl = product(gy, tl.trans(tl.where(t0 < T, o, 0.0)), TYPE, PRECISION)  # [TT, KB]
-        gl = share * (gl - tl.sum(share * gl, 1)[:, None]) * SCALE
-        go += product(tl.trans(share), gy, TYPE, PRECISION)
-        gn += product(tl.trans(gl), x, TYPE, PRECISION)
-
-    gvalues = product(go, tile(p_wo, 0, 0, g, g, g, GB, GB), TYPE, PRECISION)  # [KB, GB]
-    tl.debug_barrier()
-    gkeys = product(gn, tl.trans(tile(p_wq, 0, 0, a, g, g, AB, GB)), TYPE, PRECISION)  # [KB, AB]
-    tl.debug_barrier()
-    grv = product(gvalues, tile(p_wv, 0, 0, g, g, g, GB, GB), TYPE, PRECISION)  # [KB, GB]
-    tl.debug_barrier()
-    grk = product(gkeys, tile(p_wk, 0, 0, a, g, g, AB, GB), TYPE, PRECISION)  # [KB, GB]
-    if GW:
+    for k0 in tl.range(0, k, KB, loop_unroll_factor=1, num_stages=1):
+        go = tl.zeros((KB, GB), tl.float32)
+        gn = tl.zeros((KB, GB), tl.float32)
+        for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
+            x, _ = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+            gy = tile(p_gy + c0, t0, 0, T, g, d, TT, GB)  # [TT, GB]
+            n, o = _kept(p_n, k0, KB, GB), _kept(p_o, k0, KB, GB)
+            share, gl = _weights_and_gradient(
+                x, gy, n, o, p_stats, t0, k0, T, k, SCALE, TYPE, PRECISION, TT, KB
+            )
+            go += product(tl.trans(share), gy, TYPE, PRECISION)
+            gn += product(tl.trans(gl), x, TYPE, PRECISION)
         tl.debug_barrier()
-        gwo = product(tl.trans(go), values, TYPE, PRECISION)
-        accumulate(p_gwo + part * g * g, gwo, s == program, 0, 0, g, g, g, GB, GB)
+        gvalues = product(go, tile(p_wo, 0, 0, g, g, g, GB, GB), TYPE, PRECISION)  # [KB, GB]
+        if GW:
+            tl.debug_barrier()
+            gwo = product(tl.trans(go), _kept(p_values, k0, KB, GB), TYPE, PRECISION)
+            accumulate(p_gwo + part * g * g, gwo, (s == program) & (k0 == 0), 0, 0, g, g, g, GB, GB)
+            tl.debug_barrier()
+            gwv = product(tl.trans(gvalues), _kept(p_rv, k0, KB, GB), TYPE, PRECISION)
+            accumulate(p_gwv + part * g * g, gwv, (s == program) & (k0 == 0), 0, 0, g, g, g, GB, GB)
         tl.debug_barrier()
-        gwv = product(tl.trans(gvalues), rv, TYPE, PRECISION)
-        accumulate(p_gwv + part * g * g, gwv, s == program, 0, 0, g, g, g, GB, GB)
+        grv = product(gvalues, tile(p_wv, 0, 0, g, g, g, GB, GB), TYPE, PRECISION)  # [KB, GB]
+        _keep(p_rv, grv, k0, KB, GB)
         tl.debug_barrier()
-        gwq = product(tl.trans(keys), gn, TYPE, PRECISION)
-        accumulate(p_gwq + part * a * g, gwq, s == program, 0, 0, a, g, g, AB, GB)
+        gkeys = product(gn, tl.trans(tile(p_wq, 0, 0, a, g, g, AB, GB)), TYPE, PRECISION)  # [KB, AB]
+        if GW:
+            tl.debug_barrier()
+            gwq = product(tl.trans(_kept(p_keys, k0, KB, AB)), gn, TYPE, PRECISION)
+            accumulate(p_gwq + part * a * g, gwq, (s == program) & (k0 == 0), 0, 0, a, g, g, AB, GB)
+            tl.debug_barrier()
+            gwk = product(tl.trans(gkeys), _kept(p_rk, k0, KB, GB), TYPE, PRECISION)
+            accumulate(p_gwk + part * a * g, gwk, (s == program) & (k0 == 0), 0, 0, a, g, g, AB, GB)
         tl.debug_barrier()
-        gwk = product(tl.trans(gkeys), rk, TYPE, PRECISION)
-        accumulate(p_gwk + part * a * g, gwk, s == program, 0, 0, a, g, g, AB, GB)
+        grk = product(gkeys, tile(p_wk, 0, 0, a, g, g, AB, GB), TYPE, PRECISION)  # [KB, GB]
+        _keep(p_rk, grk, k0, KB, GB)
+        tl.debug_barrier()
 
     gnw = tl.zeros((1, GB), tl.float32)
     gnb = tl.zeros((1, GB), tl.float32)
     for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
-        x, plain = _tokens(p_x + at, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
-        if GX or NORM:
-            gy = tile(p_gy + at + c0, t0, 0, T, g, d, TT, GB)  # [TT, GB]
-            share = _softmax(x, tl.where(t0 < T, n, 0.0), k, SCALE, TYPE, PRECISION, KB)
-            gl = product(gy, tl.trans(tl.where(t0 < T, o, 0.0)), TYPE, PRECISION)  # [TT, KB]
-            gl = share * (gl - tl.sum(share * gl, 1)[:, None]) * SCALE
-            gx = product(gl, tl.where(t0 < T, n, 0.0), TYPE, PRECISION)  # [TT, GB]
-            gx += product(tile(p_pk, t0, 0, T, k, k, TT, KB), tl.where(t0 < T, grk, 0.0), TYPE, PRECISION)
-            gx += product(tile(p_pv, t0, 0, T, k, k, TT, KB), tl.where(t0 < T, grv, 0.0), TYPE, PRECISION)
-            if NORM:
-                gnw += tl.sum(gx * plain, 0)[None, :]
-                gnb += tl.sum(gx, 0)[None, :]
-            if GX:
-                store_tile(p_gn + at + c0, gx, t0, 0, T, g, d, TT, GB)
-        if GW:
-            gpk = product(x, tl.trans(tl.where(t0 < T, grk, 0.0)), TYPE, PRECISION)  # [TT, KB]
-            accumulate(p_gpk + part * T * k, gpk, s == program, t0, 0, T, k, k, TT, KB)
-            gpv = product(x, tl.trans(tl.where(t0 < T, grv, 0.0)), TYPE, PRECISION)  # [TT, KB]
-            accumulate(p_gpv + part * T * k, gpv, s == program, t0, 0, T, k, k, TT, KB)
+        x, plain = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+        gx = tl.zeros((TT, GB), tl.float32)
+        for k0 in tl.range(0, k, KB, loop_unroll_factor=1, num_stages=1):
+            if GX or NORM:
+                gy = tile(p_gy + c0, t0, 0, T, g, d, TT, GB)  # [TT, GB]
+                n, o = _kept(p_n, k0, KB, GB), _kept(p_o, k0, KB, GB)
+                _, gl = _weights_and_gradient(
+                    x, gy, n, o, p_stats, t0, k0, T, k, SCALE, TYPE, PRECISION, TT, KB
+                )
+                gx += product(gl, n, TYPE, PRECISION)
+            grk, grv = _kept(p_rk, k0, KB, GB), _kept(p_rv, k0, KB, GB)
+            if GX or NORM:
+                gx += product(tile(p_pk, t0, k0, T, k, k, TT, KB), grk, TYPE, PRECISION)
+                gx += product(tile(p_pv, t0, k0, T, k, k, TT, KB), grv, TYPE, PRECISION)
+            if GW:
+                gpk = product(x, tl.trans(grk), TYPE, PRECISION)  # [TT, KB]
+                accumulate(p_gpk + part * T * k, gpk, s == program, t0, k0, T, k, k, TT, KB)
+                gpv = product(x, tl.trans(grv), TYPE, PRECISION)  # [TT, KB]
+                accumulate(p_gpv + part * T * k, gpv, s == program, t0, k0, T, k, k, TT, KB)
+        if NORM:
+            gnw += tl.sum(gx * plain, 0)[None, :]
+            gnb += tl.sum(gx, 0)[None, :]
+        if GX:
+            store_tile(p_gn + at + c0, gx, t0, 0, T, g, d, TT, GB)
     if NORM and GW:
         accumulate(p_gnw + part * g, gnw, s == program, 0, 0, 1, g, g, 1, GB)
         accumulate(p_gnb + part * g, gnb, s == program, 0, 0, 1, g, g, 1, GB)
@@ -327,6 +559,7 @@ def projected_attention_bwd_kernel(
     p_gn,
     p_gx,
     p_stats,
+    p_room,
     p_ticket,
     p_gwq,
     p_gwk,
@@ -361,55 +594,77 @@ def projected_attention_bwd_kernel(
         if SPLIT:
             _backward_sample(
                 s, p_gy, p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_gn,
-                p_stats, p_gwq, p_gwk, p_gwv, p_gwo, p_gpk, p_gpv, p_gnw, p_gnb, T, d, G, g, a, k, EPS,
-                SCALE, NORM, GX, GW, PRECISION, TT, DB, GB, AB, KB,
+                p_stats, p_room, p_gwq, p_gwk, p_gwv, p_gwo, p_gpk, p_gpv, p_gnw, p_gnb,
+                T, d, G, g, a, k, EPS, SCALE, NORM, GX, GW, PRECISION, TT, DB, GB, AB, KB,
             )  # fmt: skip
         else:
             _backward_sample_inline(
                 s, p_gy, p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_gn,
-                p_stats, p_gwq, p_gwk, p_gwv, p_gwo, p_gpk, p_gpv, p_gnw, p_gnb, T, d, G, g, a, k, EPS,
-                SCALE, NORM, GX, GW, PRECISION, TT, DB, GB, AB, KB,
+                p_stats, p_room, p_gwq, p_gwk, p_gwv, p_gwo, p_gpk, p_gpv, p_gnw, p_gnb,
+                T, d, G, g, a, k, EPS, SCALE, NORM, GX, GW, PRECISION, TT, DB, GB, AB, KB,
             )  # fmt: skip
         if NORM and GX:
             at = tl.cast(s, tl.int64) * T * d
             norm_backward(p_ticket + s, G, p_gn + at, p_x + at, p_gy + at, p_nw, p_gx + at, T, d, EPS, TT, DB)
 
 
-def _blocks(T: int, d: int, g: int, a: int, k: int) -> tuple[dict[str, int], int]:
-    """Tile sizes and warps.
+def whole_chunks(k: int, chunk: int) -> int:
+    """Rows that whole chunks of k_len have."""
+    return -(-k // chunk) * chunk
+
+
+def forward_blocks(T: int, d: int, g: int, a: int, k: int) -> tuple[dict[str, int], int]:
+    """Tile sizes and warps of the forward.
 
     32 tokens, so that no product unrolls more than 32 terms in registers; two warps, since with k_len and g
-    of 32 rows a third would repeat the others' work; more where k_len or widths are larger.
+    of 32 rows a third would repeat the others' work; more where k_len or widths are larger. Where k_len goes
+    in chunks, 16 tokens.
     """
-    KB, GB, AB = block(k), block(g), block(a)
-    warps = 2 if max(KB, GB, AB) <= 32 else 4 if max(KB * GB, KB * AB) <= 4096 else 8
-    return {"TT": min(block(T), 32), "DB": min(block(d), 32), "GB": GB, "AB": AB, "KB": KB}, warps
+    GB, AB, chunks = block(g), block(a), in_chunks(g, a, k)
+    KB, TT = (min(block(k), CHUNK), 16) if chunks else (block(k), 32)
+    warps = 2 if max(KB, GB, AB) <= 32 else 8 if chunks else 4
+    return {"TT": min(block(T), TT), "DB": min(block(d), 32), "GB": GB, "AB": AB, "KB": KB}, warps
+
+
+def _backward_blocks(d: int, g: int, a: int, k: int) -> tuple[dict[str, int], int]:
+    """Of the backward: chunks of k_len, and 16 tokens: for 32 of them a thread has too few registers."""
+    GB, AB, KB = block(g), block(a), min(block(k), CHUNK)
+    warps = 2 if max(GB, AB) <= 32 else 8
+    return {"TT": 16, "DB": min(block(d), 32), "GB": GB, "AB": AB, "KB": KB}, warps
 
 
 def projected_attention_launch(
     x: Tensor,
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
-    wo: Tensor,
-    pk: Tensor,
-    pv: Tensor,
+    wq: Tensor | Sequence[Tensor],
+    wk: Tensor | Sequence[Tensor],
+    wv: Tensor | Sequence[Tensor],
+    wo: Tensor | Sequence[Tensor],
+    pk: Tensor | Sequence[Tensor],
+    pv: Tensor | Sequence[Tensor],
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
     y: Tensor,
 ) -> Launch:
-    """The forward launch, into y."""
+    """The forward launch, into y; weights stacked over groups, or all of them lists of one tensor a group."""
     B, T, d = x.shape
-    G, a, g = wq.shape
-    k = pk.shape[-1]
-    blocks, warps = _blocks(T, d, g, a, k)
-    tensors = {"p_wq": wq, "p_wk": wk, "p_wv": wv, "p_wo": wo, "p_pk": pk, "p_pv": pv}
+    G, (a, g), k = len(wq), wq[0].shape, pk[0].shape[-1]
+    blocks, warps = forward_blocks(T, d, g, a, k)
+    weights = (wq, wk, wv, wo, pk, pv)
+    tensors: dict[str, Any] = dict(
+        zip(("p_wq", "p_wk", "p_wv", "p_wo", "p_pk", "p_pv"), weights, strict=True)
+    )
+    listed = not isinstance(wq, Tensor)
+    if listed:
+        tensors = {"weights": tuple(w for group in weights for w in group)}
     tensors |= {"p_nw": norm_weight, "p_nb": norm_bias}
+    programs, room = B * G if T else 0, None
+    if k > blocks["KB"]:
+        room = x.new_empty((programs, 2, whole_chunks(k, blocks["KB"]), blocks["GB"]), dtype=torch.float32)
     return Launch(
-        projected_attention_fwd_kernel,
-        (B * G if T else 0,),
-        {"p_x": x, **tensors, "p_y": y},
+        projected_attention_groups_fwd_kernel if listed else projected_attention_fwd_kernel,
+        (programs,),
+        {"p_x": x, **tensors, "p_room": room, "p_y": y},
         {
             **{"T": T, "d": d, "G": G, "g": g, "a": a, "k": k},
             "EPS": float(eps),
@@ -420,6 +675,24 @@ def projected_attention_launch(
         },
         num_warps=warps,
     )
+
+
+def projected_attention_groups(
+    x: Tensor,
+    wq: Sequence[Tensor],
+    wk: Sequence[Tensor],
+    wv: Sequence[Tensor],
+    wo: Sequence[Tensor],
+    pk: Sequence[Tensor],
+    pv: Sequence[Tensor],
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """`projected_attention` of weights that are lists of one contiguous tensor a group, where they lie."""
+    y = torch.empty_like(x)
+    projected_attention_launch(x, wq, wk, wv, wo, pk, pv, norm_weight, norm_bias, eps, y).run()
+    return y
 
 
 def projected_attention(
@@ -464,8 +737,8 @@ def projected_attention_backward_launch(
     G, a, g = wq.shape
     k = pk.shape[-1]
     norm = norm_weight is not None
-    blocks, warps = _blocks(T, d, g, a, k)
-    P = min(B, max(1, PROGRAMS // G)) if want else B
+    blocks, warps = _backward_blocks(d, g, a, k)
+    P = min(B, max(1, PROGRAMS // G))
     shapes = [w.shape for w in (wq, wk, wv, wo, pk, pv)] + ([(G, g)] * 2 if norm else [])
     partial = [x.new_empty((P, *shape), dtype=torch.float32) for shape in shapes] if want else []
     names = ("p_gwq", "p_gwk", "p_gwv", "p_gwo", "p_gpk", "p_gpv", "p_gnw", "p_gnb")
@@ -477,7 +750,9 @@ def projected_attention_backward_launch(
     ticket = torch.zeros(B, dtype=torch.int32, device=x.device) if wait else None
     arguments |= {"p_wq": wq, "p_wk": wk, "p_wv": wv, "p_wo": wo, "p_pk": pk, "p_pv": pv}
     arguments |= {"p_nw": norm_weight, "p_nb": norm_bias, "p_gn": scratch, "p_gx": gx, "p_ticket": ticket}
-    arguments["p_stats"] = x.new_empty((P * G, 2, T), dtype=torch.float32) if norm else None
+    arguments["p_stats"] = x.new_empty((P * G, 5, T), dtype=torch.float32)
+    room = (P * G, whole_chunks(k, blocks["KB"]), 5 * blocks["GB"] + blocks["AB"])
+    arguments["p_room"] = x.new_empty(room, dtype=torch.float32)
     launch = Launch(
         projected_attention_bwd_kernel,
         (P * G if T else 0,),
@@ -490,7 +765,7 @@ def projected_attention_backward_launch(
             "GX": gx is not None,
             "GW": want,
             "PRECISION": precision(),
-            "SPLIT": max(blocks["KB"], blocks["GB"], blocks["AB"]) <= 32,
+            "SPLIT": max(blocks["GB"], blocks["AB"]) <= 32,
             **blocks,
         },
         num_warps=warps,

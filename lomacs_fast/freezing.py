@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from . import functional
 from .data.files import atomic_path
 from .nn import LoMACSSVDNet
-from .reference.frozen import FrozenAttention, FrozenConv, FrozenWeights, fold_network
+from .reference.backbone import ConvBlock, FoldedAttention
+from .reference.frozen import FrozenWeights, fold_network
 
 __all__ = ["FrozenSVDNet", "freeze"]
 
@@ -204,9 +205,9 @@ def _flat(weights: FrozenWeights) -> dict[str, Tensor]:
 
 def _nested(tensors: dict[str, Tensor], temperature: float, eps: float) -> FrozenWeights:
     rest = {name: x for name, x in tensors.items() if not name.startswith("block")}
-    blocks: list[FrozenAttention | FrozenConv] = []
+    blocks: list[FoldedAttention | ConvBlock] = []
     while f"block{len(blocks)}_norm_weight" in tensors:
         prefix = f"block{len(blocks)}_"
-        kind = FrozenAttention if f"{prefix}score" in tensors else FrozenConv
+        kind = FoldedAttention if f"{prefix}score" in tensors else ConvBlock
         blocks.append(kind(*(tensors[prefix + name] for name in kind._fields)))
     return FrozenWeights(blocks=tuple(blocks), temperature=temperature, eps=eps, **rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -13,12 +14,18 @@ from . import ops, reference
 from .ops.common import REAL, REAL_OF
 from .reference import AEPlusTerms
 from .reference.arguments import integer
+from .reference.backbone import AttentionBlock, Block, ConvBlock, FoldedAttention
 from .reference.frozen import FrozenWeights
+from .reference.projected_attention import Grouped
 from .reference.refine import SWEEPS
 
 __all__ = [
     "AEPlusTerms",
+    "AttentionBlock",
+    "ConvBlock",
+    "FoldedAttention",
     "aeplus_loss",
+    "backbone",
     "bjorck",
     "column_normalize",
     "dual_view_project",
@@ -286,7 +293,16 @@ def projected_attention(
     if y is not None:
         return y
     _tensor("x", x, REAL + HALF, ("B", None, None))
-    (T, d), mixed = x.shape[-2:], _autocast(x)
+    mixed = _autocast(x)
+    _attention_weights(x, wq, wk, wv, wo, pk, pv, mixed)
+    _norm(x, norm_weight, norm_bias, eps, mixed)
+    return ops.projected_attention(x, wq, wk, wv, wo, pk, pv, norm_weight, norm_bias, eps)
+
+
+def _attention_weights(
+    x: Tensor, wq: Grouped, wk: Grouped, wv: Grouped, wo: Grouped, pk: Grouped, pv: Grouped, mixed: bool
+) -> None:
+    T, d = x.shape[-2:]
     G, att_dim, _ = _grouped("wq", wq, x, None, (None, None), mixed)
     if d % G:
         raise ValueError(f"wq must hold a number of groups that divides d = {d}, got {G}")
@@ -297,8 +313,6 @@ def projected_attention(
     _grouped("wo", wo, x, G, (g, g), mixed)
     k_len = _grouped("pk", pk, x, G, (T, None), mixed)[-1]
     _grouped("pv", pv, x, G, (T, k_len), mixed)
-    _norm(x, norm_weight, norm_bias, eps, mixed)
-    return ops.projected_attention(x, wq, wk, wv, wo, pk, pv, norm_weight, norm_bias, eps)
 
 
 @_specified_by(reference.gated_conv1d)
@@ -316,15 +330,72 @@ def gated_conv1d(
     if y is not None:
         return y
     _tensor("x", x, REAL + HALF, ("B", None, None))
-    d, mixed = x.shape[-1], _autocast(x)
+    mixed = _autocast(x)
+    _conv_weights(x, dw_weight, dw_bias, pw_weight, pw_bias, mixed)
+    _norm(x, norm_weight, norm_bias, eps, mixed)
+    return ops.gated_conv1d(x, dw_weight, dw_bias, pw_weight, pw_bias, norm_weight, norm_bias, eps)
+
+
+def _conv_weights(
+    x: Tensor, dw_weight: Tensor, dw_bias: Tensor, pw_weight: Tensor, pw_bias: Tensor, mixed: bool
+) -> None:
+    d = x.shape[-1]
     _weight("dw_weight", dw_weight, ("x", x), (2 * d, 1, None), mixed)
     if dw_weight.shape[-1] % 2 == 0:
         raise ValueError(f"dw_weight must have an odd number of taps, got {dw_weight.shape[-1]}")
     _weight("dw_bias", dw_bias, ("x", x), (2 * d,), mixed)
     _weight("pw_weight", pw_weight, ("x", x), (d, d, 1), mixed)
     _weight("pw_bias", pw_bias, ("x", x), (d,), mixed)
+
+
+def _folded_weights(x: Tensor, score: Tensor, mix: Tensor, pk: Tensor, pv: Tensor, mixed: bool) -> None:
+    T, d = x.shape[-2:]
+    G = _weight("score", score, ("x", x), (None, None, None), mixed).shape[0]
+    if d % G:
+        raise ValueError(f"score must hold a number of groups that divides d = {d}, got {G}")
+    _weight("score", score, ("x", x), (G, d // G, d // G), mixed)
+    _weight("mix", mix, ("x", x), (G, d // G, d // G), mixed)
+    k_len = _weight("pk", pk, ("x", x), (G, T, None), mixed).shape[-1]
+    _weight("pv", pv, ("x", x), (G, T, k_len), mixed)
+
+
+_MIXERS = SimpleNamespace(projected_attention=projected_attention, gated_conv1d=gated_conv1d)
+
+
+def _at_once(x: Tensor) -> bool:
+    """Whether one launch may take all blocks; elsewhere one call for all of them gains nothing."""
+    return x.is_cuda
+
+
+@_specified_by(reference.backbone)
+def backbone(
+    x: Tensor,
+    blocks: Sequence[Block],
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    _tensor("x", x, REAL + HALF, ("B", None, None))
+    mixed = _autocast(x)
     _norm(x, norm_weight, norm_bias, eps, mixed)
-    return ops.gated_conv1d(x, dw_weight, dw_bias, pw_weight, pw_bias, norm_weight, norm_bias, eps)
+    at_once = _at_once(x)
+    for block in blocks:
+        # what goes block by block is looked at there
+        if at_once and isinstance(block, AttentionBlock):
+            _attention_weights(x, *block[2:], mixed)
+        elif at_once and isinstance(block, ConvBlock):
+            _conv_weights(x, *block[2:], mixed)
+        elif isinstance(block, FoldedAttention):
+            _folded_weights(x, *block[2:], mixed)
+        if at_once or isinstance(block, FoldedAttention):
+            _norm(x, *block[:2], eps, mixed)
+    if at_once:
+        y = ops.backbone_at_once(x, blocks, norm_weight, norm_bias, eps)
+        if y is not None:
+            return y
+    if mixed:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return reference.backbone(x, blocks, norm_weight, norm_bias, eps, _MIXERS)
 
 
 @_specified_by(reference.column_normalize)

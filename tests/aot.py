@@ -65,6 +65,9 @@ def compiled(launch, target):
             signature[name] = "i32"
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):
+            signature[name] = tuple(TYPES[str(x.dtype).removeprefix("torch.")] for x in value)
+            attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
         else:
             signature[name] = TYPES[str(value.dtype).removeprefix("torch.")]
             attributes[(i,)] = [["tt.divisibility", 16]]

@@ -282,3 +282,27 @@ def test_module_trains_as_the_reference_does():
 def test_a_large_sample_is_left_to_the_formula():
     x = torch.zeros(1, 1, 1).expand(1, 1 << 12, 1 << 10)
     assert any("too large" in reason for reason in gated_conv._native_reasons(x, torch.zeros(2048, 1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("taps", "T", "fits"), [(31, 300, True), (33, 65, False), (33, 64, True), (129, 64, True)]
+)
+def test_triton_says_which_taps_reach_too_far(taps, T, fits):
+    found = gated_conv._triton_reasons(torch.empty(2, T, 8), torch.empty(16, 1, taps))
+    assert any(f"taps over more than 64 tokens, got {taps}" in reason for reason in found) is not fits
+
+
+@pytest.mark.parametrize("where", ["dw", "pw"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parametrised_weight_is_asked_for_by_name(where, name):
+    class Double(torch.nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    m, x = nn.GatedConv1D(6, 3), torch.randn(2, 7, 6)
+    torch.nn.init.normal_(getattr(getattr(m, where), name))
+    want = [w * (2 if w is getattr(getattr(m, where), name) else 1) for w in m.weights]
+    torch.nn.utils.parametrize.register_parametrization(getattr(m, where), name, Double())
+    with torch.no_grad():
+        close([m(x)], [function(x, *want)])
+    assert len(m.weights) == 4

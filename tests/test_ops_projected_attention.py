@@ -400,12 +400,51 @@ def test_a_large_sample_is_left_to_the_formula():
     assert any("too large" in reason for reason in reasons)
 
 
+@pytest.mark.parametrize("k", [1, 11, 128, 300])
 @pytest.mark.parametrize(
-    ("g", "a", "k", "fits"), [(64, 64, 64, True), (32, 64, 128, True), (40, 4, 70, False)]
+    ("g", "a", "words"),
+    [
+        (8, 64, None),
+        (64, 64, None),
+        (128, 128, None),
+        (129, 4, "129 channels a group are more than the 128"),
+        (8, 200, "200 wide queries are more than the 128"),
+    ],
 )
-def test_triton_says_which_tiles_have_no_room(g, a, k, fits):
+def test_triton_says_which_widths_have_no_room(g, a, k, words):
     groups = 2
     x, wq = torch.empty(3, 5, groups * g), torch.empty(groups, a, g)
     pk = torch.empty(groups, 5, k)
-    found = stem._triton_reasons(x, wq, None, None, None, pk)
-    assert any("shared memory" in reason for reason in found) is not fits
+    found = stem._triton_reasons(x, wq, wq, wq, wq, pk, pk, None, None, 1e-5)
+    found = [r for r in found if "shared memory" in r]
+    assert [words in r for r in found] == ([True] if words else [])
+
+
+@pytest.mark.parametrize(
+    ("k", "leaf", "newer"),
+    [(32, None, False), (32, "x", True), (32, "pv", True), (32, "norm_bias", True), (256, None, True)],
+)
+def test_what_no_device_has_run_waits(k, leaf, newer, monkeypatch):
+    """The backward, and k_len in chunks; not the forward that a device has run."""
+    asked = []
+    monkeypatch.setattr(stem.common, "triton_reasons", lambda device, proved: asked.append(proved) or [])
+    values = {"x": torch.empty(3, 5, 32)} | {n: [torch.empty(32, 16)] * 2 for n in ("wq", "wk", "wv", "wo")}
+    values |= {n: [torch.empty(5, k)] * 2 for n in ("pk", "pv")}
+    values |= {n: torch.empty(32) for n in ("norm_weight", "norm_bias")}
+    if leaf:
+        value = values[leaf]
+        (value[1] if isinstance(value, list) else value).requires_grad_()
+    assert stem._triton_reasons(*values.values(), 1e-5) == []
+    assert asked == [stem.common.NOWHERE if newer else stem.common.PROVED]
+    with torch.no_grad():
+        stem._triton_reasons(*values.values(), 1e-5)
+    assert asked[1] == (stem.common.NOWHERE if k == 256 else stem.common.PROVED)
+
+
+def test_a_device_reads_lists_where_they_lie_once_it_has_run_that(monkeypatch):
+    x = torch.empty(3, 5, 32, device="meta")
+    for reasons in ([], ["none has run it"]):
+        monkeypatch.setattr(stem.common, "triton_reasons", lambda device, proved, found=reasons: found)
+        assert stem._where_they_lie(x, 4) is not bool(reasons)
+        assert not stem._where_they_lie(x, 65)
+    assert stem._where_they_lie(torch.empty(3), 65)

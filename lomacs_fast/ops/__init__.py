@@ -1,6 +1,7 @@
 """The ops: registration under `lomacs::`, autograd, and the choice of backend; one file a stem."""
 
 from .aeplus import aeplus_loss
+from .backbone import backbone_at_once
 from .dispatch import BackendError, backend_table, use_backend
 from .dual_view import dual_view_project, gate_project
 from .freq_gate import freq_gate
@@ -18,6 +19,7 @@ __all__ = [
     "BackendError",
     "aeplus_loss",
     "approx_svd",
+    "backbone_at_once",
     "backend_table",
     "bjorck",
     "dual_view_project",

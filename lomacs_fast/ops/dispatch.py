@@ -104,6 +104,9 @@ def _say_once(op: str, backend: str, *refused: str) -> None:
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)} on {value.device}"
+    if isinstance(value, list | tuple):
+        name = type(value).__name__ if hasattr(value, "_fields") else ""
+        return f"{name}({', '.join(map(_describe, value))})"
     return repr(value)
 
 

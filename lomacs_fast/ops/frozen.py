@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from ..reference.frozen import FrozenAttention, FrozenWeights
+from ..reference.backbone import FoldedAttention
+from ..reference.frozen import FrozenWeights
 from . import common, gated_conv, spectral
+from .backbone import backbone
 from .common import library
 from .dispatch import Backend, Op
-from .freq_gate import cpp_reasons, cpu_gate_reasons, gate_flops
+from .freq_gate import cpp_reasons, cpu_gate_reasons, freq_gate, gate_flops, single_triton_reasons
 from .ortho import flops_of_refine
 
 library.define(
@@ -113,10 +116,25 @@ def frozen_svd_at_once(
 
 def _reasons(H: Tensor, scene: Tensor, weights: FrozenWeights) -> list[str]:
     found = common.mixed_reasons(H=H, weights=weights.pos) + cpu_gate_reasons(H)
-    if any(isinstance(b, FrozenAttention) != (i % 2 == 0) for i, b in enumerate(weights.blocks)):
+    if any(isinstance(b, FoldedAttention) != (i % 2 == 0) for i, b in enumerate(weights.blocks)):
         found.append("blocks must alternate, attention first")
     found += common.transform_reasons()
     return found or cpp_reasons(H.device)
+
+
+# the stems on a device, each by what serves it
+_STEMS = SimpleNamespace(
+    freq_gate=lambda H, *weights: freq_gate(H, *weights, False), backbone=backbone, svd_tail=spectral.svd_tail
+)
+
+
+def _stem_by_stem(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.frozen_svd(H, scene, weights, _STEMS)
+
+
+def _triton_reasons(H: Tensor, scene: Tensor, weights: FrozenWeights) -> list[str]:
+    found = common.mixed_reasons(H=H, weights=weights.pos) + common.transform_reasons()
+    return found + single_triton_reasons(H, common.NOWHERE)
 
 
 def _eager(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +149,11 @@ def _nominal(device: torch.device) -> tuple[Any, ...]:
 
 frozen_svd = Op(
     "frozen_svd",
-    [Backend("cpp", _reasons, _native), Backend("eager", lambda *_: (), _eager)],
+    [
+        Backend("triton", _triton_reasons, _stem_by_stem),
+        Backend("cpp", _reasons, _native),
+        Backend("eager", lambda *_: (), _eager),
+    ],
     ("H", "scene", "weights"),
     _nominal,
 )

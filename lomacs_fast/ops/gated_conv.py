@@ -144,8 +144,15 @@ def _native_reasons(x: Tensor, dw_weight: Tensor, *_: Any) -> list[str]:
     return tokens.reasons(x, 8 * T * d + d * (d + 32 * dw_weight.shape[-1]))
 
 
-def _triton_reasons(x: Tensor, *_: Any) -> list[str]:
-    return tokens.triton_reasons(x)
+# of a tile of 64 tokens that halos leave some tokens of its own, backward too
+TAPS = 31
+
+
+def _triton_reasons(x: Tensor, dw_weight: Tensor, *_: Any) -> list[str]:
+    found, taps = tokens.triton_reasons(x), dw_weight.shape[-1]
+    if taps > TAPS and x.shape[1] > 64:
+        found.append(f"at most {TAPS} taps over more than 64 tokens, got {taps} over {x.shape[1]}")
+    return found
 
 
 def _eager(x: Tensor, *rest: Any) -> Tensor:

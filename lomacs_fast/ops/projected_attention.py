@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
+from ..kernels.launch import in_chunks
 from ..reference.projected_attention import Grouped
 from . import common, tokens
 from .common import library
@@ -140,8 +141,8 @@ def _cuda(name: str) -> None:
         return getattr(kernels, name)(*args)
 
 
-_cuda("projected_attention")
-_cuda("projected_attention_backward")
+for _name in ("projected_attention", "projected_attention_groups", "projected_attention_backward"):
+    _cuda(_name)
 
 
 class _Stack(torch.autograd.Function):
@@ -190,7 +191,7 @@ def _fused(
     )
     weights = (wq, wk, wv, wo, pk, pv)
     lists = not any(isinstance(w, Tensor) for w in weights)
-    if lists and not torch.compiler.is_compiling() and x.device.type == "cpu":
+    if lists and not torch.compiler.is_compiling() and _where_they_lie(x, len(wq)):
         grouped: Any = weights
         if not (tokens.records((x, norm_weight, norm_bias)) or records(grouped)):
             return _listed(x, grouped, norm_weight, norm_bias, eps)
@@ -203,6 +204,15 @@ def _fused(
     return op(*args) if tokens.records(args[:-1]) else tokens.unrecorded(op, *args)
 
 
+# groups whose weights' addresses a launch has room for
+GROUPS = 64
+
+
+def _where_they_lie(x: Tensor, groups: int) -> bool:
+    """Whether a kernel reads lists of weights; on a device it is newer than that of stacks."""
+    return x.device.type == "cpu" or (groups <= GROUPS and not tokens.triton_reasons(x, common.NOWHERE))
+
+
 def _listed(
     x: Tensor,
     weights: Sequence[Sequence[Tensor]],
@@ -212,6 +222,9 @@ def _listed(
 ) -> Tensor:
     """Without gradients each weight is read where it lies: nothing is stacked, nothing can go stale."""
     lists = [[w.resolve_neg().contiguous() for w in group] for group in weights]
+    if x.device.type != "cpu":
+        named = {f"{n}[{i}]": w for n, ws in zip(NAMES, lists, strict=True) for i, w in enumerate(ws)}
+        tokens.same_device(x, **named, norm_weight=norm_weight, norm_bias=norm_bias)
     op = torch.ops.lomacs.projected_attention_groups.default
     return tokens.unrecorded(op, x, *lists, norm_weight, norm_bias, eps)
 
@@ -228,8 +241,8 @@ def _shape(pk: Grouped) -> tuple[int, int]:
     return len(pk), pk[0].shape[-1]
 
 
-# numbers of k_len x g, as the Triton kernel pads them, that a program has room for
-TILE = 4096
+# widest group, and widest queries, that the Triton kernel has room for; T and k_len go in tiles
+WIDEST = 128
 
 
 def _native_reasons(
@@ -240,21 +253,29 @@ def _native_reasons(
     return tokens.reasons(x, 4 * T * d + 2 * G * k * T + 6 * k * g + 4 * g * d)
 
 
-def _triton_reasons(x: Tensor, *weights: Any) -> list[str]:
-    G, k = _shape(weights[4])
-    g = x.shape[-1] // G
-    found = tokens.triton_reasons(x)
-    # the backward keeps ten tiles of this size in shared memory
-    if _padded(k) * _padded(g) > TILE:
-        found.append(
-            f"k_len {k} with {g} channels a group: padded to powers of two their product is above {TILE}, "
-            "more than the shared memory of a program"
-        )
+def _triton_reasons(
+    x: Tensor,
+    wq: Grouped,
+    wk: Grouped,
+    wv: Grouped,
+    wo: Grouped,
+    pk: Grouped,
+    pv: Grouped,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> list[str]:
+    g, a, k = x.shape[-1] // len(wq), wq[0].shape[0], _shape(pk)[1]
+    # the backward, and a k_len in chunks, are newer than the last run on a device
+    weights = [norm_weight, norm_bias]
+    for w in (wq, wk, wv, wo, pk, pv):
+        weights += [w] if isinstance(w, Tensor) else w
+    newer = in_chunks(g, a, k) or tokens.records((x, *weights))
+    found = tokens.triton_reasons(x, common.NOWHERE if newer else common.PROVED)
+    for what, n in (("channels a group", g), ("wide queries", a)):
+        if n > WIDEST:
+            found.append(f"{n} {what} are more than the {WIDEST} that a program's shared memory holds")
     return found
-
-
-def _padded(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
 
 
 def _eager(x: Tensor, *rest: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -89,10 +89,10 @@ def reasons(x: Tensor, numbers: int) -> list[str]:
     return found or list(native.reasons(x.device.type))
 
 
-def triton_reasons(x: Tensor) -> list[str]:
-    """Why Triton does not serve tokens x."""
+def triton_reasons(x: Tensor, proved: Collection[tuple[int, int]] = common.PROVED) -> list[str]:
+    """Why Triton does not serve tokens x; `proved` as in `common.triton_reasons`."""
     double = ["the Triton kernels are single precision, x is float64"] if x.dtype == torch.float64 else []
-    return double + (common.triton_reasons(x.device) or common.transform_reasons())
+    return double + (common.triton_reasons(x.device, proved) or common.transform_reasons())
 
 
 def same_device(x: Tensor, **others: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from .aeplus import AEPlusLoss, AEPlusTerms, aeplus_loss, aeplus_terms
 from .angular_gate import AngularGate
+from .backbone import backbone
 from .dual_view import coarse_map, dual_view_project, gate_project
 from .freq_gate import AxialLowRankFreqGate, freq_gate, spectral_gate, unit_norm
 from .frozen import FrozenWeights, fold_network, frozen_svd
@@ -30,6 +31,7 @@ __all__ = [
     "SpectralRefiner",
     "aeplus_loss",
     "aeplus_terms",
+    "backbone",
     "bjorck",
     "coarse_map",
     "column_normalize",

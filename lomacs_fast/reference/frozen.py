@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .backbone import ConvBlock, FoldedAttention, backbone
 from .dual_view import real_view
 from .freq_gate import freq_gate
-from .gated_conv import gated_conv1d
-from .ortho import column_normalize, ortho_refine
-from .spectral import spectral_calibrate
-
-
-class FrozenAttention(NamedTuple):
-    """A pre-norm attention block.
-
-    With `A = Wq^T Wk / sqrt(a)` and `C = Wv^T Wo^T` a group: `softmax(x A (P_k^T x)^T) (P_v^T x) C`.
-    `norm_weight`, `norm_bias` `(d,)`; `score`, `mix` `(G, g, g)`; `pk`, `pv` `(G, T, k)`.
-    """
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    score: Tensor
-    mix: Tensor
-    pk: Tensor
-    pv: Tensor
-
-
-class FrozenConv(NamedTuple):
-    """A pre-norm gated convolution block, as it was trained."""
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    dw_weight: Tensor
-    dw_bias: Tensor
-    pw_weight: Tensor
-    pw_bias: Tensor
+from .spectral import svd_tail
 
 
 class FrozenWeights(NamedTuple):
@@ -57,7 +31,7 @@ class FrozenWeights(NamedTuple):
     raw: Tensor
     pooled: Tensor
     pos: Tensor
-    blocks: tuple[FrozenAttention | FrozenConv, ...]
+    blocks: tuple[FoldedAttention | ConvBlock, ...]
     head: Tensor
     table: Tensor
     scalars: Tensor
@@ -90,16 +64,15 @@ def fold_network(net: Any) -> FrozenWeights:
     columns = upsampling(N, torch.float64, weight.device)
     coarse = weight[:, 2 * N :].unflatten(1, (N, 2))
     pooled = torch.einsum("dnp,nj->djp", coarse, columns).flatten(1) / 4
-    blocks: list[FrozenAttention | FrozenConv] = []
+    blocks: list[FoldedAttention | ConvBlock] = []
     for norm, mixer in net.blocks:
         affine = cast(norm.weight), cast(norm.bias)
         if hasattr(mixer, "qs"):
             wq, wk, wv, wo, pk, pv = (torch.stack(list(w)).double() for w in mixer.weights)
             score, mix = wq.mT @ wk / mixer.att_dim**0.5, wv.mT @ wo.mT
-            blocks.append(FrozenAttention(*affine, *map(cast, (score, mix, pk, pv))))
+            blocks.append(FoldedAttention(*affine, *map(cast, (score, mix, pk, pv))))
         else:
-            weights = mixer.dw.weight, mixer.dw.bias, mixer.pw.weight, mixer.pw.bias
-            blocks.append(FrozenConv(*affine, *map(cast, weights)))
+            blocks.append(ConvBlock(*affine, *map(cast, mixer.weights)))
     heads = [net.u_head, net.v_head, net.s_head[0]]
     head = torch.cat([h.weight for h in heads]).double()
     bias = torch.cat([h.bias for h in heads]).double()
@@ -126,17 +99,12 @@ def fold_network(net: Any) -> FrozenWeights:
     )
 
 
-def _attention(x: Tensor, block: FrozenAttention) -> Tensor:
-    groups = []
-    for xg, score, mix, pk, pv in zip(
-        x.chunk(len(block.score), -1), block.score, block.mix, block.pk, block.pv, strict=True
-    ):
-        keys, values = pk.mT @ xg @ score.mT, pv.mT @ xg @ mix
-        groups.append(torch.softmax(xg @ keys.mT, -1) @ values)
-    return torch.cat(groups, -1)
+STEMS = SimpleNamespace(freq_gate=freq_gate, backbone=backbone, svd_tail=svd_tail)
 
 
-def frozen_svd(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor, Tensor, Tensor]:
+def frozen_svd(
+    H: Tensor, scene: Tensor, weights: FrozenWeights, functions: Any = STEMS
+) -> tuple[Tensor, Tensor, Tensor]:
     """`U, S, V` with `H ~ U diag(S) V^H`: the frozen network at `H / |H|_F`, S times `|H|_F`.
 
     Args:
@@ -156,27 +124,16 @@ def frozen_svd(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor
     parts = parts / scale[:, None, None, None]
     size = torch.linalg.vector_norm(parts.flatten(1), dim=1)
     X = torch.view_as_complex(parts / torch.where(size > 0, size, 1)[:, None, None, None])
-    Hd = freq_gate(X, w.row_w1, w.row_w2, w.col_w1, w.col_w2, w.temperature)
+    Hd = functions.freq_gate(X, w.row_w1, w.row_w2, w.col_w1, w.col_w2, w.temperature)
     raw = real_view(Hd).flatten(-2)
     blocks = Hd[:, : M // 2 * 2, : N // 2 * 2].unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).sum((2, 4))
     rows = upsampling(M, w.pos.dtype, H.device)
     x = raw @ w.raw + rows @ (real_view(blocks).flatten(-2) @ w.pooled) + w.pos
-    for block in w.blocks:
-        y = nn.functional.layer_norm(x, x.shape[-1:], block.norm_weight, block.norm_bias, w.eps)
-        if isinstance(block, FrozenAttention):
-            x = x + _attention(y, block)
-        else:
-            x = x + gated_conv1d(y, *block[2:])
-    feat = nn.functional.layer_norm(x.mean(1), x.shape[-1:], eps=w.eps)
+    feat = functions.backbone(x, w.blocks, None, None, w.eps)
     u, v, s = (feat @ w.head + w.table[scene]).split([2 * M * r, 2 * N * r, r], -1)
-    S, order = torch.sort(nn.functional.softplus(s) + 1e-6, dim=-1, descending=True, stable=True)
-    factors = []
-    for columns, n, step in ((u, M, w.scalars[0]), (v, N, w.scalars[1])):
-        U = torch.view_as_complex(columns.contiguous().view(-1, n, r, 2))
-        U = column_normalize(U.gather(-1, order[:, None].expand_as(U)))
-        factors.append(ortho_refine(U, step.to(w.pos.dtype)))
-    U, V = factors
-    S = spectral_calibrate(U, Hd, V, S, w.scalars[2].to(w.pos.dtype))
+    U, V = (torch.view_as_complex(columns.contiguous().view(-1, n, r, 2)) for columns, n in ((u, M), (v, N)))
+    a, b, tau = (scalar.to(w.pos.dtype) for scalar in w.scalars)
+    U, S, V = functions.svd_tail(U, V, nn.functional.softplus(s) + 1e-6, Hd, a, b, tau)
     # one factor after the other: their product may overflow where S does not
     S = S * size[:, None] * scale[:, None]
     return U, S, V

@@ -78,12 +78,15 @@ class GatedConv1D(nn.Module):
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)
 
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """`dw_weight, dw_bias, pw_weight, pw_bias`, in the order the function takes them."""
+        dw, pw = self.dw, self.pw
+        return dw.weight, dw.bias, pw.weight, pw.bias  # type: ignore[return-value]
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.functions.gated_conv1d(x, self.dw.weight, self.dw.bias, self.pw.weight, self.pw.bias)
+        return self.functions.gated_conv1d(x, *self.weights)
 
     def residual(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """`x + forward(norm(x))`, the pre-norm block."""
-        dw, pw = self.dw, self.pw
-        return self.functions.gated_conv1d(
-            x, dw.weight, dw.bias, pw.weight, pw.bias, norm.weight, norm.bias, norm.eps
-        )
+        return self.functions.gated_conv1d(x, *self.weights, norm.weight, norm.bias, norm.eps)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .angular_gate import AngularGate, panel
 from .arguments import integer, number, positive
+from .backbone import AttentionBlock, Block, ConvBlock, backbone
 from .completion import complete_from_dft
 from .dual_view import both_views, gate_project, real_view
 from .freq_gate import AxialLowRankFreqGate
@@ -32,12 +33,15 @@ def _unhooked(*modules: nn.Module) -> bool:
     )
 
 
+def _autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _residual(block: nn.Sequential, x: Tensor) -> Tensor:
     """`x + block(x)`, in one call of the mixer where norm and residual may be its own."""
     norm, mixer = block[0], block[1]
-    device = x.device.type
     # autocast would take the residual to half precision too
-    full = not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
+    full = not _autocast(x.device.type)
     plain = full and isinstance(norm, nn.LayerNorm) and _unhooked(block, norm, mixer)
     if plain and isinstance(mixer, (GroupedProjectedAttention, GatedConv1D)):
         return mixer.residual(x, cast(nn.LayerNorm, norm))
@@ -88,6 +92,7 @@ class LoMACSSVDNet(nn.Module):
 
     functions: ClassVar[Any] = SimpleNamespace(
         gate_project=gate_project,
+        backbone=backbone,
         column_normalize=column_normalize,
         spectral_calibrate=spectral_calibrate,
         svd_tail=svd_tail,
@@ -293,9 +298,7 @@ class LoMACSSVDNet(nn.Module):
 
     def _pooled(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, Hd = self._front(H)
-        for block in self.blocks:
-            x = _residual(cast(nn.Sequential, block), x)
-        feat = self.norm(x.mean(1)) + self.scene_emb(scene)
+        feat = self._backbone(x) + self.scene_emb(scene)
         # autocast gives half precision here; columns, spectrum and their order are full precision
         u, v, s = (head(feat).to(self.pos.dtype) for head in (self.u_head, self.v_head, self.s_head))
         U = self.complex_of(u.view(-1, self.M, self.r, 2))
@@ -323,6 +326,37 @@ class LoMACSSVDNet(nn.Module):
         if floor is not None:
             S = S - self.shrink[1] * floor
         return U, nn.functional.pad(S.clamp_min(0), (0, self.r - k)), V, Hd
+
+    def _backbone(self, x: Tensor) -> Tensor:
+        blocks = self._inference_blocks(x)
+        if blocks is not None:
+            return self.functions.backbone(x, blocks, self.norm.weight, self.norm.bias, self.norm.eps)
+        for block in self.blocks:
+            x = _residual(cast(nn.Sequential, block), x)
+        return self.norm(x.mean(1))
+
+    def _inference_blocks(self, x: Tensor) -> list[Block] | None:
+        """The blocks as `backbone` takes them, where one call may stand for all modules; else None."""
+        if torch.is_grad_enabled() or _autocast(x.device.type):
+            return None
+        found: list[Block] = []
+        for norm, mixer in (*self.blocks, (self.norm, None)):
+            own = [m for m in (norm, mixer) if m is not None]
+            if type(norm) is not nn.LayerNorm or norm.eps != self.norm.eps or not _unhooked(*own):
+                return None
+            if mixer is None:
+                continue
+            # mixers that call other functions are called themselves
+            if getattr(mixer, "functions", None) is not self.functions:
+                return None
+            affine = norm.weight, norm.bias
+            if any(w is None for w in affine):
+                return None
+            if isinstance(mixer, GroupedProjectedAttention):
+                found.append(AttentionBlock(*affine, *mixer.weights))
+            else:
+                found.append(ConvBlock(*affine, *mixer.weights))
+        return found if _unhooked(*self.blocks) else None
 
     def _front(self, H: Tensor) -> tuple[Tensor, Tensor]:
         gate, project = self.freq_gate, self.input_proj
