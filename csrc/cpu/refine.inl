@@ -318,12 +318,13 @@ struct Refinement {
     else times(D, krows, C, b, k);
   }
 
-  LOMACS_TARGET void diagonalize(T soft) {
+  // the closing has no use for the rotated core: phases that its diagonal would have moved into Q come out of S
+  LOMACS_TARGET void diagonalize(T soft, bool closing = false) {
     if (hermitian) {
       symmetric();
       for (Index n = 0; n < job.sweeps; ++n) {
         rotations(soft);
-        transform(A, A);
+        if (!closing || n + 1 < job.sweeps) transform(A, A);
         gather(n, P, P2, A);
       }
       return;
@@ -333,9 +334,11 @@ struct Refinement {
     for (Index j = 0; j < k; ++j) scale[j] = turn_re[j], energy[j] = turn_im[j];
     for (Index n = 0; n < job.sweeps; ++n) {
       rotations(soft);
-      transform(A, B);
-      turn_diagonal();
-      turned_columns(B, k, turn_re, turn_im);
+      if (!closing || n + 1 < job.sweeps) {
+        transform(A, B);
+        turn_diagonal();
+        turned_columns(B, k, turn_re, turn_im);
+      }
       gather(n, P, P2, A);
       if (n == 0) {
         for (Index i = 0; i < k; ++i)
@@ -447,7 +450,7 @@ struct Refinement {
     // D itself is needed after its rotations
     std::swap(D, kept);
     shifted(D, k, T(1), kept, T(0));
-    diagonalize(soft);
+    diagonalize(soft, true);
     std::swap(D, kept);
     orthonormalized(left, P, A);
     if (!hermitian) orthonormalized(right, Q, B);
