@@ -1,9 +1,12 @@
 """Approximation error and time of `approx_svd` against steps, beside the truncated SVD and its kin.
 
 `python benchmarks/bench_refine.py --times [--json FILE]` times 64x64 with 32 columns, 16 of them active, at
-batch 256 and 1: the fused op, the eager formula, `torch.linalg.svd`, `eigh` and `svd_lowrank(q=16)` in turn.
-The floor is the products that the formula counts, four real ones a complex product, over the measured rate of
-a float32 product; the kernel takes three and stops iterations early, and may be below it.
+batch 256 and 1: the fused op, the eager formula, `torch.linalg.svd`, `eigh` and `svd_lowrank(q=16)` in turn,
+and a step of op and formula, forward and with its gradients. With `--trained` it times the network of
+`load_pretrained("64x64x32")`, frozen, at some numbers of columns and steps beside the decompositions, and
+prints the AE of each over that of the truncated SVD. The floor is the products that the formula counts, four
+real ones a complex product, over the measured rate of a float32 product; the kernel takes three and stops
+iterations early, and may be below it.
 `python benchmarks/bench_refine.py [--samples 8] [--json FILE]` takes the generator's noisy covariances and
 clean channels and, where Sionna is installed, 3GPP covariances and channels (UMi, UMa and RMa, TR 38.901).
 Errors are against the clean label. Multiply-adds are true real ones a sample, of everything that runs; the
@@ -19,6 +22,7 @@ import os
 import time
 from collections.abc import Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,15 +31,18 @@ import harness
 import torch
 from torch import Tensor
 
-from lomacs_fast import approx_svd, use_backend
+from lomacs_fast import approx_svd, freeze, functional, load_pretrained, use_backend
 from lomacs_fast.data.generator import SCENARIOS, ChannelGenerator
+from lomacs_fast.inference import decompose
 from lomacs_fast.metrics import ae_terms, true_macs, truncated_svd
 from lomacs_fast.reference import refine_products
+from lomacs_fast.reference.refine import default_scalars, dft_start
 
 STEPS = (0, 1, 2, 3, 4, 6, 8, 10, 15)
 SIZES = ((64, 64, 32), (128, 128, 64), (64, 32, 16))
 PANELS = {32: (4, 4), 64: (4, 8), 128: (8, 8)}
 CARRIERS, VECTORS, SNR_DB = 24, 768, 6.0
+KNOBS = ((24, 4), (24, 2), (16, 3))  # active columns and steps of the trained network
 
 
 def generated(M: int, N: int, kind: str, samples: int) -> tuple[Tensor, Tensor]:
@@ -117,18 +124,53 @@ def row(name: str, rank: int, H: Tensor, label: Tensor) -> Iterator[dict[str, An
         }
 
 
+def medians(calls: dict[str, Any], batch: int, seconds: float) -> tuple[dict[str, float], int]:
+    """Microseconds a sample of every call, taken in turn, and how often."""
+    for call in calls.values():
+        call()
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds or len(found["svd"]) < 3:
+        for name, call in calls.items():
+            found[name].append(harness.seconds(call))
+    return {name: 1e6 * median(times) / batch for name, times in found.items()}, len(found["svd"])
+
+
+def decompositions(H: Tensor, hermitian: bool) -> dict[str, Any]:
+    calls: dict[str, Any] = {
+        "svd": lambda: torch.linalg.svd(H),
+        "svd_lowrank 16": lambda: torch.svd_lowrank(H, 16),
+    }
+    return calls | ({"eigh": lambda: torch.linalg.eigh(H)} if hermitian else {})
+
+
+def with_gradients(backend: str, H: Tensor, steps: int, hermitian: bool) -> None:
+    """Forward and backward of `refine_svd` from the DFT's start, gradients of everything."""
+    with use_backend(backend), torch.enable_grad():
+        start = dft_start(H, 16)
+        h, u, v = (x.clone().requires_grad_() for x in (H, *start))
+        scalars = default_scalars(max(steps, 1), H).requires_grad_()
+        U, S, V = functional.refine_svd(
+            h, u, v, steps, hermitian=hermitian, scalars=scalars, orthonormal=True
+        )
+        torch.autograd.backward((S, U, V), (S.detach(), U.detach(), V.detach()))
+
+
+def row_of(
+    kind: str, batch: int, name: str, us: float, svd: float, repeats: int, **more: Any
+) -> dict[str, Any]:
+    step = name.endswith("step")
+    facts = {"data": kind, "batch": batch, "call": name, "us": us, "svd_ratio": None if step else svd / us}
+    return facts | {"floor_us": None, "repeats": repeats} | more
+
+
 def timed(seconds: float, rate: float) -> Iterator[dict[str, Any]]:
     """Microseconds a sample of every way to the leading triplets, and of one refinement step."""
     for kind in ("covariance", "channel"):
-        whole = generated(64, 64, kind, 64)[0]
+        tied, whole = kind == "covariance", generated(64, 64, kind, 64)[0]
         for batch in (256, 1):
             H = whole[:batch].contiguous()
-            calls: dict[str, Any] = {
-                "svd": lambda H=H: torch.linalg.svd(H),
-                "svd_lowrank 16": lambda H=H: torch.svd_lowrank(H, 16),
-            }
-            if kind == "covariance":
-                calls["eigh"] = lambda H=H: torch.linalg.eigh(H)
+            calls = decompositions(H, tied)
             for steps in (0, 4, 8):
                 calls[f"fused, {steps} steps"] = lambda H=H, t=steps: approx_svd(H, 32, t, active=16)
             calls["fused, 8 steps, columns found"] = lambda H=H: approx_svd(H, 32, 8)
@@ -139,18 +181,17 @@ def timed(seconds: float, rate: float) -> Iterator[dict[str, Any]]:
 
             for steps in (0, 4):
                 calls[f"eager, {steps} steps"] = lambda H=H, t=steps, eager=eager: eager(H, t)
-            for call in calls.values():
-                call()
-            found: dict[str, list[float]] = {name: [] for name in calls}
-            begin = time.perf_counter()
-            while time.perf_counter() - begin < seconds or len(found["svd"]) < 3:
-                for name, call in calls.items():
-                    found[name].append(harness.seconds(call))
-            micro = {name: 1e6 * median(times) / batch for name, times in found.items()}
+            for steps in (0, 4) if batch > 1 else ():
+                for who, backend in (("fused", "cpp"), ("eager", "eager")):
+                    calls[f"{who}, {steps} steps and gradients"] = partial(
+                        with_gradients, backend, H, steps, tied
+                    )
+            micro, repeats = medians(calls, batch, seconds)
             # at batch 1 a difference of two times is noise
             for who in ("fused", "eager") if batch > 1 else ():
                 micro[f"{who}, a step"] = (micro[f"{who}, 4 steps"] - micro[f"{who}, 0 steps"]) / 4
-            tied = kind == "covariance"
+                most, least = (micro.pop(f"{who}, {t} steps and gradients") for t in (4, 0))
+                micro[f"{who}, with gradients, a step"] = (most - least) / 4
             step = 4 * refine_products.step_products(64, 64, 16, 2, tied)
             floors = {
                 f"fused, {t} steps": 4 * refine_products.products(64, 64, 32, 16, t, 2, tied, True)
@@ -158,15 +199,29 @@ def timed(seconds: float, rate: float) -> Iterator[dict[str, Any]]:
             }
             floors["fused, a step"] = step
             for name, us in micro.items():
-                yield {
-                    "data": kind,
-                    "batch": batch,
-                    "call": name,
-                    "us": us,
-                    "svd_ratio": None if "a step" in name else micro["svd"] / us,
-                    "floor_us": 1e6 * floors[name] / rate if name in floors else None,
-                    "repeats": len(found["svd"]),
-                }
+                floor = 1e6 * floors[name] / rate if name in floors else None
+                yield row_of(kind, batch, name, us, micro["svd"], repeats, floor_us=floor)
+
+
+def trained(seconds: float) -> Iterator[dict[str, Any]]:
+    """Microseconds a sample of the trained network beside the decompositions, and its AE over the SVD's."""
+    parts = [ChannelGenerator(64, 64, scenario=s, seed=12).batch(range(64)) for s in SCENARIOS]
+    whole = torch.cat([p.input for p in parts])
+    base = torch.cat([ae_terms(*truncated_svd(p.input, 32), p.label).ae for p in parts]).mean()
+    net = load_pretrained("64x64x32")
+    nets, shares = {}, {}
+    for active, steps in KNOBS:
+        net.set_refine_steps(steps, active)
+        name = f"trained network, {active} columns, {steps} steps"
+        nets[name] = freeze(net)
+        ae = [ae_terms(*decompose(nets[name], p.input, i), p.label).ae for i, p in enumerate(parts)]
+        shares[name] = float(torch.cat(ae).mean() / base)
+    for batch in (256, 1):
+        H, sid = whole[:batch].contiguous(), torch.arange(4).repeat_interleave(64)[:batch]
+        calls = decompositions(H, True) | {name: partial(frozen, H, sid) for name, frozen in nets.items()}
+        micro, repeats = medians(calls, batch, seconds)
+        for name, us in micro.items():
+            yield row_of("covariance", batch, name, us, micro["svd"], repeats, ae_ratio=shares.get(name))
 
 
 def time_all(args: argparse.Namespace) -> None:
@@ -175,11 +230,12 @@ def time_all(args: argparse.Namespace) -> None:
     print("| data | batch | call | us | times faster than svd | floor us |")
     print("|---|---|---|---|---|---|")
     found = []
-    for c in timed(args.seconds, rate):
+    for c in trained(args.seconds) if args.trained else timed(args.seconds, rate):
         found.append(c)
         floor = "" if c["floor_us"] is None else f"{c['floor_us']:.1f}"
         ratio = "" if c["svd_ratio"] is None else f"{c['svd_ratio']:.2f}"
-        cells = (c["data"], c["batch"], c["call"], f"{c['us']:.1f}", ratio, floor)
+        name = c["call"] if c.get("ae_ratio") is None else f"{c['call']}, AE {c['ae_ratio']:.2f} of the SVD's"
+        cells = (c["data"], c["batch"], name, f"{c['us']:.1f}", ratio, floor)
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
     if args.json is not None:
         facts = {
@@ -200,12 +256,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="a scenario or model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--times", action="store_true", help="time it instead")
+    parser.add_argument("--trained", action="store_true", help="time the trained network")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing a batch")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
-    if args.times:
+    if args.times or args.trained:
         time_all(args)
         return
     print("| data | rank | steps | AE | orthogonality | columns | M multiply-adds |")

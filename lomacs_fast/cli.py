@@ -601,7 +601,8 @@ def _predict(args: Any) -> None:
             f"{args.input}: holds {source.M}x{source.N} channels, the checkpoint takes {net.M}x{net.N}"
         )
     macs = contest_macs(net) / 1e6
-    n, served = len(source), net if net.trained_steps else freeze(net)
+    pooled = net.trained_steps and net.head == "pooled"
+    n, served = len(source), net if pooled else freeze(net)
     with PredictionWriter(args.out, n, net.M, net.N, net.r, macs=macs, overwrite=args.overwrite) as writer:
         starts = range(0, n, args.batch_size)
         for start in _progress(starts, len(starts), "predict", args.progress):

@@ -14,7 +14,7 @@ from . import functional
 from .data.files import atomic_path
 from .nn import LoMACSSVDNet
 from .reference.backbone import ConvBlock, FoldedAttention
-from .reference.frozen import FrozenWeights, fold_network
+from .reference.frozen import FrozenAngular, FrozenWeights, fold_angular, fold_network
 
 __all__ = ["FrozenSVDNet", "freeze"]
 
@@ -26,39 +26,48 @@ class FrozenSVDNet(nn.Module):
 
     Made by `freeze` or `load`. The weights are buffers, folded where the algebra is exact: keys and queries
     of attention into one product, values and outputs into another, the coarse view and the position into
-    the projection, norm and scene embedding into the heads.
+    the projection, norm and scene embedding into the heads; of a refined network with the angular head the
+    scene's bias into the gate's first convolution.
 
     Attributes:
         config: the constructor's arguments of the network it came from.
         scenarios: what the scenes stand for, in their order; None where nobody said.
     """
 
-    pos: Tensor
-
     def __init__(
-        self, weights: FrozenWeights, config: dict[str, Any], scenarios: tuple[int, ...] | None = None
+        self,
+        weights: FrozenWeights | FrozenAngular,
+        config: dict[str, Any],
+        scenarios: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.scenarios = dict(config), scenarios
         self.M, self.N, self.r = config["M"], config["N"], config["r"]
         self.n_scene = config["n_scene"]
-        self._numbers = (weights.temperature, weights.eps)
-        self._last: tuple[tuple[int, ...], FrozenWeights, list[Tensor]] | None = None
+        self._numbers = _numbers(weights)
+        self._last: tuple[tuple[int, ...], FrozenWeights | FrozenAngular, list[Tensor]] | None = None
         for name, tensor in _flat(weights).items():
             self.register_buffer(name, tensor)
         self.eval()
 
     @property
-    def weights(self) -> FrozenWeights:
+    def like(self) -> Tensor:
+        """A weight: the precision and device of the module."""
+        found = self._buffers["numbers" if "numbers" in self._buffers else "pos"]
+        assert found is not None
+        return found
+
+    @property
+    def weights(self) -> FrozenWeights | FrozenAngular:
         """The folded weights, on the device and in the precision that the module has by now."""
         return self._gathered()[0]
 
-    def _gathered(self) -> tuple[FrozenWeights, list[Tensor]]:
+    def _gathered(self) -> tuple[FrozenWeights | FrozenAngular, list[Tensor]]:
         # the tensors of the last answer are held by it, so their identities name no others
         key = tuple(map(id, self._buffers.values()))
         if self._last is not None and self._last[0] == key and not torch.compiler.is_compiling():
             return self._last[1:]
-        weights = _nested(dict(self.named_buffers()), *self._numbers)
+        weights = _nested(dict(self.named_buffers()), self._numbers)
         found = weights, functional.flat_weights(weights)
         if not torch.compiler.is_compiling():
             self._last = key, *found
@@ -88,6 +97,8 @@ class FrozenSVDNet(nn.Module):
             return found
         with torch.no_grad():
             H = self._channels(H)
+            if isinstance(weights, FrozenAngular):
+                return functional.frozen_angular_svd(H, self._scenes(sid, H), weights)
             return functional.frozen_svd(H, self._scenes(sid, H), weights)
 
     def _channels(self, H: Tensor) -> Tensor:
@@ -98,9 +109,9 @@ class FrozenSVDNet(nn.Module):
             H = torch.view_as_complex(H.contiguous())
         if not H.is_complex() or H.shape[1:] != (self.M, self.N) or H.ndim != 3:
             raise ValueError(f"H must be {expected}, got {H.dtype} {tuple(H.shape)}")
-        wanted = torch.promote_types(self.pos.dtype, torch.complex32)
+        wanted = torch.promote_types(self.like.dtype, torch.complex32)
         if H.dtype != wanted:
-            raise TypeError(f"H must be {wanted} to go with {self.pos.dtype} weights, got {H.dtype}")
+            raise TypeError(f"H must be {wanted} to go with {self.like.dtype} weights, got {H.dtype}")
         return H
 
     def _scenes(self, sid: Tensor | int | None, H: Tensor) -> Tensor:
@@ -128,15 +139,12 @@ class FrozenSVDNet(nn.Module):
             FileExistsError: where the file is there and `overwrite` is false.
             OSError: where it cannot be written.
         """
-        temperature, eps = self._numbers
         facts = {
             "format": FORMAT,
             "network": "FrozenSVDNet",
             "config": self.config,
             "scenarios": self.scenarios,
-            "temperature": temperature,
-            "eps": eps,
-        }
+        } | self._numbers
         arrays = {name: tensor.cpu().numpy() for name, tensor in self.named_buffers()}
         with atomic_path(path, overwrite=overwrite) as temporary, open(temporary, "wb") as file:
             np.savez(file, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
@@ -155,7 +163,7 @@ class FrozenSVDNet(nn.Module):
                 if facts["network"] != "FrozenSVDNet" or facts["format"] != FORMAT:
                     raise ValueError(f"it is format {facts['format']} of {facts['network']}")
                 arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "facts"}
-            weights = _nested(arrays, facts["temperature"], facts["eps"])
+            weights = _nested(arrays, facts)
             scenarios = facts["scenarios"] and tuple(facts["scenarios"])
             return cls(weights, facts["config"], scenarios)
         except OSError:
@@ -171,43 +179,54 @@ def freeze(net: LoMACSSVDNet, scenarios: tuple[int, ...] | None = None) -> Froze
     """Fold the weights of a network for inference; the network stays as it is.
 
     Args:
-        net: a `LoMACSSVDNet`, pruned or not, of this package or its reference.
+        net: a `LoMACSSVDNet`, published, pruned or with the angular head, of this package or its reference.
         scenarios: what the scenes stand for, in their order.
 
     Returns:
         A module on the network's device and in its precision that equals the network at `H / |H|_F`, with S
-        times `|H|_F`, to rounding.
+        times `|H|_F`, to rounding. A refined one refines by the steps that the network takes by now.
 
     Raises:
         TypeError: where `net` is no such network.
-        ValueError: where the network has a refiner, its norms differ in epsilon, or `scenarios` are not one
-            a scene.
+        ValueError: where the network refines what the pooled head gives, its norms differ in epsilon, or
+            `scenarios` are not one a scene.
     """
-    if getattr(net, "trained_steps", 0):
-        raise ValueError(
-            "freeze takes the published network, refine_steps = 0 with the pooled head, got one refined by "
-            f"{net.trained_steps} steps with the {net.head} head: call it as it is, in eval mode"
-        )
-    needed = ("freq_gate", "input_proj", "pos", "blocks", "scene_emb", "u_head", "ortho_refine", "config")
+    needed = ("n_scene", "config", "head", "like", "trained_steps")
     if not isinstance(net, nn.Module) or not all(hasattr(net, name) for name in needed):
         raise TypeError(f"net must be a LoMACSSVDNet, got {type(net).__name__}")
+    if net.trained_steps and net.head == "pooled":
+        raise ValueError(
+            f"freeze takes the published network and the angular head, got the pooled head refined by "
+            f"{net.trained_steps} steps: call it as it is, in eval mode"
+        )
     if scenarios is not None and len(scenarios) != net.n_scene:
         raise ValueError(f"scenarios must name {net.n_scene} scenes, got {list(scenarios)}")
-    return FrozenSVDNet(fold_network(net), net.config, scenarios)
+    fold = fold_angular if net.head == "angular" else fold_network
+    return FrozenSVDNet(fold(net), net.config, scenarios)
 
 
-def _flat(weights: FrozenWeights) -> dict[str, Tensor]:
+def _flat(weights: FrozenWeights | FrozenAngular) -> dict[str, Tensor]:
     found = {name: x for name, x in weights._asdict().items() if isinstance(x, Tensor)}
-    for i, block in enumerate(weights.blocks):
-        found |= {f"block{i}_{name}": x for name, x in block._asdict().items()}
+    if isinstance(weights, FrozenWeights):
+        for i, block in enumerate(weights.blocks):
+            found |= {f"block{i}_{name}": x for name, x in block._asdict().items()}
     return found
 
 
-def _nested(tensors: dict[str, Tensor], temperature: float, eps: float) -> FrozenWeights:
+def _numbers(weights: FrozenWeights | FrozenAngular) -> dict[str, Any]:
+    """What is no tensor."""
+    return {n: x for n, x in weights._asdict().items() if n != "blocks" and not isinstance(x, Tensor)}
+
+
+def _nested(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> FrozenWeights | FrozenAngular:
     rest = {name: x for name, x in tensors.items() if not name.startswith("block")}
+    if "rank" in numbers:
+        array: Any = numbers["array"] and tuple(numbers["array"])
+        rank, active, sweeps = (numbers[name] for name in ("rank", "active", "sweeps"))
+        return FrozenAngular(array=array, rank=rank, active=active, sweeps=sweeps, **rest)
     blocks: list[FoldedAttention | ConvBlock] = []
     while f"block{len(blocks)}_norm_weight" in tensors:
         prefix = f"block{len(blocks)}_"
         kind = FoldedAttention if f"{prefix}score" in tensors else ConvBlock
         blocks.append(kind(*(tensors[prefix + name] for name in kind._fields)))
-    return FrozenWeights(blocks=tuple(blocks), temperature=temperature, eps=eps, **rest)
+    return FrozenWeights(blocks=tuple(blocks), temperature=numbers["temperature"], eps=numbers["eps"], **rest)

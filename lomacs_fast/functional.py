@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from .ops.common import REAL, REAL_OF
 from .reference import AEPlusTerms
 from .reference.arguments import integer
 from .reference.backbone import AttentionBlock, Block, ConvBlock, FoldedAttention
-from .reference.frozen import FrozenWeights
+from .reference.frozen import FrozenAngular, FrozenWeights
 from .reference.projected_attention import Grouped
 from .reference.refine import SWEEPS
 
@@ -591,16 +592,29 @@ def neural_svd_steps(H: Tensor, F: Tensor, steps: int, watch: int | None = None)
     return ops.neural_svd_steps(H, F, steps, min(watch, L))
 
 
+def _scene_rows(scene: Tensor, H: Tensor) -> None:
+    if not isinstance(scene, Tensor) or scene.dtype != torch.int64:
+        raise TypeError(f"scene must be an int64 tensor, got {getattr(scene, 'dtype', type(scene).__name__)}")
+    if scene.shape != H.shape[:1]:
+        raise ValueError(f"scene must have shape ({H.shape[0]},) as H has, got {tuple(scene.shape)}")
+
+
 @_specified_by(reference.frozen_svd)
 def frozen_svd(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor, Tensor, Tensor]:
     M, N = weights.pos.shape[0], weights.raw.shape[0] // 2
     _tensor("H", H, COMPLEX, ("B", M, N))
     _like("weights", weights.pos, "H", REAL_OF[H.dtype])
-    if not isinstance(scene, Tensor) or scene.dtype != torch.int64:
-        raise TypeError(f"scene must be an int64 tensor, got {getattr(scene, 'dtype', type(scene).__name__)}")
-    if scene.shape != H.shape[:1]:
-        raise ValueError(f"scene must have shape ({H.shape[0]},) as H has, got {tuple(scene.shape)}")
+    _scene_rows(scene, H)
     return ops.frozen_svd(H, scene, weights)
+
+
+@_specified_by(reference.frozen_angular_svd)
+def frozen_angular_svd(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tuple[Tensor, Tensor, Tensor]:
+    n = None if weights.array is None else math.prod(weights.array)
+    _tensor("H", H, COMPLEX, ("B", n, n))
+    _like("weights", weights.table, "H", REAL_OF[H.dtype])
+    _scene_rows(scene, H)
+    return ops.frozen_angular_svd(H, scene, weights)
 
 
 flat_weights, frozen_svd_at_once = ops.flat_weights, ops.frozen_svd_at_once

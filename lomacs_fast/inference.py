@@ -43,9 +43,9 @@ def decompose(
         sample = first + int((~finite).nonzero()[0])
         raise ValueError(f"{name} must be finite, sample {sample} holds NaN or Inf")
     X, size, scale = unit_channels(H)
-    pos: Any = net.like if hasattr(net, "like") else net.pos
-    X = X.to(pos.device, torch.promote_types(pos.dtype, torch.complex32))
-    U, S, V, *_ = net(X, sid.to(pos.device) if isinstance(sid, Tensor) else sid)
+    like: Any = net.like
+    X = X.to(like.device, torch.promote_types(like.dtype, torch.complex32))
+    U, S, V, *_ = net(X, sid.to(like.device) if isinstance(sid, Tensor) else sid)
     # one factor after the other: their product may overflow where S does not
     S = S.to(H.device, H.real.dtype) * size[:, None] * scale[:, None]
     return U.to(H.device, H.dtype), S, V.to(H.device, H.dtype)

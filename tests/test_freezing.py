@@ -34,6 +34,35 @@ def network(seed=0, dtype=torch.float64, kind=lomacs_fast.LoMACSSVDNet, **change
     return net.to(dtype)
 
 
+# of refined networks: covariances on panels of several shapes, and plain channels
+ANGULAR = {
+    "panel": {"array": (2, 2, 3), "active": 5},
+    "all columns": {"array": (1, 4, 3), "active": 8},
+    "one row": {"active": 3},
+    "odd": {"M": 18, "N": 18, "array": (2, 3, 3), "r": 18, "active": 4},
+    "wide": {"M": 34, "N": 34, "array": (1, 2, 17), "r": 20, "active": 17},
+    "plain channels": {"N": 9, "hermitian": False, "active": 5},
+}
+
+
+def angular(seed=0, dtype=torch.float64, kind=lomacs_fast.LoMACSSVDNet, **changes):
+    torch.manual_seed(seed)
+    sizes = {"M": 12, "N": 12, "r": 8, "n_scene": 3, "hermitian": True, "refine_steps": 2, "gate_hidden": 3}
+    net = kind(head="angular", **sizes | changes)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return net.to(dtype).eval()
+
+
+def input_of(net, B=6, seed=1, dtype=torch.complex128):
+    """What the network is for: covariances of a few paths and noise, or channels."""
+    if not net.hermitian:
+        return channels(B, net.M, net.N, seed, dtype)
+    X = channels(B, net.M, 4, seed)
+    return (X @ X.mH + 0.2 * torch.eye(net.M)).to(dtype)
+
+
 def channels(B=6, M=12, N=10, seed=1, dtype=torch.complex128):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(B, M, N, dtype=dtype, generator=generator)
@@ -77,6 +106,84 @@ def test_single_precision_by_the_rule():
     assert frozen <= 2 * eager + 4 * EPS
 
 
+@pytest.mark.parametrize("backend", ["eager", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("name", ANGULAR)
+def test_a_refined_network_at_unit_norm(name, backend, monkeypatch):
+    net = angular(**ANGULAR[name])
+    H, sid, frozen = input_of(net), torch.arange(6) % 3, freeze(net)
+    if backend != "eager":
+        if reasons := native_reasons("cpu"):
+            pytest.skip(f"no native library: {'; '.join(reasons)}")
+        monkeypatch.setenv("LOMACS_FAST_ISA", backend)
+    for steps in (2, 0, 3):
+        net.set_refine_steps(steps)
+        frozen = freeze(net)
+        with use_backend("eager"):
+            want = decompose(net, H, sid)
+        try:
+            with use_backend("eager" if backend == "eager" else "cpp"):
+                got = frozen(H, sid)
+        except RuntimeError as error:
+            if "lacks" not in str(error):
+                raise
+            pytest.skip(f"no {backend} in this processor")
+        torch.testing.assert_close(got[1], want[1], rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(product(*got), product(*want), rtol=1e-8, atol=1e-9)
+        for X in (got[0], got[2]):
+            one = torch.eye(net.r, dtype=X.dtype)
+            assert (X.mH @ X - one).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("hermitian", [True, False])
+def test_a_refined_network_in_single_precision_by_the_rule(hermitian):
+    errors, size = np.zeros(2), 0.0
+    sizes = {"array": (2, 2, 3), "active": 5} if hermitian else {"N": 9, "hermitian": False, "active": 5}
+    for seed in range(3):
+        net, double = angular(seed, torch.float32, **sizes), angular(seed, torch.float32, **sizes).double()
+        H, sid = input_of(net, 12, seed), torch.arange(12) % 3
+        exact = product(*decompose(double, H, sid))
+        single = H.to(torch.complex64)
+        with use_backend("eager"):
+            eager = decompose(net, single, sid)
+        for i, got in enumerate((eager, freeze(net)(single, sid))):
+            errors[i] += float(torch.linalg.vector_norm(product(*got) - exact).square())
+        size += float(torch.linalg.vector_norm(exact).square())
+    eager, frozen = np.sqrt(errors / size)
+    assert frozen <= 2 * eager + 4 * EPS
+
+
+def test_a_refined_network_of_any_scale_with_zero_and_nan(tmp_path):
+    for sizes in (ANGULAR["panel"], ANGULAR["plain channels"]):
+        net = angular(**sizes)
+        frozen, H = freeze(net, (4, 5, 6)), input_of(net)
+        U, S, V = frozen(H)
+        for factor in (1e-200, 1e-30, 1e200):
+            for x, y in zip(frozen(H * factor), (U, S * factor, V), strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-6, atol=0 if x is y else 1e-9 * float(y.abs().max()))
+        H[1], H[4, 0, 0], H[5, 1, 1] = 0, torch.nan, torch.inf
+        got = frozen(H)
+        assert not got[1][1].any()
+        assert got[0][1].isfinite().all()
+        assert got[1][4:].isnan().all()
+        for x, y in zip(got, (U, S, V), strict=True):
+            assert torch.equal(x[[0, 2, 3]], y[[0, 2, 3]])
+        frozen.save(tmp_path / f"{net.N}.npz")
+        again = FrozenSVDNet.load(tmp_path / f"{net.N}.npz")
+        assert all(torch.equal(x[:4], y[:4]) for x, y in zip(again(H), got, strict=True))
+        assert (again.config, again.scenarios) == (net.config, (4, 5, 6))
+
+
+def test_a_refined_network_without_a_scene_takes_the_mean():
+    net = angular(**ANGULAR["panel"])
+    H = input_of(net)
+    got = freeze(net)(H)
+    with torch.no_grad():
+        net.angular_gate.scene_bias.weight[0] = net.angular_gate.scene_bias.weight.mean(0)
+    want = decompose(net, H, 0)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-9, atol=1e-10)
+    assert (freeze(net)(H, 1)[1] - got[1]).abs().max() > 1e-6
+
+
 @pytest.fixture
 def native():
     if reasons := native_reasons("cpu"):
@@ -113,10 +220,22 @@ def test_the_native_op_equals_the_reference(changes, isa, monkeypatch):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
 
 
+MADE = {
+    "published": lambda: (
+        freeze(network(dtype=torch.float32, M=40, N=30, r=10)),
+        channels(40, 40, 30, dtype=torch.complex64),
+    ),
+    "refined": lambda: (
+        freeze(angular(dtype=torch.float32, **ANGULAR["wide"])),
+        input_of(angular(**ANGULAR["wide"]), 40, dtype=torch.complex64),
+    ),
+}
+
+
 @pytest.mark.usefixtures("native")
-def test_threads_and_company_do_not_change_a_bit():
-    frozen = freeze(network(dtype=torch.float32, M=40, N=30, r=10))
-    H = channels(40, 40, 30, dtype=torch.complex64)
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_threads_and_company_do_not_change_a_bit(make):
+    frozen, H = make()
     before = torch.get_num_threads()
     results, alone = [], []
     try:
@@ -146,6 +265,36 @@ def test_opcheck():
         torch.ops.lomacs.frozen_svd(H, scene + 1, *args[2:])
     with pytest.raises(RuntimeError, match="pooled must have shape"):
         torch.ops.lomacs.frozen_svd(H, scene, [*args[2][:5], args[2][4], *args[2][6:]], *args[3:])
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("name", ["panel", "plain channels", "all columns", "odd"])
+def test_contract_of_the_refined_op(name):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from lomacs_fast.ops.frozen import flat_weights
+
+    net = angular(**ANGULAR[name])
+    w, H, scene = freeze(net).weights, input_of(net, 3), torch.tensor([0, 3, 1])
+    op, rest = torch.ops.lomacs.frozen_angular_svd, (w.array or (), w.rank, w.active, w.sweeps)
+    args = (torch.view_as_real(H), scene, flat_weights(w), *rest)
+    torch.library.opcheck(op.default, args)
+    counted = {}
+    for backend in ("eager", "cpp"):
+        with use_backend(backend), FlopCounterMode(display=False) as counter:
+            lomacs_fast.functional.frozen_angular_svd(H, scene, w)
+        counted[backend] = counter.get_total_flops()
+    assert counted["cpp"] == counted["eager"]
+    for changed, words in (
+        ((args[0], scene + 1, *args[2:]), "scene must name a row of table"),
+        ((args[0], scene, args[2][:4], *rest), "weights must hold 5 tensors"),
+        ((args[0], scene, [args[2][3], *args[2][1:]], *rest), "first, table and scalars"),
+        ((*args[:3], (3, 2, 4), *rest[1:]), "as many antennas"),
+        ((*args[:4], net.M + 1, *args[5:]), "rank must be"),
+        ((*args[:5], w.rank + 1, w.sweeps), "active must be"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            op(*changed)
 
 
 def test_decompose_takes_a_frozen_network():

@@ -109,6 +109,20 @@ def test_beyond_the_trained_steps_the_last_scalars_repeat():
     torch.testing.assert_close(net(H, 0)[:2], longer(H, 0)[:2], rtol=0, atol=0)
 
 
+def test_fewer_columns_are_those_of_a_network_with_so_many():
+    net, H = small(), sample()
+    narrow = small(active=3)
+    narrow.load_state_dict(net.state_dict())
+    net.set_refine_steps(2, 3)
+    assert net.config == narrow.config
+    torch.testing.assert_close(net(H, 0)[:2], narrow(H, 0)[:2], rtol=0, atol=0)
+    for active, error in ((9, ValueError), (0, ValueError), (2.0, TypeError)):
+        with pytest.raises(error, match="active"):
+            net.set_refine_steps(2, active)
+    with pytest.raises(ValueError, match="refine_steps must be 0"):
+        LoMACSSVDNet(12, 12, 8, 3).set_refine_steps(0, 2)
+
+
 def test_single_precision_is_near_double():
     net, H = small(), sample(dtype=torch.complex128)
     U, S, V, _ = net(H.to(torch.complex64), 1)
@@ -142,7 +156,7 @@ def test_a_checkpoint_keeps_it(tmp_path):
 
 def test_what_does_not_go_with_it_says_so():
     with pytest.raises(ValueError, match="freeze takes the published network"):
-        freeze(small())
+        freeze(small(head="pooled", array=None))
     with pytest.raises(ValueError, match="pooled head"):
         prune(small(), gate_hidden=1)
     with pytest.raises(ValueError, match="refine_steps must be 0"):

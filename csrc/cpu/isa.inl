@@ -9,7 +9,7 @@
 #define LOMACS_ROWS 4
 #define LOMACS_VECS 2
 #define LOMACS_PRODUCTS 3
-#define LOMACS_TARGET __attribute__((target("avx512f,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define LOMACS_TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
 #include LOMACS_KERNELS
 #undef LOMACS_ISA
 #undef LOMACS_BYTES

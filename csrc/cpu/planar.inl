@@ -23,16 +23,17 @@ template <typename T>
 struct Planar {
   T* data;
   Index width;  // a row's real parts, whole vectors
+  Index columns;
 
   T* row(Index i) const { return data + 2 * width * i; }
   T* imag(Index i) const { return row(i) + width; }
-  Index vecs() const { return width / lanes<T>; }
+  Index vecs() const { return (columns + lanes<T> - 1) / lanes<T>; }
 };
 
 template <typename T>
 Planar<T> planar(Arena<T>& arena, Index rows, Index columns) {
   const Index width = whole_vectors<T>(columns);
-  return {arena.take(2 * width * whole_blocks(rows)), width};
+  return {arena.take(2 * width * whole_blocks(rows)), width, columns};
 }
 
 // square: its adjoint is taken in squares of vectors
@@ -59,17 +60,37 @@ LOMACS_INLINE Side<T> turned(Planar<T> x) {
   return {x.data, x.data + x.width, 1, 2 * x.width};
 }
 
-template <bool CONJ, typename T>
-LOMACS_INLINE void accumulate(Vec<T> (&re)[block_rows], Vec<T> (&im)[block_rows], const Side<T>& left, Planar<T> right,
-                              Index depth, Index i0, Index vec) {
+// vectors of BYTES bytes
+template <typename T, int BYTES>
+using Piece = typename Simd<T, BYTES>::Vec;
+
+template <typename T, int BYTES>
+LOMACS_INLINE Piece<T, BYTES> load_part(const T* p) {
+  return *reinterpret_cast<const typename Simd<T, BYTES>::Loose*>(p);
+}
+
+template <typename T, int BYTES>
+LOMACS_INLINE void store_part(T* p, Piece<T, BYTES> x) {
+  *reinterpret_cast<typename Simd<T, BYTES>::Loose*>(p) = x;
+}
+
+template <typename T, int BYTES>
+LOMACS_INLINE Piece<T, BYTES> splat_part(T x) {
+  return x - Piece<T, BYTES>{};
+}
+
+template <bool CONJ, int BYTES, typename T>
+LOMACS_INLINE void accumulate(Piece<T, BYTES> (&re)[block_rows], Piece<T, BYTES> (&im)[block_rows], const Side<T>& left,
+                              Planar<T> right, Index depth, Index i0, Index vec) {
+  using V = Piece<T, BYTES>;
   const Index row = left.row, column = left.column, step = 2 * right.width;
   const T *ar = left.re + i0 * row, *ai = left.im + i0 * row;
   const T *br = right.data + vec * lanes<T>, *bi = br + right.width;
   for (; depth > 0; --depth, ar += column, ai += column, br += step, bi += step) {
-    const Vec<T> x = load(br), y = load(bi);
+    const V x = load_part<T, BYTES>(br), y = load_part<T, BYTES>(bi);
 #pragma GCC unroll 8
     for (int i = 0; i < block_rows; ++i) {
-      const Vec<T> a = splat(ar[i * row]), b = splat(ai[i * row]);
+      const V a = splat_part<T, BYTES>(ar[i * row]), b = splat_part<T, BYTES>(ai[i * row]);
       re[i] += a * x;
       im[i] += a * y;
       if constexpr (CONJ) {
@@ -85,18 +106,23 @@ LOMACS_INLINE void accumulate(Vec<T> (&re)[block_rows], Vec<T> (&im)[block_rows]
 
 // the same with three real products instead of four, whose additions cost nothing beside them where a unit of its
 // own makes them; the error is then that of the norms, not of the parts
-template <bool CONJ, typename T>
-LOMACS_INLINE void accumulate_by_three(Vec<T> (&re)[block_rows], Vec<T> (&im)[block_rows], const Side<T>& left,
-                                       Planar<T> right, Index depth, Index i0, Index vec) {
+template <bool CONJ, int BYTES, typename T>
+LOMACS_INLINE void accumulate_by_three(Piece<T, BYTES> (&re)[block_rows], Piece<T, BYTES> (&im)[block_rows],
+                                       const Side<T>& left, Planar<T> right, Index depth, Index i0, Index vec) {
+  using V = Piece<T, BYTES>;
   const Index row = left.row, column = left.column, step = 2 * right.width;
   const T *ar = left.re + i0 * row, *ai = left.im + i0 * row;
   const T *br = right.data + vec * lanes<T>, *bi = br + right.width;
-  Vec<T> first[block_rows] = {};
+  V first[block_rows] = {};
   for (; depth > 0; --depth, ar += column, ai += column, br += step, bi += step) {
-    const Vec<T> x = load(br), y = load(bi), total = x + y, difference = y - x;
+    const V x = load_part<T, BYTES>(br), y = load_part<T, BYTES>(bi), total = x + y, difference = y - x;
 #pragma GCC unroll 8
     for (int i = 0; i < block_rows; ++i) {
-      const Vec<T> a = splat(ar[i * row]), b = splat(ai[i * row]);
+      V a = splat_part<T, BYTES>(ar[i * row]), b = splat_part<T, BYTES>(ai[i * row]);
+#if defined(__x86_64__)
+      // added as vectors: the sum of two numbers would have to be spread by the units that multiply
+      asm("" : "+v"(a));
+#endif
       // (a + ib)(x + iy) = (a + b) x - b (x + y) + i ((a + b) x + a (y - x)), and for a - ib
       im[i] += a * difference;
       if constexpr (CONJ) {
@@ -119,31 +145,52 @@ LOMACS_INLINE void accumulate_by_three(Vec<T> (&re)[block_rows], Vec<T> (&im)[bl
 template <typename T>
 constexpr bool by_three = LOMACS_BYTES == 64 && sizeof(T) == 4;
 
-// c = x left right [+ y other]
+// a last vector of which half is enough takes half the time where a vector is made in two passes
+constexpr bool by_halves = LOMACS_BYTES == 64;
+
+// rows of a block from i0 on and one vector of columns, or the part of it that BYTES hold
+template <bool CONJ, int BYTES, bool THREE, typename T>
+LOMACS_INLINE void combined_block(Planar<T> c, T x, const Side<T>& left, Planar<T> right, Index depth,
+                                  const Planar<T>* other, T y, Index i0, Index vec) {
+  using V = Piece<T, BYTES>;
+  V re[block_rows] = {}, im[block_rows] = {};
+  if constexpr (THREE) accumulate_by_three<CONJ, BYTES, T>(re, im, left, right, depth, i0, vec);
+  else accumulate<CONJ, BYTES, T>(re, im, left, right, depth, i0, vec);
+  T* p = c.row(i0) + vec * lanes<T>;
+  if (other != nullptr) {
+    const T* q = other->row(i0) + vec * lanes<T>;
+#pragma GCC unroll 8
+    for (int i = 0; i < block_rows; ++i) {
+      const V qr = load_part<T, BYTES>(q + i * 2 * other->width);
+      const V qi = load_part<T, BYTES>(q + i * 2 * other->width + other->width);
+      store_part<T, BYTES>(p + i * 2 * c.width, x * re[i] + y * qr);
+      store_part<T, BYTES>(p + i * 2 * c.width + c.width, x * im[i] + y * qi);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < block_rows; ++i) {
+      store_part<T, BYTES>(p + i * 2 * c.width, x * re[i]);
+      store_part<T, BYTES>(p + i * 2 * c.width + c.width, x * im[i]);
+    }
+  }
+}
+
+// c = x left right [+ y other]; upper: no vectors left of the diagonal's
 template <bool CONJ, typename T, bool THREE = by_three<T>>
 LOMACS_TARGET __attribute__((noinline)) void combined(Planar<T> c, Index rows, T x, const Side<T>& left, Planar<T> right,
-                                                      Index depth, const Planar<T>* other = nullptr, T y = 0) {
-  for (Index vec = 0; vec < c.vecs(); ++vec)
-    for (Index i0 = 0; i0 < rows; i0 += block_rows) {
-      Vec<T> re[block_rows] = {}, im[block_rows] = {};
-      if constexpr (THREE) accumulate_by_three<CONJ, T>(re, im, left, right, depth, i0, vec);
-      else accumulate<CONJ, T>(re, im, left, right, depth, i0, vec);
-      T* p = c.row(i0) + vec * lanes<T>;
-      if (other != nullptr) {
-        const T* q = other->row(i0) + vec * lanes<T>;
-#pragma GCC unroll 8
-        for (int i = 0; i < block_rows; ++i) {
-          store(p + i * 2 * c.width, x * re[i] + y * load(q + i * 2 * other->width));
-          store(p + i * 2 * c.width + c.width, x * im[i] + y * load(q + i * 2 * other->width + other->width));
-        }
-      } else {
-#pragma GCC unroll 8
-        for (int i = 0; i < block_rows; ++i) {
-          store(p + i * 2 * c.width, x * re[i]);
-          store(p + i * 2 * c.width + c.width, x * im[i]);
-        }
-      }
+                                                      Index depth, const Planar<T>* other = nullptr, T y = 0,
+                                                      Part part = Part::all) {
+  const Index left_over = c.columns % lanes<T>;
+  const bool half = by_halves && left_over > 0 && 2 * left_over <= lanes<T>;
+  const Index whole_ones = half ? c.vecs() - 1 : c.vecs();
+  // rows outside: the left factor may be too large for the nearest cache
+  for (Index i0 = 0; i0 < rows; i0 += block_rows) {
+    for (Index vec = part == Part::upper ? i0 / lanes<T> : 0; vec < whole_ones; ++vec)
+      combined_block<CONJ, LOMACS_BYTES, THREE>(c, x, left, right, depth, other, y, i0, vec);
+    if constexpr (by_halves) {
+      if (half) combined_block<CONJ, LOMACS_BYTES / 2, THREE>(c, x, left, right, depth, other, y, i0, whole_ones);
     }
+  }
 }
 
 template <typename T>
@@ -157,22 +204,50 @@ LOMACS_INLINE void adjoint_times(Planar<T> c, Index rows, Planar<T> a, Planar<T>
   combined<true, T>(c, rows, T(1), turned(a), b, depth);
 }
 
+// square (i, j) of vectors of `from`, conjugate transposed, to square (j, i) of `to`
+template <typename T>
+LOMACS_INLINE void adjoint_square(Planar<T> from, Index i, Index j, Planar<T> to) {
+  for (int part = 0; part < 2; ++part) {
+    Vec<T> x[lanes<T>];
+#pragma GCC unroll 16
+    for (int n = 0; n < lanes<T>; ++n) x[n] = load(from.row(i * lanes<T> + n) + part * from.width + j * lanes<T>);
+    transpose_square<T>(x);
+    const Vec<T> sign = splat(part == 0 ? T(1) : T(-1));
+#pragma GCC unroll 16
+    for (int n = 0; n < lanes<T>; ++n) store(to.row(j * lanes<T> + n) + part * to.width + i * lanes<T>, sign * x[n]);
+  }
+}
+
 // to = from^H; both hold whole squares of vectors
 template <typename T>
 LOMACS_TARGET void adjoint_of(Planar<T> from, Index rows, Planar<T> to) {
   for (Index i = 0; i * lanes<T> < rows; ++i)
-    for (Index j = 0; j < from.vecs(); ++j)
-      for (int part = 0; part < 2; ++part) {
-        Vec<T> x[lanes<T>];
-#pragma GCC unroll 16
-        for (int n = 0; n < lanes<T>; ++n)
-          x[n] = load(from.row(i * lanes<T> + n) + part * from.width + j * lanes<T>);
-        transpose_square<T>(x);
-        const Vec<T> sign = splat(part == 0 ? T(1) : T(-1));
-#pragma GCC unroll 16
-        for (int n = 0; n < lanes<T>; ++n)
-          store(to.row(j * lanes<T> + n) + part * to.width + i * lanes<T>, sign * x[n]);
-      }
+    for (Index j = 0; j < from.vecs(); ++j) adjoint_square(from, i, j, to);
+}
+
+// lower squares of a Hermitian matrix from the upper ones
+template <typename T>
+LOMACS_TARGET void mirror(Planar<T> x) {
+  for (Index j = 1; j < x.vecs(); ++j)
+    for (Index i = 0; i < j; ++i) adjoint_square(x, i, j, x);
+}
+
+// `combined` where the result is Hermitian, by its upper half; c holds whole squares of vectors
+template <bool CONJ, typename T, bool THREE = by_three<T>>
+LOMACS_TARGET void hermitian_product(Planar<T> c, const Side<T>& left, Planar<T> right, Index depth) {
+  combined<CONJ, T, THREE>(c, whole_blocks(c.columns), T(1), left, right, depth, nullptr, T(0), Part::upper);
+  mirror(c);
+}
+
+template <typename T>
+LOMACS_INLINE void hermitian_times(Planar<T> c, Planar<T> a, Planar<T> b, Index depth) {
+  hermitian_product<false, T>(c, straight(a), b, depth);
+}
+
+// c = a^H b, which is Hermitian
+template <typename T>
+LOMACS_INLINE void hermitian_adjoint_times(Planar<T> c, Planar<T> a, Planar<T> b, Index depth) {
+  hermitian_product<true, T>(c, turned(a), b, depth);
 }
 
 // c = x a + y b + z I, elementwise; c may be a or b

@@ -1,4 +1,5 @@
-// lomacs::refine_svd and lomacs::approx_svd on CPU: an SVD refined by matrix products, a sample in one visit.
+// lomacs::refine_svd, lomacs::approx_svd and lomacs::frozen_angular_svd on CPU: an SVD refined by matrix products, a
+// sample in one visit.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -38,10 +39,22 @@ struct ApproxSvd {
   std::int64_t* state;  // -1: not finite, -2: not Hermitian and should be; else twice the active columns, and 1 where tied
 };
 
+// The frozen network with the angular head; see FrozenAngular in lomacs_fast/reference/frozen.py.
+template <typename T>
+struct AngularSvd {
+  RefineSvd<T> refine;
+  const T *first, *second, *table, *numbers;
+  const T* roots[2];  // exp(2 pi i t / n) for twice as many angles as rows and columns of the panel
+  const std::int64_t* scene;
+  std::int64_t hidden, polarisations, rows, columns;
+};
+
+constexpr double least_above = 0.03;  // LEAST of the reference
+
 }  // namespace
 }  // namespace lomacs
 
-#define LOMACS_KERNELS "refine.inl"
+#define LOMACS_KERNELS "frozen_angular.inl"
 #include "isa.inl"
 
 namespace lomacs {
@@ -77,32 +90,23 @@ std::int64_t macs_of(std::int64_t M, std::int64_t N, std::int64_t k, std::int64_
   return (steps + 1) * (8 * M * N * k + 20 * (M + N) * k * k) + 24 * (M + N) * r * r;
 }
 
-template <typename T>
-void run(const RefineSvd<T>& job) {
+template <typename T, typename Job>
+void run(const Job& job, const RefineSvd<T>& x) {
   const Isa isa = choose_isa();
-  const std::int64_t macs = macs_of(job.M, job.N, job.k, job.r, job.steps);
-  const std::int64_t grain = std::max<std::int64_t>(1, (1 << 20) / macs);
-  torch::stable::parallel_for(0, job.batch, grain, [&](std::int64_t begin, std::int64_t end) {
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) return avx512::refine_samples(job, begin, end);
-    if (isa == Isa::avx2) return avx2::refine_samples(job, begin, end);
-#endif
-    portable::refine_samples(job, begin, end);
+  const std::int64_t grain = std::max<std::int64_t>(1, (1 << 20) / macs_of(x.M, x.N, x.k, x.r, x.steps));
+  torch::stable::parallel_for(0, x.batch, grain, [&](std::int64_t begin, std::int64_t end) {
+    LOMACS_DISPATCH(isa, samples(job, begin, end));
   });
 }
 
 template <typename T>
-void run(const ApproxSvd<T>& job) {
-  const Isa isa = choose_isa();
-  const RefineSvd<T>& x = job.refine;
-  const std::int64_t grain = std::max<std::int64_t>(1, (1 << 20) / macs_of(x.M, x.N, x.k, x.r, x.steps));
-  torch::stable::parallel_for(0, x.batch, grain, [&](std::int64_t begin, std::int64_t end) {
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) return avx512::approx_samples(job, begin, end);
-    if (isa == Isa::avx2) return avx2::approx_samples(job, begin, end);
-#endif
-    portable::approx_samples(job, begin, end);
-  });
+void tables_of(RefineSvd<T>& job) {
+  const std::int64_t sizes[] = {job.M, job.N};
+  for (int side = 0; side < 2; ++side) {
+    const std::vector<T>& found = tables<T>(sizes[side]);
+    job.roots[side] = found.data();
+    job.chirps[side] = found.data() + 2 * sizes[side];
+  }
 }
 
 using Found = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -114,18 +118,16 @@ Found refine(const Tensor& H, const Tensor& U, const std::optional<Tensor>& V, c
   Tensor outU = torch::stable::new_empty(H, {B, M, r, 2}), outV = torch::stable::new_empty(H, {B, N, r, 2});
   Tensor outS = torch::stable::new_empty(H, {B, r});
   Tensor order = torch::stable::new_empty(H, {B, active}, ScalarType::Long);
-  const std::vector<T>&left = tables<T>(M), &right = tables<T>(N);
   RefineSvd<T> job{};
   job.H = pointer<T>(H), job.U = pointer<T>(U), job.V = V.has_value() ? pointer<T>(*V) : nullptr;
   job.scalars = pointer<T>(scalars);
   job.outU = output<T>(outU), job.outS = output<T>(outS), job.outV = output<T>(outV);
   job.order = output<std::int64_t>(order);
-  job.roots[0] = left.data(), job.roots[1] = right.data();
-  job.chirps[0] = left.data() + 2 * M, job.chirps[1] = right.data() + 2 * N;
   job.batch = B, job.M = M, job.N = N, job.r = r, job.k = active;
   job.steps = scalars.size(0), job.sweeps = sweeps;
   job.hermitian = !V.has_value(), job.orthonormal = orthonormal;
-  if (B > 0) run(job);
+  tables_of(job);
+  if (B > 0) run(job, job);
   return {outU, outS, outV, order};
 }
 
@@ -158,17 +160,15 @@ Found approximate(const Tensor& H, const Tensor& scalars, std::int64_t rank, std
   const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2);
   Tensor outU = torch::stable::new_empty(H, {B, M, rank, 2}), outV = torch::stable::new_empty(H, {B, N, rank, 2});
   Tensor outS = torch::stable::new_empty(H, {B, rank}), state = torch::stable::new_empty(H, {B}, ScalarType::Long);
-  const std::vector<T>&left = tables<T>(M), &right = tables<T>(N);
   ApproxSvd<T> job{};
   RefineSvd<T>& x = job.refine;
   x.H = pointer<T>(H), x.scalars = pointer<T>(scalars);
   x.outU = output<T>(outU), x.outS = output<T>(outS), x.outV = output<T>(outV);
-  x.roots[0] = left.data(), x.roots[1] = right.data();
-  x.chirps[0] = left.data() + 2 * M, x.chirps[1] = right.data() + 2 * N;
   x.batch = B, x.M = M, x.N = N, x.r = rank, x.k = active > 0 ? active : rank;
   x.steps = scalars.size(0), x.sweeps = 2, x.orthonormal = true;
   job.active = active, job.form = form, job.denoise = denoise, job.state = output<std::int64_t>(state);
-  if (B > 0) run(job);
+  tables_of(x);
+  if (B > 0) run(job, x);
   return {outU, outS, outV, state};
 }
 
@@ -189,10 +189,77 @@ Found approx_svd(const Tensor& H, const Tensor& scalars, std::int64_t rank, std:
   return approximate<double>(H, scalars, rank, active, form, denoise);
 }
 
+// What the op takes after the scenes.
+enum Position { first, second, table, numbers, rows_of_scalars, weights };
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> evaluate(const Tensor& H, const Tensor& scene, const std::vector<Tensor>& w,
+                                            const std::vector<std::int64_t>& array, std::int64_t rank,
+                                            std::int64_t active, std::int64_t sweeps) {
+  const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2);
+  Tensor outU = torch::stable::new_empty(H, {B, M, rank, 2}), outV = torch::stable::new_empty(H, {B, N, rank, 2});
+  Tensor outS = torch::stable::new_empty(H, {B, rank}), order = torch::stable::new_empty(H, {B, active}, ScalarType::Long);
+  AngularSvd<T> job{};
+  RefineSvd<T>& x = job.refine;
+  x.H = pointer<T>(H), x.scalars = pointer<T>(w[rows_of_scalars]);
+  x.outU = output<T>(outU), x.outS = output<T>(outS), x.outV = output<T>(outV), x.order = output<std::int64_t>(order);
+  x.batch = B, x.M = M, x.N = N, x.r = rank, x.k = active;
+  x.steps = w[rows_of_scalars].size(0), x.sweeps = sweeps, x.orthonormal = true, x.hermitian = !array.empty();
+  tables_of(x);
+  job.first = pointer<T>(w[first]), job.second = pointer<T>(w[second]), job.table = pointer<T>(w[table]);
+  job.numbers = pointer<T>(w[numbers]), job.hidden = w[first].size(0);
+  job.scene = pointer<std::int64_t>(scene);
+  if (x.hermitian) {
+    job.polarisations = array[0], job.rows = array[1], job.columns = array[2];
+    job.roots[0] = tables<T>(2 * array[1]).data(), job.roots[1] = tables<T>(2 * array[2]).data();
+  }
+  if (B > 0) run(job, x);
+  return {outU, outS, outV};
+}
+
+std::tuple<Tensor, Tensor, Tensor> frozen_angular_svd(const Tensor& H, const Tensor& scene, const std::vector<Tensor>& w,
+                                                      const std::vector<std::int64_t>& array, std::int64_t rank,
+                                                      std::int64_t active, std::int64_t sweeps) {
+  constexpr Checks checks{"frozen_angular_svd"};
+  const ScalarType dtype = H.scalar_type();
+  checks.real("H", dtype);
+  checks.expect(H.dim() == 4, "H must have shape (B, M, N, 2)");
+  const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2);
+  checks.expect(M > 0 && N > 0, "no dimension but the batch may be empty");
+  checks.tensor("H", H, dtype, {B, M, N, 2});
+  checks.expect(rank >= 1 && rank <= std::min(M, N), "rank must be 1 to min(M, N), got " + std::to_string(rank));
+  checks.expect(active >= 1 && active <= rank, "active must be 1 to rank, got " + std::to_string(active));
+  checks.expect(sweeps >= 1, "sweeps must be at least 1, got " + std::to_string(sweeps));
+  checks.expect(w.size() == weights, "weights must hold 5 tensors, got " + std::to_string(w.size()));
+  checks.expect(w[first].dim() == 2 && w[table].dim() == 2 && w[rows_of_scalars].dim() == 2,
+                "first, table and scalars must have two dimensions");
+  const std::int64_t hidden = w[first].size(0);
+  checks.tensor("first", w[first], dtype, {hidden, 9});
+  checks.tensor("second", w[second], dtype, {hidden, 9});
+  checks.tensor("table", w[table], dtype, {w[table].size(0), hidden});
+  checks.tensor("numbers", w[numbers], dtype, {6});
+  checks.tensor("scalars", w[rows_of_scalars], dtype, {w[rows_of_scalars].size(0), 4});
+  if (!array.empty()) {
+    checks.expect(array.size() == 3 && array[0] > 0 && array[1] > 0 && array[2] > 0,
+                  "array must hold polarisations, rows and columns");
+    checks.expect(M == N && array[0] <= M && array[1] <= M && array[2] <= M && array[0] * array[1] * array[2] == M,
+                  "array must have as many antennas as H has rows and columns");
+  }
+  checks.expect(scene.scalar_type() == ScalarType::Long && scene.is_cpu() && scene.is_contiguous() &&
+                    scene.dim() == 1 && scene.size(0) == B,
+                "scene must be a contiguous int64 tensor (B,) on the CPU");
+  const std::int64_t* scenes = pointer<std::int64_t>(scene);
+  for (std::int64_t b = 0; b < B; ++b)
+    checks.expect(scenes[b] >= 0 && scenes[b] < w[table].size(0), "scene must name a row of table");
+  if (dtype == ScalarType::Float) return evaluate<float>(H, scene, w, array, rank, active, sweeps);
+  return evaluate<double>(H, scene, w, array, rank, active, sweeps);
+}
+
 }  // namespace
 }  // namespace lomacs
 
 STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) {
   m.impl("refine_svd", TORCH_BOX(&lomacs::refine_svd));
   m.impl("approx_svd", TORCH_BOX(&lomacs::approx_svd));
+  m.impl("frozen_angular_svd", TORCH_BOX(&lomacs::frozen_angular_svd));
 }

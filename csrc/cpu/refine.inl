@@ -6,13 +6,6 @@ namespace lomacs {
 namespace LOMACS_ISA {
 namespace {
 
-#if defined(__clang__)
-#define LOMACS_PLAIN_LOOPS __attribute__((noinline))
-#else
-// without errno and traps the loops become vectors
-#define LOMACS_PLAIN_LOOPS __attribute__((optimize("no-math-errno,no-trapping-math,tree-vectorize"), noinline))
-#endif
-
 constexpr double least_energy = 1e-20;  // TINY of the reference
 constexpr double largest_rotation = 1.5 * 1.5;
 constexpr int polish_iterations = 3, close_iterations = 3, fill_iterations = 8;
@@ -21,58 +14,62 @@ constexpr int polish_iterations = 3, close_iterations = 3, fill_iterations = 8;
 template <typename T>
 constexpr double negligible = 0.5 * static_cast<double>(std::numeric_limits<T>::epsilon());
 
-// a call would not be inlined where the options differ
-#define LOMACS_ROOT(x) (sizeof(x) == 4 ? static_cast<T>(__builtin_sqrtf(static_cast<float>(x))) : static_cast<T>(__builtin_sqrt(x)))
-#define LOMACS_SIZE(x) ((x) < 0 ? -(x) : (x))
-
+// 1 / (g + sqrt(g^2 + |z|^2)): half an angle's tangent, but for |z|
 template <typename T>
-LOMACS_TARGET LOMACS_PLAIN_LOOPS void rotation_row(const T* __restrict dr, const T* __restrict di,
-                                                   const T* __restrict tr, const T* __restrict ti,
-                                                   const T* __restrict s, const T* __restrict off,
-                                                   const T* __restrict index, Index i, Index n, T soft,
-                                                   T* __restrict xr, T* __restrict xi) {
-  const T si = s[i], oi = off[i], at = static_cast<T>(i);
-  for (Index j = 0; j < n; ++j) {
-    const T re = dr[j] + tr[j], im = di[j] + ti[j];
-    const T gap = s[j] - si, order = gap == 0 ? index[j] - at : gap;
-    const T sign = order > 0 ? T(1) : order < 0 ? T(-1) : T(0);
-    const T g = LOMACS_SIZE(gap) + (soft * LOMACS_ROOT(oi + off[j] + T(least_energy)) + T(1e-12));
-    const T w = sign / (g + LOMACS_ROOT(g * g + (re * re + im * im)));
-    xr[j] = re * w;
-    xi[j] = im * w;
+LOMACS_INLINE Vec<T> half_tangent(Vec<T> g, Vec<T> re, Vec<T> im) {
+  return splat(T(1)) / (g + square_root<T>(g * g + (re * re + im * im)));
+}
+
+// What one row of the rotations is made of.
+template <typename T>
+struct Angles {
+  const T *s, *off, *index;
+  T soft;
+
+  LOMACS_INLINE Vec<T> softening(Index i, Index j) const {
+    const Vec<T> both = splat(off[i]) + load(off + j) + splat(T(least_energy));
+    return splat(soft) * square_root<T>(both) + splat(T(1e-12));
+  }
+};
+
+// row i of X, from D and D^H
+template <typename T>
+LOMACS_TARGET void rotation_row(const Angles<T>& x, Planar<T> D, Planar<T> DH, Index i, Planar<T> X) {
+  const Vec<T> none{}, one = splat(T(1));
+  for (Index j = 0; j < D.width; j += lanes<T>) {
+    const Vec<T> re = load(D.row(i) + j) + load(DH.row(i) + j), im = load(D.imag(i) + j) + load(DH.imag(i) + j);
+    const Vec<T> gap = load(x.s + j) - splat(x.s[i]);
+    const Vec<T> order = gap == none ? load(x.index + j) - splat(x.index[i]) : gap;
+    const Vec<T> sign = order > none ? one : order < none ? -one : none;
+    const Vec<T> w = sign * half_tangent<T>((gap < none ? -gap : gap) + x.softening(i, j), re, im);
+    store(X.row(i) + j, re * w);
+    store(X.imag(i) + j, im * w);
   }
 }
 
+// the skew part added to row i of X, and taken from that in Y
 template <typename T>
-LOMACS_TARGET LOMACS_PLAIN_LOOPS void skew_rotation_row(const T* __restrict dr, const T* __restrict di,
-                                                        const T* __restrict tr, const T* __restrict ti,
-                                                        const T* __restrict s, const T* __restrict off,
-                                                        const T* __restrict index, Index i, Index n, T soft,
-                                                        T* __restrict xr, T* __restrict xi, T* __restrict yr,
-                                                        T* __restrict yi) {
-  const T si = s[i], oi = off[i], at = static_cast<T>(i);
-  for (Index j = 0; j < n; ++j) {
-    const T re = dr[j] - tr[j], im = di[j] - ti[j], sum = si + s[j];
-    const T g = (sum > 0 ? sum : T(0)) + (soft * LOMACS_ROOT(oi + off[j] + T(least_energy)) + T(1e-12));
-    const T w = (index[j] == at ? T(0) : T(1)) / (g + LOMACS_ROOT(g * g + (re * re + im * im)));
-    const T hr = xr[j], hi = xi[j];
-    xr[j] = hr + re * w;
-    xi[j] = hi + im * w;
-    yr[j] = hr - re * w;
-    yi[j] = hi - im * w;
+LOMACS_TARGET void skew_rotation_row(const Angles<T>& x, Planar<T> D, Planar<T> DH, Index i, Planar<T> X, Planar<T> Y) {
+  const Vec<T> none{}, one = splat(T(1));
+  for (Index j = 0; j < D.width; j += lanes<T>) {
+    const Vec<T> re = load(D.row(i) + j) - load(DH.row(i) + j), im = load(D.imag(i) + j) - load(DH.imag(i) + j);
+    const Vec<T> sum = splat(x.s[i]) + load(x.s + j);
+    const Vec<T> other = load(x.index + j) == splat(x.index[i]) ? none : one;
+    const Vec<T> w = other * half_tangent<T>((sum > none ? sum : none) + x.softening(i, j), re, im);
+    const Vec<T> hr = load(X.row(i) + j), hi = load(X.imag(i) + j);
+    store(X.row(i) + j, hr + re * w);
+    store(X.imag(i) + j, hi + im * w);
+    store(Y.row(i) + j, hr - re * w);
+    store(Y.imag(i) + j, hi - im * w);
   }
-}
-
-template <typename T>
-LOMACS_TARGET LOMACS_PLAIN_LOOPS void add_magnitudes(const T* __restrict re, const T* __restrict im, Index n,
-                                                     T* __restrict sums) {
-  for (Index j = 0; j < n; ++j) sums[j] += LOMACS_ROOT((re[j] * re[j] + im[j] * im[j]) + T(least_energy));
 }
 
 // out += x in
 template <typename T>
-LOMACS_TARGET LOMACS_PLAIN_LOOPS void add_to(T* __restrict out, const T* __restrict in, Index n, T x = T(1)) {
-  for (Index j = 0; j < n; ++j) out[j] += x * in[j];
+LOMACS_TARGET void add_to(T* out, const T* in, Index n, T x = T(1)) {
+  Index j = 0;
+  for (; j + lanes<T> <= n; j += lanes<T>) store(out + j, load(out + j) + splat(x) * load(in + j));
+  for (; j < n; ++j) out[j] += x * in[j];
 }
 
 // the largest of n, or NaN
@@ -89,8 +86,14 @@ T largest_of(const T* x, Index n) {
 // the largest row sum of a Hermitian matrix
 template <typename T>
 LOMACS_TARGET T largest_row(Planar<T> x, Index n, T* sums) {
-  for (Index j = 0; j < x.width; ++j) sums[j] = 0;
-  for (Index i = 0; i < n; ++i) add_magnitudes(x.row(i), x.imag(i), x.width, sums);
+  for (Index j = 0; j < x.width; j += lanes<T>) {
+    Vec<T> total{};
+    for (Index i = 0; i < n; ++i) {
+      const Vec<T> re = load(x.row(i) + j), im = load(x.imag(i) + j);
+      total += square_root<T>((re * re + im * im) + splat(T(least_energy)));
+    }
+    store(sums + j, total);
+  }
   return largest_of(sums, n);
 }
 
@@ -127,7 +130,7 @@ struct Squares {
 
   // `_inverse_root` of x.G into x.F, the last defect in x.E; whether X F is orthonormal to rounding
   LOMACS_TARGET bool inverse_root(int iterations, double square) {
-    times(E2, rows, G, G, n);
+    hermitian_times(E2, G, G, n);
     const double row = std::sqrt(static_cast<double>(largest_row(E2, n, sums)));
     const double safe = row <= 2.56 ? 1.0 : 2.56 / row, by = safe < square ? safe : row != row ? row : square;
     const T c = static_cast<T>(by), half = static_cast<T>(0.5 * std::sqrt(by));
@@ -136,10 +139,11 @@ struct Squares {
     shifted(F, n, half, E, 2 * half);
     for (int i = 1; i < iterations; ++i) {
       if (energy_of(E, n, n, sums) < negligible<T>) return true;
-      if (i > 1) times(E2, rows, E, E, n);
+      if (i > 1) hermitian_times(E2, E, E, n);
       shifted(S, n, T(0.25), E, T(0.75));
-      times(E, rows, E2, S, n);
-      combined<false, T>(F2, rows, T(0.5), straight(F), E, n, &F, T(1));
+      hermitian_times(E, E2, S, n);
+      combined<false, T>(F2, rows, T(0.5), straight(F), E, n, &F, T(1), Part::upper);
+      mirror(F2);
       std::swap(F, F2);
     }
     return energy_of(E, n, n, sums) < negligible<T>;
@@ -212,6 +216,10 @@ struct Refinement {
   // H / |H| and |H|, at any scale
   LOMACS_TARGET void load_channel(const T* h) {
     load_planar(h, job.N, job.M, job.N, H);
+    to_unit_norm();
+  }
+
+  LOMACS_TARGET void to_unit_norm() {
     Vec<T> high{}, low{};
     for (Index i = 0; i < job.M; ++i)
       for (Index j = 0; j < 2 * H.width; j += lanes<T>) {
@@ -246,26 +254,26 @@ struct Refinement {
 
   // P and Q of D, its diagonal in s
   LOMACS_TARGET void rotations(T soft) {
-    adjoint_of(D, k, DH);
+    const Planar<T> turned_over = hermitian ? D : DH;
+    if (!hermitian) adjoint_of(D, k, DH);
     column_energies(D, k, off);
-    column_energies(DH, k, off2);
+    column_energies(turned_over, k, off2);
     for (Index j = 0; j < index_width(); ++j) {
       s[j] = j < k ? D.row(j)[j] : T(0);
       const T half = T(0.5) * (off[j] + off2[j]) - s[j] * s[j];
       off[j] = half < 0 ? T(0) : half;
     }
+    const Angles<T> angles{s, off, index, soft};
     for (Index i = 0; i < k; ++i) {
-      rotation_row(D.row(i), D.imag(i), DH.row(i), DH.imag(i), s, off, index, i, D.width, soft, X.row(i), X.imag(i));
-      if (!hermitian)
-        skew_rotation_row(D.row(i), D.imag(i), DH.row(i), DH.imag(i), s, off, index, i, D.width, soft, X.row(i),
-                          X.imag(i), Y.row(i), Y.imag(i));
+      rotation_row(angles, D, turned_over, i, X);
+      if (!hermitian) skew_rotation_row(angles, D, DH, i, X, Y);
     }
     unitary(X, A);
     if (!hermitian) unitary(Y, B);
   }
 
   LOMACS_TARGET void unitary(Planar<T> x, Planar<T> out) {
-    times(X2, krows, x, x, k);
+    hermitian_times(X2, x, x, k);
     const double row = static_cast<double>(largest_row(X2, k, root.sums));
     const double square = row <= largest_rotation ? 1.0 : largest_rotation / row, size = row * square;
     const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
@@ -275,11 +283,11 @@ struct Refinement {
       blended(out, k, c1, x, T(0.5) * c2, X2, T(1));
       return;
     }
-    times(X4, krows, X2, X2, k);
+    hermitian_times(X4, X2, X2, k);
     if (size * size * size * size < 8 * eps) {
       shifted(X8, k, T(-0.125) * e4, X4, T(1));
     } else {
-      times(X8, krows, X4, X4, k);
+      hermitian_times(X8, X4, X4, k);
       blended(X8, k, static_cast<T>(0.185 / 16) * e4 * e4, X8, T(-0.125) * e4, X4, T(1));
     }
     blended(X2, k, c1, x, T(0.5) * c2, X2, T(1));
@@ -306,16 +314,17 @@ struct Refinement {
   // D = A^H D B
   LOMACS_TARGET void transform(Planar<T> a, Planar<T> b) {
     adjoint_times(C, krows, a, D, k);
-    times(D, krows, C, b, k);
+    if (hermitian) hermitian_times(D, C, b, k);
+    else times(D, krows, C, b, k);
   }
 
-  LOMACS_TARGET void diagonalize(T soft) {
+  // the closing has no use for the rotated core: phases that its diagonal would have moved into Q come out of S
+  LOMACS_TARGET void diagonalize(T soft, bool closing = false) {
     if (hermitian) {
       symmetric();
       for (Index n = 0; n < job.sweeps; ++n) {
         rotations(soft);
-        transform(A, A);
-        symmetric();
+        if (!closing || n + 1 < job.sweeps) transform(A, A);
         gather(n, P, P2, A);
       }
       return;
@@ -325,9 +334,11 @@ struct Refinement {
     for (Index j = 0; j < k; ++j) scale[j] = turn_re[j], energy[j] = turn_im[j];
     for (Index n = 0; n < job.sweeps; ++n) {
       rotations(soft);
-      transform(A, B);
-      turn_diagonal();
-      turned_columns(B, k, turn_re, turn_im);
+      if (!closing || n + 1 < job.sweeps) {
+        transform(A, B);
+        turn_diagonal();
+        turned_columns(B, k, turn_re, turn_im);
+      }
       gather(n, P, P2, A);
       if (n == 0) {
         for (Index i = 0; i < k; ++i)
@@ -373,7 +384,7 @@ struct Refinement {
     blended(C, k, T(-1), C, T(1), a, T(0));
     scaled_columns(x.Y, x.n, scale);
     combined<false, T>(x.W, x.rows, T(1), straight(x.U), C, k, &x.Y, T(1));
-    adjoint_times(root.G, krows, x.W, x.W, x.n);
+    hermitian_adjoint_times(root.G, x.W, x.W, x.n);
     root.inverse_root(polish_iterations, 2 / (2 + total * share));
     times(x.U, x.rows, x.W, root.F, k);
   }
@@ -401,16 +412,16 @@ struct Refinement {
 
   // `a` such that the columns of x a are orthonormal, into `out`
   LOMACS_TARGET void orthonormalized(const Columns<T>& x, Planar<T> a, Planar<T> out) {
-    adjoint_times(root.S, krows, x.U, x.U, x.n);
+    hermitian_adjoint_times(root.S, x.U, x.U, x.n);
     times(C, krows, root.S, a, k);
-    adjoint_times(root.G, krows, a, C, k);
+    hermitian_adjoint_times(root.G, a, C, k);
     root.inverse_root(close_iterations, 1.0);
     times(out, krows, a, root.F, k);
   }
 
   // one iteration of Björck on x.U by way of y; the defect that it found
   LOMACS_TARGET double straighten(Squares<T>& q, Index n, Index rows, Planar<T>& x, Planar<T>& y) {
-    combined<true, T, false>(q.G, q.rows, T(1), turned(x), x, n);
+    hermitian_product<true, T, false>(q.G, turned(x), x, n);
     shifted(q.E, q.n, T(-1), q.G, T(1));
     const double found = energy_of(q.E, q.n, q.n, q.sums);
     shifted(q.S, q.n, T(-0.5), q.G, T(1.5));
@@ -439,7 +450,7 @@ struct Refinement {
     // D itself is needed after its rotations
     std::swap(D, kept);
     shifted(D, k, T(1), kept, T(0));
-    diagonalize(soft);
+    diagonalize(soft, true);
     std::swap(D, kept);
     orthonormalized(left, P, A);
     if (!hermitian) orthonormalized(right, Q, B);
@@ -516,9 +527,6 @@ struct Refinement {
 
   // energies of the columns of a chirped DFT in the span of x, added to bins
   void clear_bins() { std::fill(bins.begin(), bins.end(), 0.0); }
-  void negate_bins() {
-    for (double& x : bins) x = -x;
-  }
 
   LOMACS_TARGET void add_energies(Planar<T> x, Index n, Index columns, int side, int chirp, Planar<T> f) {
     const T *roots = job.roots[side], *turns = chirp == 0 ? nullptr : job.chirps[side] + 2 * n * (chirp - 1);
@@ -591,6 +599,15 @@ struct Refinement {
     }
   }
 
+  // the DFT columns with most energy of X (n x columns), `count` of them
+  LOMACS_TARGET void strongest_columns(Planar<T> X, Index n, Index columns, int side, Planar<T> f, Index count,
+                                       Planar<T> to) {
+    clear_bins();
+    add_energies(X, n, columns, side, 0, f);
+    for (double& x : bins) x = -x;
+    least_columns(n, count, side, 0, to);
+  }
+
   // y <- y - span span^H y, by way of x.W
   LOMACS_TARGET void outside(const Columns<T>& span, Columns<T>& x, Planar<T>& y) {
     adjoint_times(cross, krows, span.U, y, x.n);
@@ -603,16 +620,16 @@ struct Refinement {
                           Planar<T> f) {
     bool done = false, gentle = false;
     for (int turn = 0; turn < 2 && !done; ++turn) {
-      adjoint_times(q.G, q.rows, x.U, x.U, x.n);
+      hermitian_adjoint_times(q.G, x.U, x.U, x.n);
       done = q.inverse_root(fill_iterations, 1.0);
       times(x.Y, x.rows, x.U, q.F, q.n);
       std::swap(x.U, x.Y);
       // what a small factor adds of the span is rounding
       gentle = done && turn == 0 && largest_row(q.F, q.n, q.sums) <= 2;
       if (done) break;
-      times(q.E2, q.rows, q.E, q.E, q.n);
+      hermitian_times(q.E2, q.E, q.E, q.n);
       shifted(q.S, q.n, T(0.25), q.E, T(0.75));
-      times(q.G, q.rows, q.E2, q.S, q.n);
+      hermitian_times(q.G, q.E2, q.S, q.n);
       clear_bins();
       if (span != nullptr) add_energies(span->U, x.n, k, side, turn + 1, start_freq[side]);
       add_energies(x.U, x.n, q.n, side, turn + 1, f);
@@ -622,7 +639,7 @@ struct Refinement {
       if (span != nullptr) outside(*span, x, x.U);
     }
     if (!done) {
-      adjoint_times(q.G, q.rows, x.U, x.U, x.n);
+      hermitian_adjoint_times(q.G, x.U, x.U, x.n);
       q.inverse_root(fill_iterations, 1.0);
       times(x.Y, x.rows, x.U, q.F, q.n);
       std::swap(x.U, x.Y);
@@ -694,7 +711,7 @@ struct Refinement {
 };
 
 template <typename T>
-LOMACS_TARGET void refine_samples(const RefineSvd<T>& job, std::int64_t begin, std::int64_t end) {
+LOMACS_TARGET void samples(const RefineSvd<T>& job, std::int64_t begin, std::int64_t end) {
   Refinement<T> x(job);
   const Arena<T> arena([&](Arena<T>& a) { x.plan(a); }, true);
   x.prepare();
@@ -836,17 +853,11 @@ class Approximation {
 
   // the DFT columns with most energy of X, `columns` of them, on the left and on the right
   LOMACS_TARGET void first_start(Stage& x, Planar<T> X, bool tied, Planar<T> left, Planar<T> right, Index columns) {
-    x.clear_bins();
-    x.add_energies(X, M_, N_, 0, 0, freq_[0]);
-    x.negate_bins();
-    x.least_columns(M_, columns, 0, 0, left);
+    x.strongest_columns(X, M_, N_, 0, freq_[0], columns, left);
     if (tied) return;
     if (X.data != x.H.data || !turned_) adjoint_of(X, M_, adjoint_);
     turned_ = X.data == x.H.data;
-    x.clear_bins();
-    x.add_energies(adjoint_, N_, M_, 1, 0, freq_[1]);
-    x.negate_bins();
-    x.least_columns(N_, columns, 1, 0, right);
+    x.strongest_columns(adjoint_, N_, M_, 1, freq_[1], columns, right);
   }
 
   LOMACS_TARGET bool enough(Stage& x, bool tied) {
@@ -1074,7 +1085,7 @@ class Approximation {
 };
 
 template <typename T>
-LOMACS_TARGET void approx_samples(const ApproxSvd<T>& job, std::int64_t begin, std::int64_t end) {
+LOMACS_TARGET void samples(const ApproxSvd<T>& job, std::int64_t begin, std::int64_t end) {
   Approximation<T> x(job);
   for (std::int64_t b = begin; b < end; ++b) x.sample(b);
 }

@@ -5,7 +5,7 @@ from .backbone import backbone_at_once
 from .dispatch import BackendError, backend_table, use_backend
 from .dual_view import dual_view_project, gate_project
 from .freq_gate import freq_gate
-from .frozen import flat_weights, frozen_svd, frozen_svd_at_once
+from .frozen import flat_weights, frozen_angular_svd, frozen_svd, frozen_svd_at_once
 from .gated_conv import gated_conv1d, gated_conv1d_at_once
 from .low_rank import low_rank_loss
 from .native import load_ops
@@ -25,6 +25,7 @@ __all__ = [
     "dual_view_project",
     "flat_weights",
     "freq_gate",
+    "frozen_angular_svd",
     "frozen_svd",
     "frozen_svd_at_once",
     "gate_project",

@@ -1,4 +1,4 @@
-"""The frozen network as one op: no gradients, one visit a sample on the CPU."""
+"""The frozen networks as one op each: no gradients, one visit a sample on the CPU."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
+from ..reference import refine_products
 from ..reference.backbone import FoldedAttention
-from ..reference.frozen import FrozenWeights
+from ..reference.frozen import FrozenAngular, FrozenWeights
 from . import common, gated_conv, spectral
 from .backbone import backbone
 from .common import library
 from .dispatch import Backend, Op
 from .freq_gate import cpp_reasons, cpu_gate_reasons, freq_gate, gate_flops, single_triton_reasons
-from .ortho import flops_of_refine
+from .ortho import flops_of_refine, native_reasons
 
 library.define(
     "frozen_svd(Tensor H, Tensor scene, Tensor[] weights, Tensor scalars, float temperature, float eps) "
@@ -62,18 +63,30 @@ def _flops(
     return total + flops_of_refine(U, V, (2,)) + spectral._flops_calibrate(U, H, V)
 
 
-def flat_weights(w: FrozenWeights) -> list[Tensor]:
+def flat_weights(w: FrozenWeights | FrozenAngular) -> list[Tensor]:
     """The tensors in the order that the kernel takes them, six a block."""
+    if isinstance(w, FrozenAngular):
+        return [w.first, w.second, w.table, w.numbers, w.scalars]
     first = [w.row_w1, w.row_w2, w.col_w1, w.col_w2, w.raw, w.pooled, w.pos, w.head, w.table]
     return first + [x for block in w.blocks for x in block]
 
 
-def _native(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor, Tensor, Tensor]:
-    w = weights
-    U, S, V = torch.ops.lomacs.frozen_svd.default(
-        common.planes(H), scene.contiguous(), flat_weights(w), w.scalars, w.temperature, w.eps
-    )
+def _call(
+    H: Tensor, scene: Tensor, w: FrozenWeights | FrozenAngular, flat: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    if isinstance(w, FrozenAngular):
+        U, S, V = torch.ops.lomacs.frozen_angular_svd.default(
+            H, scene, flat, w.array or (), w.rank, w.active, w.sweeps
+        )
+    else:
+        U, S, V = torch.ops.lomacs.frozen_svd.default(H, scene, flat, w.scalars, w.temperature, w.eps)
     return torch.view_as_complex(U), S, torch.view_as_complex(V)
+
+
+def _native(
+    H: Tensor, scene: Tensor, weights: FrozenWeights | FrozenAngular
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _call(common.planes(H), scene.contiguous(), weights, flat_weights(weights))
 
 
 @functools.lru_cache(maxsize=64)
@@ -83,7 +96,7 @@ def _rows(row: int, B: int) -> Tensor:
 
 
 def frozen_svd_at_once(
-    H: Any, sid: Any, weights: FrozenWeights, flat: Sequence[Tensor]
+    H: Any, sid: Any, weights: FrozenWeights | FrozenAngular, flat: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """What the kernel answers to a small call that nobody has looked at yet; see `tokens.at_once`.
 
@@ -106,10 +119,7 @@ def frozen_svd_at_once(
         return None
     try:
         with torch._C._AutoDispatchBelowAutograd():
-            U, S, V = torch.ops.lomacs.frozen_svd.default(
-                torch.view_as_real(H), scene, flat, weights.scalars, weights.temperature, weights.eps
-            )
-            return torch.view_as_complex(U), S, torch.view_as_complex(V)
+            return _call(torch.view_as_real(H), scene, weights, flat)
     except (RuntimeError, TypeError):
         return None
 
@@ -156,4 +166,74 @@ frozen_svd = Op(
     ],
     ("H", "scene", "weights"),
     _nominal,
+)
+
+
+library.define(
+    "frozen_angular_svd(Tensor H, Tensor scene, Tensor[] weights, int[] array, int rank, int active, "
+    "int sweeps) -> (Tensor U, Tensor S, Tensor V)",
+    tags=common.TAGS,
+)
+
+
+@torch.library.register_fake("lomacs::frozen_angular_svd", lib=library)
+def _fake_angular(
+    H: Tensor,
+    scene: Tensor,
+    weights: Sequence[Tensor],
+    array: Sequence[int],
+    rank: int,
+    active: int,
+    sweeps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, M, N = H.shape[:3]
+    return H.new_empty(B, M, rank, 2), H.new_empty(B, rank), H.new_empty(B, N, rank, 2)
+
+
+@register_flop_formula(torch.ops.lomacs.frozen_angular_svd)
+def _flops_angular(
+    H: Sequence[int],
+    scene: Sequence[int],
+    weights: Sequence[Sequence[int]],
+    array: Sequence[int],
+    rank: int,
+    active: int,
+    sweeps: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """What `FlopCounterMode` counts on the reference where every completion is the short one."""
+    (B, M, N), hidden, steps = H[:3], weights[0][0], weights[4][0]
+    total, tied, k, c = 0, bool(array), active, rank - active
+    if tied:
+        p, a, b = array
+        total += 2 * p * (a * b) ** 2 * M + 2 * 9 * hidden * 4 * a * b
+    total += refine_products.products(M, N, k, k, steps, sweeps, tied, True)
+    for n in ((M,) if tied else (M, N)) if c else ():
+        total += refine_products.short_completion(n, k, c)
+    return 2 * B * total
+
+
+def _angular_reasons(H: Tensor, scene: Tensor, weights: FrozenAngular) -> list[str]:
+    M, N, r = *H.shape[-2:], weights.rank
+    angles = 4 * M if weights.array is None else 4 * weights.array[1] * weights.array[2]
+    size = 6 * M * N + 12 * (M + N) * r + 40 * r * r + angles * len(weights.first)
+    return native_reasons(size, H=H, weights=weights.table)
+
+
+def _angular_eager(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.frozen_angular_svd(H, scene, weights)
+
+
+def _nominal_angular(device: torch.device) -> tuple[Any, ...]:
+    net = reference.LoMACSSVDNet(8, 8, 4, 2, head="angular", refine_steps=1, hermitian=True).to(device)
+    H = torch.ones(1, 8, 8, dtype=torch.complex64, device=device)
+    return H, torch.zeros(1, dtype=torch.int64, device=device), reference.fold_angular(net)
+
+
+frozen_angular_svd = Op(
+    "frozen_angular_svd",
+    [Backend("cpp", _angular_reasons, _native), Backend("eager", lambda *_: (), _angular_eager)],
+    ("H", "scene", "weights"),
+    _nominal_angular,
 )

@@ -5,7 +5,14 @@ from .angular_gate import AngularGate
 from .backbone import backbone
 from .dual_view import coarse_map, dual_view_project, gate_project
 from .freq_gate import AxialLowRankFreqGate, freq_gate, spectral_gate, unit_norm
-from .frozen import FrozenWeights, fold_network, frozen_svd
+from .frozen import (
+    FrozenAngular,
+    FrozenWeights,
+    fold_angular,
+    fold_network,
+    frozen_angular_svd,
+    frozen_svd,
+)
 from .gated_conv import GatedConv1D, gated_conv1d
 from .low_rank import low_rank_loss
 from .network import LoMACSSVDNet
@@ -22,6 +29,7 @@ __all__ = [
     "AEPlusTerms",
     "AngularGate",
     "AxialLowRankFreqGate",
+    "FrozenAngular",
     "FrozenWeights",
     "GatedConv1D",
     "GroupedProjectedAttention",
@@ -36,8 +44,10 @@ __all__ = [
     "coarse_map",
     "column_normalize",
     "dual_view_project",
+    "fold_angular",
     "fold_network",
     "freq_gate",
+    "frozen_angular_svd",
     "frozen_svd",
     "gate_project",
     "gated_conv1d",

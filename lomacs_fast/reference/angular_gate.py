@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,57 @@ def lag_tables(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     entries = torch.full((4 * e, e), e * e)
     entries[lag, i.expand(e, e)] = i[:, None] * e + i
     return entries, lag
+
+
+def angular_spectrum(H: Tensor, array: tuple[int, int, int], entries: Tensor) -> Tensor:
+    """The angular power spectrum `(B, 2 rows, 2 columns)` of a covariance; entries from `lag_tables`."""
+    p, a, b = array
+    e = a * b
+    blocks = H.reshape(-1, p, e, p, e).diagonal(dim1=1, dim2=3).sum(-1) / p
+    flat = nn.functional.pad(blocks.reshape(-1, e * e), (0, 1))
+    lags = flat[:, entries].sum(-1).reshape(-1, 2 * a, 2 * b)
+    return torch.fft.fft2(lags).real / e
+
+
+def _around(z: Tensor) -> Tensor:
+    # circular by slices: a panel of one row has fewer angles than the padding of torch wants
+    z = torch.cat([z[..., -1:, :], z, z[..., :1, :]], -2)
+    return torch.cat([z[..., -1:], z, z[..., :1]], -1)
+
+
+def gate_of_spectrum(
+    P: Tensor,
+    c: Tensor,
+    slope: Tensor,
+    first: Tensor,
+    bias: Tensor,
+    second: Tensor,
+    second_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gate `(B, 2 rows, 2 columns)` and the floor `(B, 1)` of `AngularGate` from the spectrum.
+
+    `c` and `slope (2,)` are its scalars, `first (hidden, 1, 3, 3)`, `second (1, hidden, 3, 3)` and
+    `second_bias (1,)` its convolutions, `bias (B, hidden)` that of the first with the scene's.
+    """
+    floor = (c * P.flatten(1).amin(-1)).clamp_min(0)[:, None, None]
+    # the last terms serve a covariance without noise, and zero
+    above = P / (floor + 1e-6 * P.mean((-2, -1), keepdim=True).clamp_min(0) + 1e-20)
+    x = (above - (1 - LEAST)).clamp_min(LEAST).log()
+    f = nn.functional.conv2d(_around(x[:, None]), first) + bias[:, :, None, None]
+    f = nn.functional.conv2d(_around(torch.relu(f)), second, second_bias)[:, 0]
+    return torch.sigmoid(slope[0] * x + slope[1] + f), floor[..., 0]
+
+
+def filtered(H: Tensor, gate: Tensor, floor: Tensor, array: tuple[int, int, int], lag: Tensor) -> Tensor:
+    """`W (H - floor I) W^H` of `AngularGate`; lag from `lag_tables`."""
+    taps = torch.fft.ifft2(torch.complex(gate, torch.zeros_like(gate))).flatten(1)
+    W = taps[:, lag][:, None]
+    p, e = array[0], lag.shape[0]
+    n = p * e
+    Y = H - torch.diag_embed(floor.expand(-1, n)).to(H.dtype)
+    for _ in range(2):
+        Y = (W @ Y.reshape(-1, p, e, n)).reshape(-1, n, n).mH
+    return Y
 
 
 class AngularGate(nn.Module):
@@ -94,41 +146,26 @@ class AngularGate(nn.Module):
 
     def spectrum(self, H: Tensor) -> Tensor:
         """The angular power spectrum `(B, 2 rows, 2 columns)` of a covariance."""
-        p, a, b = self.array
-        e = a * b
-        blocks = H.reshape(-1, p, e, p, e).diagonal(dim1=1, dim2=3).sum(-1) / p
-        flat = nn.functional.pad(blocks.reshape(-1, e * e), (0, 1))
-        lags = flat[:, self.entries].sum(-1).reshape(-1, 2 * a, 2 * b)
-        return torch.fft.fft2(lags).real / e
+        return angular_spectrum(H, self.array, self.entries)
 
     def gate(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor]:
         """The gate `(B, 2 rows, 2 columns)` and the floor `(B, 1)`."""
-        P = self.spectrum(H)
-        floor = (self.c_raw.exp() * P.flatten(1).amin(-1)).clamp_min(0)[:, None, None]
-        # the last terms serve a covariance without noise, and zero
-        above = P / (floor + 1e-6 * P.mean((-2, -1), keepdim=True).clamp_min(0) + 1e-20)
-        x = (above - (1 - LEAST)).clamp_min(LEAST).log()
-
-        def around(z: Tensor) -> Tensor:
-            # circular by slices: a panel of one row has fewer angles than the padding of torch wants
-            z = torch.cat([z[..., -1:, :], z, z[..., :1, :]], -2)
-            return torch.cat([z[..., -1:], z, z[..., :1]], -1)
-
-        f = self.first(around(x[:, None])) + self.scene_bias(scene)[:, :, None, None]
-        f = self.second(around(torch.relu(f)))[:, 0]
-        return torch.sigmoid(self.slope[0] * x + self.slope[1] + f), floor[..., 0]
+        first, second = self.first, self.second
+        bias = self.scene_bias(scene) + cast(Tensor, first.bias)
+        return gate_of_spectrum(
+            self.spectrum(H),
+            self.c_raw.exp(),
+            self.slope,
+            first.weight,
+            bias,
+            second.weight,
+            cast(Tensor, second.bias),
+        )
 
     def forward(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor]:
         H = 0.5 * (H + H.mH)
         gate, floor = self.gate(H, scene)
-        taps = torch.fft.ifft2(torch.complex(gate, torch.zeros_like(gate))).flatten(1)
-        W = taps[:, self.lag][:, None]
-        p, e = self.array[0], self.lag.shape[0]
-        n = p * e
-        Y = H - torch.diag_embed(floor.expand(-1, n)).to(H.dtype)
-        for _ in range(2):
-            Y = (W @ Y.reshape(-1, p, e, n)).reshape(-1, n, n).mH
-        return Y, floor
+        return filtered(H, gate, floor, self.array, self.lag), floor
 
     def extra_repr(self) -> str:
         return f"array={self.array}"

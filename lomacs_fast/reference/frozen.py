@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .angular_gate import angular_spectrum, filtered, gate_of_spectrum, lag_tables
 from .backbone import ConvBlock, FoldedAttention, backbone
+from .completion import complete_from_dft
 from .dual_view import real_view
 from .freq_gate import freq_gate
+from .refine import SWEEPS, dft_start, refine_svd, rows_of, unit_scale
 from .spectral import svd_tail
 
 
@@ -137,3 +140,86 @@ def frozen_svd(
     # one factor after the other: their product may overflow where S does not
     S = S * size[:, None] * scale[:, None]
     return U, S, V
+
+
+class FrozenAngular(NamedTuple):
+    """The angular head with its refinement, see `AngularGate` and `SpectralRefiner`.
+
+    `first`, `second` `(hidden, 9)` are the taps of the gate's convolutions, `table (n_scene + 1, hidden)` the
+    first one's biases a scene, the mean scene last; `numbers (6,)`: the floor in smallest entries of the
+    spectrum, slope and bias of the gate, the second convolution's bias, the factor of S and the share of the
+    floor taken off it. `scalars (steps, 4)` are those of the refinement. Without an `array` there is no gate,
+    and the general form decomposes H as it is.
+    """
+
+    first: Tensor
+    second: Tensor
+    table: Tensor
+    numbers: Tensor
+    scalars: Tensor
+    array: tuple[int, int, int] | None
+    rank: int
+    active: int
+    sweeps: int = SWEEPS
+
+
+@torch.no_grad()
+def fold_angular(net: Any) -> FrozenAngular:
+    """Weights of a `LoMACSSVDNet` with the angular head, for as many steps as it takes by now."""
+    like, refiner = net.shrink, net.refiner
+    shrink, hidden = net.shrink.double(), net.gate_hidden if net.hermitian else 0
+    first, second = like.new_zeros(hidden, 9), like.new_zeros(hidden, 9)
+    table = like.new_zeros(net.n_scene + 1, hidden)
+    gate_numbers = like.new_zeros(4).double()
+    if net.hermitian:
+        gate = net.angular_gate
+        first, second = (x.weight.reshape(hidden, 9).clone() for x in (gate.first, gate.second))
+        scenes = gate.scene_bias.weight.double()
+        scenes = torch.cat([scenes, scenes.mean(0, keepdim=True)])
+        table = (scenes + gate.first.bias.double()).to(like.dtype)
+        c, slope, shift = (x.double() for x in (gate.c_raw, gate.slope, gate.second.bias))
+        gate_numbers = torch.cat([c.exp()[None], slope, shift])
+    return FrozenAngular(
+        first=first,
+        second=second,
+        table=table,
+        numbers=torch.cat([gate_numbers, shrink[:1].exp(), shrink[1:]]).to(like.dtype),
+        scalars=rows_of(refiner.scalars, net.refine_steps, like).contiguous(),
+        array=None if net.array is None else (net.array[0], net.array[1], net.array[2]),
+        rank=net.r,
+        active=refiner.active,
+        sweeps=refiner.sweeps,
+    )
+
+
+def frozen_angular_svd(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tuple[Tensor, Tensor, Tensor]:
+    """`U, S, V` with `H ~ U diag(S) V^H`: the refined angular head at `H / |H|_F`, S times `|H|_F`.
+
+    Args:
+        H: complex `(B, M, N)`, of any scale, M = N where there is a gate; a sample of zeros has S = 0.
+        scene: rows of `weights.table`, integer `(B,)`.
+        weights: of `fold_angular`, in the precision of H.
+
+    Returns:
+        U complex `(B, M, r)`, S real `(B, r)`, V complex `(B, N, r)`.
+    """
+    w, tied = weights, weights.array is not None
+    X, norm = unit_scale(H)
+    floor = X.real.new_zeros(len(X), 1)
+    if w.array is not None:
+        X = 0.5 * (X + X.mH)
+        entries, lag = (x.to(H.device) for x in lag_tables(*w.array[1:]))
+        first, second = w.first.reshape(-1, 1, 3, 3), w.second.reshape(1, -1, 3, 3)
+        P = angular_spectrum(X, w.array, entries)
+        gate, floor = gate_of_spectrum(
+            P, w.numbers[0], w.numbers[1:3], first, w.table[scene], second, w.numbers[3:4]
+        )
+        X = filtered(X, gate, floor, w.array, lag)
+    U, V = dft_start(X, w.active)
+    steps, options = len(w.scalars), {"hermitian": tied, "orthonormal": True}
+    U, S, V = refine_svd(X, U, V, steps, scalars=w.scalars, sweeps=w.sweeps, **options)
+    rest = complete_from_dft(U, w.rank)
+    other = rest if tied else complete_from_dft(V, w.rank)
+    S = (S * w.numbers[4] - w.numbers[5] * floor).clamp_min(0)
+    S = nn.functional.pad(S, (0, w.rank - w.active)) * norm[:, 0]
+    return torch.cat([U, rest], -1), torch.where(norm[:, 0] == 0, 0, S), torch.cat([V, other], -1)

@@ -232,14 +232,21 @@ class LoMACSSVDNet(nn.Module):
             self.tau_s.fill_(self._tau)
         return self
 
-    def set_refine_steps(self, steps: int) -> None:
-        """Refine by so many steps from now on; beyond the trained number the last step's scalars repeat.
+    def set_refine_steps(self, steps: int, active: int | None = None) -> None:
+        """Refine by so many steps, and so many columns, from now on: accuracy against time.
 
-        At least 0; a network that was made without refinement stays without, and refuses another number.
+        Beyond the trained number of steps the last step's scalars repeat. Fewer active columns leave more to
+        the completion; None leaves their number as it is. At least 0 steps, and 1 to r columns; a network
+        that was made without refinement stays without, and refuses other numbers.
         """
         steps = integer("refine_steps", steps, 0)
-        if steps and not hasattr(self, "refiner"):
-            raise ValueError(f"refine_steps must be 0 for a network without a refiner, got {steps}")
+        if not hasattr(self, "refiner"):
+            if steps or active is not None:
+                raise ValueError(f"refine_steps must be 0 for a network without a refiner, got {steps}")
+        elif active is not None and integer("active", active, 1) > self.r:
+            raise ValueError(f"active must be at most r = {self.r}, got {active}")
+        elif active is not None:
+            self.refiner.active = active
         self.refine_steps = steps
 
     @property

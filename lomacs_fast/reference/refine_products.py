@@ -50,6 +50,15 @@ def products(M: int, N: int, r: int, k: int, steps: int, sweeps: int, tied: bool
     return total
 
 
+def short_completion(n: int, k: int, c: int) -> int:
+    """Complex multiply-adds of `complete_from_dft`: c columns beside k, where it need not begin anew."""
+    # columns outside the span, its part taken out again, and the last iteration
+    outside = 3 * n * k * c + 2 * n * c * c
+    if c <= k:
+        return outside + k * c * c + n * c * c + _roots(formula.FILL) * c**3
+    return outside + 2 * n * k * c + 2 * k * k * c + (1 + 4 * (formula.FILL - 1)) * k**3
+
+
 def approx_products(
     M: int, N: int, rank: int, steps: int, active: int, columns: int, tied: bool, denoise: bool
 ) -> int:
