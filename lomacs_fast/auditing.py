@@ -42,6 +42,8 @@ FUSED = {
     "freq_gate": "FFT, means, two perceptrons, elementwise",
     "gate_project": "FFT, means, two perceptrons, matrix product",
     "dual_view_project": "matrix product, bands of rows",
+    "backbone": "norms, matrix products, softmax, taps, sigmoid, means",
+    "frozen_angular_svd": "matrix products, convolutions, sigmoid, column norms, largest row sum, FFT, sort",
     "frozen_svd": "FFT, means, matrix products, softmax, norms, sort",
     "projected_attention": "matrix products, softmax",
     "projected_attention_groups": "matrix products, softmax",

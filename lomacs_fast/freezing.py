@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import functional
 from .data.files import atomic_path
 from .nn import LoMACSSVDNet
 from .reference.backbone import ConvBlock, FoldedAttention
-from .reference.frozen import FrozenAngular, FrozenWeights, fold_angular, fold_network
+from .reference.frozen import FrozenAngular, FrozenWeights, fold_angular, fold_network, pack_weights
 
 __all__ = ["FrozenSVDNet", "freeze"]
 
@@ -45,10 +47,33 @@ class FrozenSVDNet(nn.Module):
         self.M, self.N, self.r = config["M"], config["N"], config["r"]
         self.n_scene = config["n_scene"]
         self._numbers = _numbers(weights)
-        self._last: tuple[tuple[int, ...], FrozenWeights | FrozenAngular, list[Tensor]] | None = None
+        self._last: tuple[tuple[int, ...], FrozenWeights | FrozenAngular, Sequence[Any]] | None = None
         for name, tensor in _flat(weights).items():
             self.register_buffer(name, tensor)
+        self._pack()
         self.eval()
+
+    def _pack(self) -> None:
+        """Make the weights views of one buffer, which the kernel reads."""
+        weights = _nested(self._arrays(), self._numbers)
+        if not isinstance(weights, FrozenWeights):
+            return
+        weights = pack_weights(weights)
+        self._buffers.update(_flat(weights))
+        self.register_buffer("packed", weights.packed, persistent=False)
+
+    def _arrays(self) -> dict[str, Tensor]:
+        return {name: x for name, x in self.named_buffers() if name != "packed"}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._pack()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # loaded in place they are views still, assigned they are not
+        self._pack()
 
     @property
     def like(self) -> Tensor:
@@ -62,20 +87,30 @@ class FrozenSVDNet(nn.Module):
         """The folded weights, on the device and in the precision that the module has by now."""
         return self._gathered()[0]
 
-    def _gathered(self) -> tuple[FrozenWeights | FrozenAngular, list[Tensor]]:
+    def _gathered(self) -> tuple[FrozenWeights | FrozenAngular, Sequence[Any]]:
+        compiling, last = torch.compiler.is_compiling(), self._last
         # the tensors of the last answer are held by it, so their identities name no others
-        key = tuple(map(id, self._buffers.values()))
-        if self._last is not None and self._last[0] == key and not torch.compiler.is_compiling():
-            return self._last[1:]
+        if not compiling and last is not None and last[0] == tuple(map(id, self._buffers.values())):
+            return last[1:]
+        # what is made under a tracer must not be kept
+        kept = not compiling and _get_current_dispatch_mode() is None
+        if kept:
+            # some may have been put in the place of others
+            self._pack()
         weights = _nested(dict(self.named_buffers()), self._numbers)
         found = weights, functional.flat_weights(weights)
-        if not torch.compiler.is_compiling():
-            self._last = key, *found
+        if kept:
+            self._last = tuple(map(id, self._buffers.values())), *found
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        # identities mean nothing in a copy or another process
-        return self.__dict__ | {"_last": None}
+        # identities mean nothing in a copy or another process, where every view would bring all of them
+        buffers = {name: x.clone() for name, x in self._arrays().items()}
+        return self.__dict__ | {"_last": None, "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()
 
     def forward(self, H: Tensor, sid: Tensor | int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`U, S, V` with `H ~ U diag(S) V^H`.
@@ -145,7 +180,7 @@ class FrozenSVDNet(nn.Module):
             "config": self.config,
             "scenarios": self.scenarios,
         } | self._numbers
-        arrays = {name: tensor.cpu().numpy() for name, tensor in self.named_buffers()}
+        arrays = {name: tensor.cpu().numpy() for name, tensor in self._arrays().items()}
         with atomic_path(path, overwrite=overwrite) as temporary, open(temporary, "wb") as file:
             np.savez(file, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
 
@@ -206,7 +241,7 @@ def freeze(net: LoMACSSVDNet, scenarios: tuple[int, ...] | None = None) -> Froze
 
 
 def _flat(weights: FrozenWeights | FrozenAngular) -> dict[str, Tensor]:
-    found = {name: x for name, x in weights._asdict().items() if isinstance(x, Tensor)}
+    found = {n: x for n, x in weights._asdict().items() if n != "packed" and isinstance(x, Tensor)}
     if isinstance(weights, FrozenWeights):
         for i, block in enumerate(weights.blocks):
             found |= {f"block{i}_{name}": x for name, x in block._asdict().items()}
@@ -215,7 +250,8 @@ def _flat(weights: FrozenWeights | FrozenAngular) -> dict[str, Tensor]:
 
 def _numbers(weights: FrozenWeights | FrozenAngular) -> dict[str, Any]:
     """What is no tensor."""
-    return {n: x for n, x in weights._asdict().items() if n != "blocks" and not isinstance(x, Tensor)}
+    tensors = ("blocks", "packed")
+    return {n: x for n, x in weights._asdict().items() if n not in tensors and not isinstance(x, Tensor)}
 
 
 def _nested(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> FrozenWeights | FrozenAngular:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import reference
 from .reference import refine_products
+from .reference.frozen import blocks_of
 
 __all__ = [
     "AETerms",
@@ -739,20 +740,20 @@ register_macs(
 )
 
 
-def _frozen_svd(H: Tensor, scene: Tensor, weights: Sequence[Tensor], *_: Any, out: Any) -> float:
+def _frozen_svd(H: Tensor, scene: Tensor, packed: Tensor, sizes: Sequence[int], *_: Any, out: Any) -> float:
     """The stages of the native op on folded weights: front, blocks, heads, tail."""
-    row_w1, col_w1, pos, head, blocks = weights[0], weights[2], weights[6], weights[7], weights[9:]
-    (B, M), d, (U, S, V) = H.shape[:2], pos.shape[1], out
-    total = _gate_macs(H, row_w1, col_w1, 2, 2, 22) + _project_macs(H, pos.mT, 1)
+    (B, M, N), (d, row_hidden, col_hidden, r), (U, S, V) = H.shape[:3], sizes[:4], out
+    gate = H.new_empty(row_hidden, M), H.new_empty(col_hidden, N)
+    total = _gate_macs(H, *gate, 2, 2, 22) + _project_macs(H, H.new_empty(d, M), 1)
     x = (B, M, d)
-    for i in range(0, len(blocks), 6):
-        first, pk = blocks[i + 2], blocks[i + 4]
-        if i % 12 == 0:
-            total += _attention(x, pk.shape[2], len(first), True, False, False, False)
+    for block in blocks_of(sizes):
+        if len(block) == 2:
+            G, k = block
+            total += _attention(x, k, G, True, False, False, False)
         else:
-            total += sum(_conv(x, first.shape[2], True))
+            total += sum(_conv(x, block[0], True))
     # mean and norm of the features, softplus of the spectrum, its scale
-    total += B * (d * head.shape[1] + _macs((M + 7) * d + 17)) + _macs(19 * S.numel())
+    total += B * (d * r * (2 * (M + N) + 1) + _macs((M + 7) * d + 17)) + _macs(19 * S.numel())
     return total + _refinement(U, V, False) + _calibrate(U, V, 0)
 
 

@@ -1,5 +1,8 @@
 """The frozen network: equal to the network at the channel's own scale, saved as plain arrays, refusing bad input."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -259,12 +262,15 @@ def test_opcheck():
 
     w = freeze(network()).weights
     H, scene = torch.view_as_real(channels(3)), torch.tensor([0, 3, 1])
-    args = (H, scene, flat_weights(w), w.scalars, w.temperature, w.eps)
+    args = (H, scene, *flat_weights(w))
     torch.library.opcheck(torch.ops.lomacs.frozen_svd.default, args)
     with pytest.raises(RuntimeError, match="scene must name a row of table"):
         torch.ops.lomacs.frozen_svd(H, scene + 1, *args[2:])
-    with pytest.raises(RuntimeError, match="pooled must have shape"):
-        torch.ops.lomacs.frozen_svd(H, scene, [*args[2][:5], args[2][4], *args[2][6:]], *args[3:])
+    with pytest.raises(RuntimeError, match=r"packed must have shape \(\d+\), got"):
+        torch.ops.lomacs.frozen_svd(H, scene, args[2][:-1], *args[3:])
+    for wrong, message in ((args[3][:4], "must hold d"), ([*args[3][:5], 5, 4], "groups that divide d")):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.lomacs.frozen_svd(H, scene, args[2], wrong, *args[4:])
 
 
 @pytest.mark.usefixtures("native")
@@ -276,8 +282,8 @@ def test_contract_of_the_refined_op(name):
 
     net = angular(**ANGULAR[name])
     w, H, scene = freeze(net).weights, input_of(net, 3), torch.tensor([0, 3, 1])
-    op, rest = torch.ops.lomacs.frozen_angular_svd, (w.array or (), w.rank, w.active, w.sweeps)
-    args = (torch.view_as_real(H), scene, flat_weights(w), *rest)
+    op = torch.ops.lomacs.frozen_angular_svd
+    args = (torch.view_as_real(H), scene, *flat_weights(w))
     torch.library.opcheck(op.default, args)
     counted = {}
     for backend in ("eager", "cpp"):
@@ -287,14 +293,45 @@ def test_contract_of_the_refined_op(name):
     assert counted["cpp"] == counted["eager"]
     for changed, words in (
         ((args[0], scene + 1, *args[2:]), "scene must name a row of table"),
-        ((args[0], scene, args[2][:4], *rest), "weights must hold 5 tensors"),
-        ((args[0], scene, [args[2][3], *args[2][1:]], *rest), "first, table and scalars"),
-        ((*args[:3], (3, 2, 4), *rest[1:]), "as many antennas"),
+        ((args[0], scene, args[2][:4], *args[3:]), "weights must hold 5 tensors"),
+        ((args[0], scene, [args[2][3], *args[2][1:]], *args[3:]), "first, table and scalars"),
+        ((*args[:3], (3, 2, 4), *args[4:]), "as many antennas"),
         ((*args[:4], net.M + 1, *args[5:]), "rank must be"),
         ((*args[:5], w.rank + 1, w.sweeps), "active must be"),
     ):
         with pytest.raises(RuntimeError, match=words):
             op(*changed)
+
+
+@pytest.mark.usefixtures("native")
+def test_weights_changed_by_any_way_are_those_that_the_kernel_reads():
+    def check(frozen):
+        with use_backend("cpp"):
+            got = frozen(H, 1)
+        with use_backend("eager"):
+            want = frozen(H, 1)
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+        return got[1]
+
+    first, other = freeze(network(seed=0)), freeze(network(seed=5))
+    H = channels()
+    before, wanted = check(first), check(other)
+    assert not torch.equal(before, wanted)
+    for assign in (False, True):
+        loaded = freeze(network(seed=0))
+        check(loaded)
+        loaded.load_state_dict(other.state_dict(), assign=assign)
+        torch.testing.assert_close(check(loaded), wanted, rtol=1e-9, atol=0)
+    first.pos.add_(0.5)
+    changed = check(first)
+    assert not torch.equal(changed, before)
+    for copied in (copy.deepcopy(first), pickle.loads(pickle.dumps(first)), first.float().double()):
+        torch.testing.assert_close(check(copied), changed, rtol=1e-3, atol=1e-6)
+    first.table = first.table + 0.1
+    assert not torch.equal(check(first), changed)
+    # views, of which none brings the others along
+    assert len(pickle.dumps(first)) < 2 * 8 * first.packed.numel()
 
 
 def test_decompose_takes_a_frozen_network():

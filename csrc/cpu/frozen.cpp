@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -133,95 +132,104 @@ void run_shared(const Network<T>& net) {
   });
 }
 
-// What the op takes after the channels: see FrozenWeights in lomacs_fast/reference/frozen.py.
-enum Position { row_w1, row_w2, col_w1, col_w2, raw, pooled, pos, head, table, first_block };
+// The dimensions and tensors of a network: see FrozenWeights in lomacs_fast/reference/frozen.py.
+struct Layout {
+  // hidden sizes of the gate's two sides, rows of table; then groups and k_len of attention, taps of convolution
+  std::int64_t d, row_hidden, col_hidden, r, scenes;
+  const std::int64_t *blocks, *end;
+};
+
+Layout layout_of(const std::vector<std::int64_t>& sizes) {
+  checks.expect(sizes.size() >= 5, "sizes must hold d, both hidden sizes, r and the rows of table");
+  for (const std::int64_t n : sizes) checks.expect(n > 0, "no dimension in sizes may be empty");
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes.data() + 5, sizes.data() + sizes.size()};
+}
+
+// Walks through the packed weights; each tensor begins at a cache line.
+template <typename T>
+struct Walk {
+  const T* p;
+  std::int64_t end = 0;
+
+  const T* take(std::int64_t n) {
+    const T* found = p == nullptr ? nullptr : p + end;
+    end += (n + 15) / 16 * 16;
+    return found;
+  }
+};
+
+// The stages on weights from p on, null to count them; returns their number.
+template <typename T>
+std::int64_t assemble(const T* p, std::int64_t M, std::int64_t N, const Layout& z, double temperature, double eps,
+                      Network<T>* net) {
+  Walk<T> walk{p};
+  const std::int64_t d = z.d, out = z.r * (2 * (M + N) + 1);
+  FrontWeights<T> front{M, N, d, z.row_hidden, z.col_hidden, {}, {}, {}, {}, {}, {}, {}, temperature};
+  front.row_w1 = walk.take(z.row_hidden * M), front.row_w2 = walk.take(M * z.row_hidden);
+  front.col_w1 = walk.take(z.col_hidden * N), front.col_w2 = walk.take(N * z.col_hidden);
+  front.raw = walk.take(2 * N * d), front.pooled = walk.take(N / 2 * 2 * d), front.pos = walk.take(M * d);
+  const T *head = walk.take(d * out), *table = walk.take(z.scenes * out);
+  if (net != nullptr) net->front = stages::front<T>(front), net->head = head, net->table = table, net->out = out;
+  bool attention = true;
+  for (const std::int64_t* n = z.blocks; n < z.end; n += attention ? 2 : 1, attention = !attention) {
+    const T *norm_weight = walk.take(d), *norm_bias = walk.take(d);
+    if (attention) {
+      checks.expect(n + 1 < z.end && d % n[0] == 0, "sizes must give groups that divide d, and k_len, of attention");
+      const std::int64_t fold = d / n[0] * d, reduce = n[0] * M * n[1];
+      const T *score = walk.take(fold), *mix = walk.take(fold), *pk = walk.take(reduce), *pv = walk.take(reduce);
+      if (net != nullptr)
+        net->blocks.push_back(
+            stages::attention<T>({M, d, n[0], n[1], norm_weight, norm_bias, score, mix, pk, pv, eps}));
+    } else {
+      checks.expect(n[0] % 2 == 1, "sizes must give an odd number of taps");
+      const T *dw = walk.take(2 * d * n[0]), *dw_bias = walk.take(2 * d), *pw = walk.take(d * d);
+      const T* pw_bias = walk.take(d);
+      if (net != nullptr)
+        net->blocks.push_back(stages::conv<T>({M, d, n[0], norm_weight, norm_bias, dw, dw_bias, pw, pw_bias, eps}));
+    }
+  }
+  return walk.end;
+}
 
 template <typename T>
-void evaluate(const Tensor& H, const Tensor& scene, const std::vector<Tensor>& w, const double* scalars,
+void evaluate(const Tensor& H, const Tensor& scene, const Tensor& packed, const Layout& z, const double* scalars,
               double temperature, double eps, Tensor& U, Tensor& S, Tensor& V) {
-  const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2), r = S.size(1), d = w[pos].size(1);
-  const auto at = [&](std::size_t i) { return pointer<T>(w[i]); };
+  const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2);
   Network<T> net{};
-  net.M = M, net.N = N, net.r = r, net.d = d, net.out = w[head].size(1), net.eps = eps;
-  net.front = stages::front<T>({M, N, d, w[row_w1].size(0), w[col_w1].size(0), at(row_w1), at(row_w2), at(col_w1),
-                                at(col_w2), at(raw), at(pooled), at(pos), temperature});
-  for (std::size_t i = first_block; i + 5 < w.size(); i += 6) {
-    if ((i - first_block) / 6 % 2 == 0)
-      net.blocks.push_back(stages::attention<T>({M, d, w[i + 2].size(0), w[i + 4].size(2), at(i), at(i + 1), at(i + 2),
-                                                 at(i + 3), at(i + 4), at(i + 5), eps}));
-    else
-      net.blocks.push_back(stages::conv<T>({M, d, w[i + 2].size(2), at(i), at(i + 1), at(i + 2), at(i + 3), at(i + 4),
-                                            at(i + 5), eps}));
-  }
-  net.tail = stages::tail<T>(M, N, r, scalars[0], scalars[1], scalars[2]);
-  net.H = pointer<T>(H), net.head = at(head), net.table = at(table);
-  net.scene = static_cast<const std::int64_t*>(scene.const_data_ptr());
+  net.M = M, net.N = N, net.r = z.r, net.d = z.d, net.eps = eps;
+  assemble<T>(pointer<T>(packed), M, N, z, temperature, eps, &net);
+  net.tail = stages::tail<T>(M, N, z.r, scalars[0], scalars[1], scalars[2]);
+  net.H = pointer<T>(H), net.scene = static_cast<const std::int64_t*>(scene.const_data_ptr());
   net.U = output<T>(U), net.S = output<T>(S), net.V = output<T>(V);
   if (B == 1 && torch::stable::get_num_threads() > 1) return run_shared(net);
   torch::stable::parallel_for(0, B, 1, [&](std::int64_t begin, std::int64_t end) { run(net, begin, end); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> frozen_svd(const Tensor& H, const Tensor& scene, const std::vector<Tensor>& w,
-                                              const Tensor& scalars, double temperature, double eps) {
+std::tuple<Tensor, Tensor, Tensor> frozen_svd(const Tensor& H, const Tensor& scene, const Tensor& packed,
+                                              const std::vector<std::int64_t>& sizes, const Tensor& scalars,
+                                              double temperature, double eps) {
   const ScalarType dtype = H.scalar_type();
   checks.real("H", dtype);
   checks.expect(H.dim() == 4, "H must have shape (B, M, N, 2)");
   const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2);
   checks.expect(M > 1 && N > 1, "M and N must be at least 2");
   checks.tensor("H", H, dtype, {B, M, N, 2});
-  if (w.size() < first_block || (w.size() - first_block) % 6 != 0)
-    checks.fail("weights must hold 9 tensors and 6 a block, got " + std::to_string(w.size()));
-  checks.expect(w[pos].dim() == 2 && w[row_w1].dim() == 2 && w[col_w1].dim() == 2 && w[head].dim() == 2 &&
-                    w[table].dim() == 2,
-                "pos, row_w1, col_w1, head and table must have two dimensions");
-  const std::int64_t d = w[pos].size(1), row_hidden = w[row_w1].size(0), col_hidden = w[col_w1].size(0);
-  const std::int64_t out = w[head].size(1), r = out / (2 * (M + N) + 1);
-  checks.expect(d > 0 && row_hidden > 0 && col_hidden > 0 && r > 0 && temperature > 0 && eps > 0,
-                "no dimension may be empty, temperature and eps must be positive");
-  checks.tensor("row_w1", w[row_w1], dtype, {row_hidden, M});
-  checks.tensor("row_w2", w[row_w2], dtype, {M, row_hidden});
-  checks.tensor("col_w1", w[col_w1], dtype, {col_hidden, N});
-  checks.tensor("col_w2", w[col_w2], dtype, {N, col_hidden});
-  checks.tensor("raw", w[raw], dtype, {2 * N, d});
-  checks.tensor("pooled", w[pooled], dtype, {N / 2 * 2, d});
-  checks.tensor("pos", w[pos], dtype, {M, d});
-  checks.tensor("head", w[head], dtype, {d, r * (2 * (M + N) + 1)});
-  checks.tensor("table", w[table], dtype, {w[table].size(0), out});
-  for (std::size_t i = first_block; i < w.size(); i += 6) {
-    checks.tensor("norm_weight", w[i], dtype, {d});
-    checks.tensor("norm_bias", w[i + 1], dtype, {d});
-    checks.expect(w[i + 2].dim() == 3, "score and dw_weight must have three dimensions");
-    if ((i - first_block) / 6 % 2 == 0) {
-      const std::int64_t groups = w[i + 2].size(0);
-      checks.expect(groups > 0 && d % groups == 0, "score must hold a number of groups that divides d");
-      checks.expect(w[i + 4].dim() == 3 && w[i + 4].size(2) > 0, "pk must have shape (groups, M, k)");
-      const std::int64_t g = d / groups, k = w[i + 4].size(2);
-      checks.tensor("score", w[i + 2], dtype, {groups, g, g});
-      checks.tensor("mix", w[i + 3], dtype, {groups, g, g});
-      checks.tensor("pk", w[i + 4], dtype, {groups, M, k});
-      checks.tensor("pv", w[i + 5], dtype, {groups, M, k});
-    } else {
-      const std::int64_t taps = w[i + 2].size(2);
-      checks.expect(taps % 2 == 1, "dw_weight must have an odd number of taps");
-      checks.tensor("dw_weight", w[i + 2], dtype, {2 * d, 1, taps});
-      checks.tensor("dw_bias", w[i + 3], dtype, {2 * d});
-      checks.tensor("pw_weight", w[i + 4], dtype, {d, d, 1});
-      checks.tensor("pw_bias", w[i + 5], dtype, {d});
-    }
-  }
+  const Layout z = layout_of(sizes);
+  checks.expect(temperature > 0 && eps > 0, "temperature and eps must be positive");
+  checks.tensor("packed", packed, dtype, {assemble<float>(nullptr, M, N, z, temperature, eps, nullptr)});
   checks.tensor("scalars", scalars, ScalarType::Double, {3});
   checks.expect(scene.scalar_type() == ScalarType::Long && scene.is_cpu() && scene.is_contiguous() &&
                     scene.dim() == 1 && scene.size(0) == B,
                 "scene must be a contiguous int64 tensor (B,) on the CPU");
   const auto* scenes = static_cast<const std::int64_t*>(scene.const_data_ptr());
   for (std::int64_t b = 0; b < B; ++b)
-    checks.expect(scenes[b] >= 0 && scenes[b] < w[table].size(0), "scene must name a row of table");
-  Tensor U = torch::stable::new_empty(H, {B, M, r, 2}), S = torch::stable::new_empty(H, {B, r});
-  Tensor V = torch::stable::new_empty(H, {B, N, r, 2});
+    checks.expect(scenes[b] >= 0 && scenes[b] < z.scenes, "scene must name a row of table");
+  Tensor U = torch::stable::new_empty(H, {B, M, z.r, 2}), S = torch::stable::new_empty(H, {B, z.r});
+  Tensor V = torch::stable::new_empty(H, {B, N, z.r, 2});
   const auto* numbers = static_cast<const double*>(scalars.const_data_ptr());
   if (B > 0) {
-    if (dtype == ScalarType::Float) evaluate<float>(H, scene, w, numbers, temperature, eps, U, S, V);
-    else evaluate<double>(H, scene, w, numbers, temperature, eps, U, S, V);
+    if (dtype == ScalarType::Float) evaluate<float>(H, scene, packed, z, numbers, temperature, eps, U, S, V);
+    else evaluate<double>(H, scene, packed, z, numbers, temperature, eps, U, S, V);
   }
   return {U, S, V};
 }

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import reference
 from ..reference import refine_products
 from ..reference.backbone import FoldedAttention
-from ..reference.frozen import FrozenAngular, FrozenWeights
+from ..reference.frozen import FrozenAngular, FrozenWeights, blocks_of, pack_weights
 from . import common, gated_conv, spectral
 from .backbone import backbone
 from .common import library
@@ -24,62 +24,62 @@ from .freq_gate import cpp_reasons, cpu_gate_reasons, freq_gate, gate_flops, sin
 from .ortho import flops_of_refine, native_reasons
 
 library.define(
-    "frozen_svd(Tensor H, Tensor scene, Tensor[] weights, Tensor scalars, float temperature, float eps) "
-    "-> (Tensor U, Tensor S, Tensor V)",
+    "frozen_svd(Tensor H, Tensor scene, Tensor packed, int[] sizes, Tensor scalars, float temperature, "
+    "float eps) -> (Tensor U, Tensor S, Tensor V)",
     tags=common.TAGS,
 )
 
 
-# place of the heads in what `flat_weights` gives
-HEAD = 7
-
-
 @torch.library.register_fake("lomacs::frozen_svd", lib=library)
 def _fake(
-    H: Tensor, scene: Tensor, weights: Sequence[Tensor], scalars: Tensor, temperature: float, eps: float
+    H: Tensor,
+    scene: Tensor,
+    packed: Tensor,
+    sizes: Sequence[int],
+    scalars: Tensor,
+    temperature: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, M, N = H.shape[:3]
-    r = weights[HEAD].shape[1] // (2 * (M + N) + 1)
+    (B, M, N), r = H.shape[:3], sizes[3]
     return H.new_empty(B, M, r, 2), H.new_empty(B, r), H.new_empty(B, N, r, 2)
 
 
 @register_flop_formula(torch.ops.lomacs.frozen_svd)
 def _flops(
-    H: Sequence[int], scene: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any
+    H: Sequence[int], scene: Sequence[int], packed: Sequence[int], sizes: Sequence[int], *_: Any, **__: Any
 ) -> int:
     """What `FlopCounterMode` counts on the reference, whose weights are folded already."""
-    (B, M, N), (d, out) = H[:3], weights[HEAD]
-    r = out // (2 * (M + N) + 1)
+    (B, M, N), (d, row_hidden, col_hidden, r) = H[:3], sizes[:4]
     U, V, x = (B, M, r, 2), (B, N, r, 2), (B, M, d)
-    products = M * 2 * N + (M // 2) * (2 * (N // 2) + M)
-    total = gate_flops(H, weights[0], weights[2], 2) + 2 * B * d * (products + out)
-    for i in range(HEAD + 2, len(weights), 6):
-        first, pk = weights[i + 2], weights[i + 4]
-        if (i - HEAD) % 12 == 2:
-            G, g, k = first[0], first[1], pk[2]
-            total += 2 * B * G * k * g * (4 * M + 2 * g)
+    products = M * 2 * N + (M // 2) * (2 * (N // 2) + M) + r * (2 * (M + N) + 1)
+    total = gate_flops(H, (row_hidden, M), (col_hidden, N), 2) + 2 * B * d * products
+    for block in blocks_of(sizes):
+        if len(block) == 2:
+            G, k = block
+            total += 2 * B * k * d * (4 * M + 2 * (d // G))
         else:
-            total += gated_conv._flops(x, first)
+            total += gated_conv._flops(x, (2 * d, 1, *block))
     return total + flops_of_refine(U, V, (2,)) + spectral._flops_calibrate(U, H, V)
 
 
-def flat_weights(w: FrozenWeights | FrozenAngular) -> list[Tensor]:
-    """The tensors in the order that the kernel takes them, six a block."""
+Flat = Sequence[Any]
+
+
+def flat_weights(w: FrozenWeights | FrozenAngular) -> Flat:
+    """What the kernel takes after the channels and scenes, in its order."""
     if isinstance(w, FrozenAngular):
-        return [w.first, w.second, w.table, w.numbers, w.scalars]
-    first = [w.row_w1, w.row_w2, w.col_w1, w.col_w2, w.raw, w.pooled, w.pos, w.head, w.table]
-    return first + [x for block in w.blocks for x in block]
+        weights = [w.first, w.second, w.table, w.numbers, w.scalars]
+        return weights, w.array or (), w.rank, w.active, w.sweeps
+    packed = w.packed if w.packed is not None else pack_weights(w).packed
+    return packed, w.sizes(), w.scalars, w.temperature, w.eps
 
 
 def _call(
-    H: Tensor, scene: Tensor, w: FrozenWeights | FrozenAngular, flat: Sequence[Tensor]
+    H: Tensor, scene: Tensor, w: FrozenWeights | FrozenAngular, flat: Flat
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if isinstance(w, FrozenAngular):
-        U, S, V = torch.ops.lomacs.frozen_angular_svd.default(
-            H, scene, flat, w.array or (), w.rank, w.active, w.sweeps
-        )
-    else:
-        U, S, V = torch.ops.lomacs.frozen_svd.default(H, scene, flat, w.scalars, w.temperature, w.eps)
+    angular = isinstance(w, FrozenAngular)
+    op = torch.ops.lomacs.frozen_angular_svd if angular else torch.ops.lomacs.frozen_svd
+    U, S, V = op.default(H, scene, *flat)
     return torch.view_as_complex(U), S, torch.view_as_complex(V)
 
 
@@ -96,7 +96,7 @@ def _rows(row: int, B: int) -> Tensor:
 
 
 def frozen_svd_at_once(
-    H: Any, sid: Any, weights: FrozenWeights | FrozenAngular, flat: Sequence[Tensor]
+    H: Any, sid: Any, weights: FrozenWeights | FrozenAngular, flat: Flat
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """What the kernel answers to a small call that nobody has looked at yet; see `tokens.at_once`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ class FrozenWeights(NamedTuple):
     pooling and the upsampling of columns folded in; `pos` `(M, d)` holds its bias too. `head`
     `(d, 2Mr + 2Nr + r)` are the heads of U, V and S with the last norm's weight folded in, and `table`
     `(n_scene + 1, 2Mr + 2Nr + r)` their biases a scene, the mean scene last. `scalars` float64 `(3,)`: the
-    two refinement steps and tau.
+    two refinement steps and tau. `packed` holds all but the scalars, see `pack_weights`.
     """
 
     row_w1: Tensor
@@ -40,6 +41,56 @@ class FrozenWeights(NamedTuple):
     scalars: Tensor
     temperature: float
     eps: float
+    packed: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """What `packed` holds, in its order."""
+        first = [self.row_w1, self.row_w2, self.col_w1, self.col_w2, self.raw, self.pooled, self.pos]
+        return [*first, self.head, self.table, *(x for block in self.blocks for x in block)]
+
+    def sizes(self) -> list[int]:
+        """The dimensions that M and N do not give: d, both hidden sizes, r, rows of `table`; then a block's,
+        groups and k_len of attention, taps of convolution."""
+        (d, out), M, N = self.head.shape, self.pos.shape[0], self.raw.shape[0] // 2
+        found = [d, len(self.row_w1), len(self.col_w1), out // (2 * (M + N) + 1), len(self.table)]
+        for block in self.blocks:
+            if isinstance(block, FoldedAttention):
+                found += [len(block.score), block.pk.shape[2]]
+            else:
+                found.append(block.dw_weight.shape[2])
+        return found
+
+
+def blocks_of(sizes: Sequence[int]) -> list[Sequence[int]]:
+    """The part of every block in `FrozenWeights.sizes`: attention's two numbers, then convolution's one."""
+    found: list[Sequence[int]] = []
+    at = 5
+    while at < len(sizes):
+        width = 2 - len(found) % 2
+        found.append(sizes[at : at + width])
+        at += width
+    return found
+
+
+# numbers to whose multiples a tensor begins in `FrozenWeights.packed`: whole cache lines
+LINE = 16
+
+
+def pack_weights(weights: FrozenWeights) -> FrozenWeights:
+    """The same weights as views of one tensor, `packed`."""
+    parts, offsets, end = weights.tensors(), [], 0
+    for x in parts:
+        offsets.append(end)
+        end += -(-x.numel() // LINE) * LINE
+    packed = weights.pos.new_zeros(end)
+    views = [packed[at : at + x.numel()].view(x.shape) for at, x in zip(offsets, parts, strict=True)]
+    for view, x in zip(views, parts, strict=True):
+        view.copy_(x)
+    names = ("row_w1", "row_w2", "col_w1", "col_w2", "raw", "pooled", "pos", "head", "table")
+    rest = iter(views[len(names) :])
+    blocks = tuple(type(block)(*(next(rest) for _ in block)) for block in weights.blocks)
+    first: dict[str, Any] = dict(zip(names, views[: len(names)], strict=True))
+    return weights._replace(packed=packed, blocks=blocks, **first)
 
 
 def upsampling(n: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
