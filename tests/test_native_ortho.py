@@ -1,5 +1,7 @@
 """The CPU kernels of `lomacs::ortho_refine` and `lomacs::bjorck`: accuracy, instruction sets, threads, edges."""
 
+import random
+
 import pytest
 import torch
 
@@ -180,6 +182,41 @@ def test_float32_error_is_at_most_twice_eager(size, kind, call):
         for u, h in zip(U.split(share), g.split(share), strict=True):
             exact = expected(h.to(torch.complex128), u.to(torch.complex128), *call)
             runs.append((exact, expected(h, u, *call), all_of(h, u, *call)))
+    check_errors(("value", "gU", "gstep")[: len(runs[0][0])], runs)
+
+
+def drawn_sizes(count=24, seed=0):
+    """M from 8 to 256 and r from 1 to 128, M >= r: the extremes, powers of two, their neighbours, and a draw."""
+    generator = random.Random(seed)
+    sizes = [
+        (8, 1),
+        (8, 8),
+        (256, 1),
+        (256, 128),
+        (128, 128),
+        (255, 127),
+        (200, 100),
+        (16, 16),
+        (17, 15),
+        (33, 32),
+    ]
+    while len(sizes) < 10 + count:
+        M = generator.randint(8, 256)
+        sizes.append((M, generator.randint(1, min(M, 128))))
+    return sizes
+
+
+@pytest.mark.parametrize("kind", ["random", "ill-conditioned", "columns of any size"])
+@pytest.mark.parametrize("call", [("kept", 0.3), *(("bjorck", *x) for x in ((5, 1), (8, 1), (4, 2)))])
+def test_every_size_keeps_the_rule(kind, call):
+    runs = []
+    for seed, size in enumerate(drawn_sizes()):
+        U, g = hard_case(kind, *size, seed, B=1)
+        exact = expected(g.to(torch.complex128), U.to(torch.complex128), *call)
+        # every size has the same weight; the gradient of the step is a number, often a small one
+        norms = [x.norm() if x.is_complex() else 1 for x in exact]
+        run = exact, expected(g, U, *call), all_of(g, U, *call)
+        runs.append([[x / n for x, n in zip(each, norms, strict=True)] for each in run])
     check_errors(("value", "gU", "gstep")[: len(runs[0][0])], runs)
 
 
