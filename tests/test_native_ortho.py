@@ -220,6 +220,18 @@ def test_every_size_keeps_the_rule(kind, call):
     check_errors(("value", "gU", "gstep")[: len(runs[0][0])], runs)
 
 
+@pytest.mark.parametrize("size", [(128, 64), (256, 128)])
+def test_the_largest_factors_keep_the_rule(size):
+    """Longest blocks of steps: rounding grows with the columns, and so do theirs."""
+    runs = []
+    for seed in range(3):
+        U, _ = hard_case("columns of any size", *size, seed, B=11)
+        runs.append(
+            ((reference.bjorck(U.to(torch.complex128), 6),), (reference.bjorck(U, 6),), (bjorck(U, 6, 1),))
+        )
+    check_errors(("value",), runs)
+
+
 @pytest.mark.parametrize(("M", "r"), [(64, 32), (128, 64), (63, 11)])
 def test_float32_reaches_orthonormal_columns_from_condition_100(isa, M, r):
     left, right = (torch.linalg.qr(matrices(n, r, B=4, seed=n))[0] for n in (M, r))
