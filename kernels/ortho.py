@@ -9,6 +9,7 @@ of every result: a refinement moves 16 M r bytes a factor forward and 24 M r bac
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from .launch import Launch, block, precision
 
 # beyond it one program a sample is a poor choice; nothing breaks
 LARGEST_ROWS, LARGEST_RANK = 1024, 256
-# programs that share the samples: enough for every chip, few enough that their scratch stays in L2
+# programs that share the samples: enough for every chip; fewer where their scratch would not stay in L2
 PROGRAMS = 1024
+# multiprocessors and bytes of L2 of an A100, for what is compiled ahead or interpreted
+A100 = 108, 40 << 20
 THREADS = {"num_warps": 4, "registers": 255}
 
 
@@ -40,6 +43,32 @@ def refuse_sizes(r: int, *rows: int) -> None:
     found = limit(r, *rows)
     if found:
         raise ValueError("the Triton kernels do not serve these factors: " + "; ".join(found))
+
+
+@functools.lru_cache(maxsize=16)
+def _chip(device: torch.device) -> tuple[int, int]:
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.L2_cache_size
+
+
+def chip(x: Tensor) -> tuple[int, int]:
+    """Multiprocessors, and bytes of L2."""
+    return _chip(x.device) if x.device.type == "cuda" else A100
+
+
+def programs(x: Tensor, scratch: int, factors: int = 1) -> int:
+    """How many share the samples of x, each with `scratch` bytes for every factor.
+
+    At 255 registers a thread two blocks of four warps run at once on a multiprocessor. Where the scratch of
+    `PROGRAMS` is more than L2, so many share the samples and use theirs again and again; where that of two a
+    multiprocessor is more than L2, one.
+    """
+    processors, cache = chip(x)
+    most = PROGRAMS
+    if most * factors * scratch > cache:
+        blocks = processors * (2 if 2 * processors * scratch <= cache else 1)
+        most = min(most, max(1, blocks // factors))
+    return min(x.shape[0], most)
 
 
 def tiles(r: int, most: int = 64, **rows: int) -> dict[str, Any]:
@@ -651,12 +680,13 @@ def ortho_refine_launch(U: Tensor, V: Tensor | None, steps: Tensor) -> tuple[Lau
     B, M, r = U.shape[:3]
     N = M if V is None else V.shape[1]
     refuse_sizes(r, M, N)
-    factors, programs = 1 if V is None else 2, min(B, PROGRAMS)
+    factors = 1 if V is None else 2
+    count = programs(U, 8 * r * r, factors)
     outputs = torch.empty_like(U), U.new_empty((0,)) if V is None else torch.empty_like(V)
     arguments = {"p_u": U, "p_v": V, "p_steps": steps, "p_u_out": outputs[0], "p_v_out": outputs[1]}
-    arguments |= {"p_p": U.new_empty((programs, factors, r, r, 2)), "B": B}
+    arguments |= {"p_p": U.new_empty((count, factors, r, r, 2)), "B": B}
     constants = tiles(r, M=M, N=N) | {"FACTORS": factors}
-    return Launch(ortho_refine_fwd_kernel, (programs, factors), arguments, constants, **THREADS), outputs
+    return Launch(ortho_refine_fwd_kernel, (count, factors), arguments, constants, **THREADS), outputs
 
 
 def ortho_refine(U: Tensor, V: Tensor | None, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -677,16 +707,17 @@ def ortho_refine_backward_launch(
     B, M, r = U.shape[:3]
     N = M if V is None else V.shape[1]
     refuse_sizes(r, M, N)
-    factors, programs = 1 if V is None else 2, min(B, PROGRAMS)
+    factors = 1 if V is None else 2
+    count = programs(U, 8 * (3 * r * r + max(M, N) * r), factors)
     gU_out, gV_out = torch.empty_like(U), U.new_empty((0,)) if V is None else torch.empty_like(V)
     gsteps = U.new_empty((B, factors))
     arguments = {"p_gu": gU, "p_gv": gV, "p_u": U, "p_v": V, "p_steps": steps}
     arguments |= {"p_gu_out": gU_out, "p_gv_out": gV_out, "p_gsteps": gsteps}
-    arguments["p_gw"] = U.new_empty((programs, factors, max(M, N), r, 2))
-    arguments |= {name: U.new_empty((programs, factors, r, r, 2)) for name in ("p_p", "p_e", "p_c")}
+    arguments["p_gw"] = U.new_empty((count, factors, max(M, N), r, 2))
+    arguments |= {name: U.new_empty((count, factors, r, r, 2)) for name in ("p_p", "p_e", "p_c")}
     arguments["B"] = B
     constants = tiles(r, M=M, N=N) | {"FACTORS": factors}
-    launch = Launch(ortho_refine_bwd_kernel, (programs, factors), arguments, constants, **THREADS)
+    launch = Launch(ortho_refine_bwd_kernel, (count, factors), arguments, constants, **THREADS)
     return launch, (gU_out, gV_out, gsteps)
 
 
@@ -707,12 +738,12 @@ def bjorck_launch(U: Tensor, steps: int, order: int) -> tuple[Launch, Tensor]:
     """The launch of `bjorck`, and its output."""
     B, M, r = U.shape[:3]
     refuse_sizes(r, M)
-    programs, out = min(B, PROGRAMS), torch.empty_like(U)
-    arguments = {"p_u": U, "p_out": out, "p_other": U.new_empty((programs, M, r, 2))}
-    arguments |= {name: U.new_empty((programs, r, r, 2)) for name in ("p_g", "p_p")}
-    arguments |= {"p_sums": U.new_empty((programs, r)), "steps": steps, "B": B}
+    count, out = programs(U, 8 * (M * r + 2 * r * r) + 4 * r), torch.empty_like(U)
+    arguments = {"p_u": U, "p_out": out, "p_other": U.new_empty((count, M, r, 2))}
+    arguments |= {name: U.new_empty((count, r, r, 2)) for name in ("p_g", "p_p")}
+    arguments |= {"p_sums": U.new_empty((count, r)), "steps": steps, "B": B}
     constants = tiles(r, most=64 if order == 1 else 32, M=M) | {"ORDER": order}
-    return Launch(bjorck_fwd_kernel, (programs,), arguments, constants, **THREADS), out
+    return Launch(bjorck_fwd_kernel, (count,), arguments, constants, **THREADS), out
 
 
 def bjorck(U: Tensor, steps: int, order: int) -> Tensor:
@@ -729,13 +760,13 @@ def bjorck_backward_launch(g: Tensor, U: Tensor, steps: int, order: int) -> tupl
     """The launch of `bjorck_backward`, and its output."""
     B, M, r = U.shape[:3]
     refuse_sizes(r, M)
-    programs, out = min(B, PROGRAMS), torch.empty_like(U)
-    arguments = {"p_g": g, "p_u": U, "p_out": out, "p_other": U.new_empty((programs, M, r, 2))}
-    arguments["p_iterates"] = U.new_empty((programs, steps, M, r, 2))
-    arguments["p_scratch"] = U.new_empty((programs, 5, r, r, 2))
-    arguments |= {"p_sums": U.new_empty((programs, r)), "steps": steps, "B": B}
+    count, out = programs(U, 8 * ((steps + 1) * M * r + 5 * r * r) + 4 * r), torch.empty_like(U)
+    arguments = {"p_g": g, "p_u": U, "p_out": out, "p_other": U.new_empty((count, M, r, 2))}
+    arguments["p_iterates"] = U.new_empty((count, steps, M, r, 2))
+    arguments["p_scratch"] = U.new_empty((count, 5, r, r, 2))
+    arguments |= {"p_sums": U.new_empty((count, r)), "steps": steps, "B": B}
     constants = tiles(r, most=32, M=M) | {"ORDER": order}
-    return Launch(bjorck_bwd_kernel, (programs,), arguments, constants, **THREADS), out
+    return Launch(bjorck_bwd_kernel, (count,), arguments, constants, **THREADS), out
 
 
 def bjorck_backward(g: Tensor, U: Tensor, steps: int, order: int) -> Tensor:

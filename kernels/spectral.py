@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .complex import adjoint_product_tile, load_tile, modulus, product_adjoint_tile, product_tile, store_tile
 from .launch import Launch
-from .ortho import PROGRAMS, THREADS, reciprocal_where, refuse_sizes, tiles
+from .ortho import THREADS, programs, reciprocal_where, refuse_sizes, tiles
 
 
 @triton.jit
@@ -236,7 +236,7 @@ def spectral_calibrate_launch(
     out = torch.empty_like(S_pred)
     arguments = {"p_u": U, "p_h": H, "p_v": V, "p_s": S_pred, "p_tau": tau, "p_out": out}
     arguments["B"] = B
-    return Launch(spectral_fwd_kernel, (min(B, PROGRAMS),), arguments, tiles(r, M=M, N=N), **THREADS), out
+    return Launch(spectral_fwd_kernel, (programs(U, 0),), arguments, tiles(r, M=M, N=N), **THREADS), out
 
 
 def spectral_calibrate(U: Tensor, H: Tensor, V: Tensor, S_pred: Tensor, tau: Tensor) -> Tensor:
@@ -270,10 +270,10 @@ def spectral_calibrate_backward_launch(
     gS, gtau = torch.empty_like(S_pred), S_pred.new_empty((B, 1))
     arguments = {"p_g": g, "p_u": U, "p_h": H, "p_v": V, "p_s": S_pred, "p_tau": tau}
     arguments |= {"p_gu": gU, "p_gh": gH, "p_gv": gV, "p_gs": gS, "p_gtau": gtau}
-    programs = min(B, PROGRAMS)
-    arguments |= {"p_q": U.new_empty((programs, r, 2)), "B": B}
+    count = programs(U, 8 * r)
+    arguments |= {"p_q": U.new_empty((count, r, 2)), "B": B}
     constants = tiles(r, M=M, N=N) | {"GU": gu, "GH": gh, "GV": gv}
-    launch = Launch(spectral_bwd_kernel, (programs,), arguments, constants, **THREADS)
+    launch = Launch(spectral_bwd_kernel, (count,), arguments, constants, **THREADS)
     return launch, (gU, gH, gV, gS, gtau)
 
 

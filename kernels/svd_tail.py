@@ -15,9 +15,9 @@ from torch import Tensor
 from .complex import adjoint_product_tile, load_tile, modulus, product_adjoint_tile, product_tile, store_tile
 from .launch import Launch
 from .ortho import (
-    PROGRAMS,
     THREADS,
     gram,
+    programs,
     reciprocal_where,
     refine_core,
     refined_columns,
@@ -386,13 +386,15 @@ def svd_tail_launch(
     (B, r), (M, N) = S_pred.shape, H.shape[1:3]
     refuse_sizes(r, M, N)
     U, S, V = (torch.empty_like(x) for x in (U_raw, S_pred, V_raw))
-    programs = min(B, PROGRAMS)
+    count = programs(H, 8 * r * r + 16 * r)
     arguments = {"p_u": U_raw, "p_v": V_raw, "p_s": S_pred, "p_h": H, "p_scalars": scalars}
     arguments |= {"p_u_out": U, "p_s_out": S, "p_v_out": V}
-    arguments |= {"p_p": H.new_empty((programs, r, r, 2)), "p_norms": H.new_empty((programs, 2, r))}
-    arguments |= {"p_places": H.new_empty((programs, 2, r), dtype=torch.int32)}
+    arguments |= {"p_p": H.new_empty((count, r, r, 2)), "p_norms": H.new_empty((count, 2, r))}
+    arguments |= {"p_places": H.new_empty((count, 2, r), dtype=torch.int32)}
     arguments["B"] = B
-    return Launch(svd_tail_fwd_kernel, (programs,), arguments, tiles(r, M=M, N=N), **THREADS), (U, S, V)
+    # at 64 columns lower tiles leave room for the offsets that sm_80 would spill
+    constants = tiles(r, most=64 if r <= 32 else 32, M=M, N=N)
+    return Launch(svd_tail_fwd_kernel, (count,), arguments, constants, **THREADS), (U, S, V)
 
 
 def svd_tail(
@@ -425,17 +427,17 @@ def svd_tail_backward_launch(
     refuse_sizes(r, M, N)
     gU_raw, gV_raw, gS_pred = (torch.empty_like(x) for x in (U_raw, V_raw, S_pred))
     gH, gscalars = torch.empty_like(H) if gh else H.new_empty((0,)), H.new_empty((B, 3))
-    programs = min(B, PROGRAMS)
     arguments = {"p_gu": gU, "p_gs": gS, "p_gv": gV, "p_u": U_raw, "p_v": V_raw, "p_s": S_pred, "p_h": H}
     arguments |= {"p_scalars": scalars, "p_gu_out": gU_raw, "p_gv_out": gV_raw, "p_gs_out": gS_pred}
     arguments |= {"p_gh_out": gH, "p_gscalars": gscalars}
     # five r x r matrices, both factors' gradients, nine numbers a column
     scratch = 10 * r * r + 2 * (M + N) * r + 9 * r
-    arguments["p_scratch"] = H.new_empty((programs, scratch))
-    arguments |= {"p_places": H.new_empty((programs, 2, r), dtype=torch.int32)}
+    count = programs(H, 4 * scratch + 8 * r)
+    arguments["p_scratch"] = H.new_empty((count, scratch))
+    arguments |= {"p_places": H.new_empty((count, 2, r), dtype=torch.int32)}
     arguments["B"] = B
     constants = tiles(r, M=M, N=N) | {"GH": gh, "SCRATCH": scratch}
-    launch = Launch(svd_tail_bwd_kernel, (programs,), arguments, constants, **THREADS)
+    launch = Launch(svd_tail_bwd_kernel, (count,), arguments, constants, **THREADS)
     return launch, (gU_raw, gV_raw, gS_pred, gH, gscalars)
 
 

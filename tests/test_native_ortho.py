@@ -1,5 +1,7 @@
 """The CPU kernels of `lomacs::ortho_refine` and `lomacs::bjorck`: accuracy, instruction sets, threads, edges."""
 
+import random
+
 import pytest
 import torch
 
@@ -181,6 +183,53 @@ def test_float32_error_is_at_most_twice_eager(size, kind, call):
             exact = expected(h.to(torch.complex128), u.to(torch.complex128), *call)
             runs.append((exact, expected(h, u, *call), all_of(h, u, *call)))
     check_errors(("value", "gU", "gstep")[: len(runs[0][0])], runs)
+
+
+def drawn_sizes(count=24, seed=0):
+    """M from 8 to 256 and r from 1 to 128, M >= r: the extremes, powers of two, their neighbours, and a draw."""
+    generator = random.Random(seed)
+    sizes = [
+        (8, 1),
+        (8, 8),
+        (256, 1),
+        (256, 128),
+        (128, 128),
+        (255, 127),
+        (200, 100),
+        (16, 16),
+        (17, 15),
+        (33, 32),
+    ]
+    while len(sizes) < 10 + count:
+        M = generator.randint(8, 256)
+        sizes.append((M, generator.randint(1, min(M, 128))))
+    return sizes
+
+
+@pytest.mark.parametrize("kind", ["random", "ill-conditioned", "columns of any size"])
+@pytest.mark.parametrize("call", [("kept", 0.3), *(("bjorck", *x) for x in ((5, 1), (8, 1), (4, 2)))])
+def test_every_size_keeps_the_rule(kind, call):
+    runs = []
+    for seed, size in enumerate(drawn_sizes()):
+        U, g = hard_case(kind, *size, seed, B=1)
+        exact = expected(g.to(torch.complex128), U.to(torch.complex128), *call)
+        # every size has the same weight; the gradient of the step is a number, often a small one
+        norms = [x.norm() if x.is_complex() else 1 for x in exact]
+        run = exact, expected(g, U, *call), all_of(g, U, *call)
+        runs.append([[x / n for x, n in zip(each, norms, strict=True)] for each in run])
+    check_errors(("value", "gU", "gstep")[: len(runs[0][0])], runs)
+
+
+@pytest.mark.parametrize("size", [(128, 64), (256, 128)])
+def test_the_largest_factors_keep_the_rule(size):
+    """Longest blocks of steps: rounding grows with the columns, and so do theirs."""
+    runs = []
+    for seed in range(3):
+        U, _ = hard_case("columns of any size", *size, seed, B=11)
+        runs.append(
+            ((reference.bjorck(U.to(torch.complex128), 6),), (reference.bjorck(U, 6),), (bjorck(U, 6, 1),))
+        )
+    check_errors(("value",), runs)
 
 
 @pytest.mark.parametrize(("M", "r"), [(64, 32), (128, 64), (63, 11)])

@@ -1,6 +1,7 @@
 """The CPU kernels of `lomacs::spectral_calibrate` and `lomacs::svd_tail`: accuracy, instruction sets, edges."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -145,6 +146,39 @@ def test_float32_error_is_at_most_twice_eager(fn, size, kind):
         norm = want.norm() if want.norm() > 0 else torch.ones(())
         assert torch.isfinite(got).all(), i
         error, bound = (got - want).norm() / norm, 2 * (base - want).norm() / norm + 4 * EPS
+        assert error <= bound, f"result {i}: {error:.2e}, allowed {bound:.2e}"
+
+
+@pytest.mark.parametrize("kind", ["random", "ill-conditioned"])
+@pytest.mark.parametrize("fn", [calibrate, tail])
+def test_every_size_keeps_the_rule(fn, kind):
+    """M and N from 8 to 256, r from 1 to 128: the extremes, powers of two, their neighbours, and a draw."""
+    generator, runs = random.Random(0), []
+    sizes = [
+        (8, 8, 1),
+        (8, 9, 8),
+        (256, 256, 128),
+        (256, 8, 1),
+        (255, 129, 127),
+        (200, 100, 100),
+        (33, 16, 15),
+    ]
+    while len(sizes) < 33:
+        M, N = generator.randint(8, 256), generator.randint(8, 256)
+        sizes.append((M, N, generator.randint(1, min(M, N, 128))))
+    for seed, size in enumerate(sizes):
+        tensors = hard_case(kind, *size, seed, B=1)
+        runs.append((expected(fn, *double(tensors)), expected(fn, *tensors), fn(*tensors)))
+    for i in range(len(runs[0][0])):
+        # every size has the same weight, but for gradients of scalars, numbers that are often small
+        norms = [want[i].norm() if want[i].numel() > 3 else torch.ones(()) for want, _, _ in runs]
+        norms = [n if n > 0 else torch.ones(()) for n in norms]
+        want, base, got = (
+            torch.cat([x[i].reshape(-1) / n for x, n in zip(each, norms, strict=True)])
+            for each in zip(*runs, strict=True)
+        )
+        assert torch.isfinite(got).all(), i
+        error, bound = (got - want).norm() / want.norm(), 2 * (base - want).norm() / want.norm() + 4 * EPS
         assert error <= bound, f"result {i}: {error:.2e}, allowed {bound:.2e}"
 
 

@@ -50,16 +50,17 @@ LOMACS_TARGET void ortho_refine_factors(const OrthoRefine<T>& job, std::int64_t 
   }
 }
 
-// product + x X, where it lies and in panels
+// product + x X to rows, and to panels where there are some
 template <typename T>
 struct ToMoreRowsAndPanels {
-  ToRowsAndPanels<T> to;
+  ToRows<T> rows;
+  ToPanels<T> panels;
   const T* X;
   T x;
 
   template <int R, int V>
   LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
-    const std::int64_t columns = to.rows.columns;
+    const std::int64_t columns = rows.columns;
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
@@ -70,7 +71,8 @@ struct ToMoreRowsAndPanels {
         re[i][j] += x * xr;
         im[i][j] += x * xi;
       }
-    to.template take<R, V>(re, im, i0, vec);
+    rows.template take<R, V>(re, im, i0, vec);
+    if (panels.c.data != nullptr) panels.template take<R, V>(re, im, i0, vec);
   }
 };
 
@@ -238,11 +240,12 @@ std::int64_t first_that_may_be_rough(const Bjorck<T>& job) {
 
 // Steps that share a Gram matrix before the next is formed from U anew: errors of its smallest eigenvalues grow
 // 2.25-fold a step of order 1 and 3.5-fold one of order 2. So many keep to the error of the iteration on U itself
-// at every condition; five and three do not at 1e10. Wide factors gain nothing by it.
+// at every condition; five and three do not at 1e10, nor three of order 1 beyond 64 columns. Wide factors gain
+// nothing by it.
 template <typename T>
 std::int64_t steps_at_once(const Bjorck<T>& job) {
   if (2 * job.M < 3 * job.r) return 1;
-  return job.order == 1 ? 3 : 2;
+  return job.order == 1 && job.r <= 64 ? 3 : 2;
 }
 
 template <typename T>
@@ -260,25 +263,25 @@ LOMACS_TARGET void bjorck_forward(const Bjorck<T>& job, const Iterates<T>& x, co
     if (i == 0) multiple(P, scale, r, P);
     const Term<T> terms[] = {{{now, r, 1}, P, r}};
     T* next = x.iterate(i);
-    ToMoreRowsAndPanels<T> sink{{{next, r}, {x.U}}, now, scale * static_cast<T>(job.c[0])};
+    ToMoreRowsAndPanels<T> sink{{next, r}, {x.U}, now, scale * static_cast<T>(job.c[0])};
     product<false>(terms, sink, M, r, ahead);
     now = next;
     scale = 1;
   }
   for (std::int64_t n = 0; n < groups; ++n) {
     if (now != u) iterate_gram(x, now, x.gram(0), Part::upper, ahead);
-    const Panels<T> Q = product_of_steps(job, x, (n + 1) * rough / groups - n * rough / groups, ahead);
-    if (now == u) multiple(Q, scale, r, Q);
+    const std::int64_t together = (n + 1) * rough / groups - n * rough / groups;
+    const Panels<T> Q = product_of_steps(job, x, together, ahead);
+    // Q has its eigenvalues between 1 and c0^steps: from their middle it rounds less
+    const T middle = static_cast<T>(0.5 * (1 + std::pow(job.c[0], together)));
+    add_identity(Q, -middle, r);
+    if (scale != 1) multiple(Q, scale, r, Q);
+    T* next = n + 1 < groups ? x.iterate(fine + n) : out;
     const Term<T> terms[] = {{{now, r, 1}, Q, r}};
-    if (n + 1 < groups) {
-      T* next = x.iterate(fine + n);
-      ToRowsAndPanels<T> sink{{next, r}, {x.U}};
-      product<false>(terms, sink, M, r, ahead);
-      now = next;
-    } else {
-      ToRows<T> sink{out, r};
-      product<false>(terms, sink, M, r, ahead);
-    }
+    ToMoreRowsAndPanels<T> sink{{next, r}, {n + 1 < groups ? x.U : Panels<T>{}}, now, scale * middle};
+    product<false>(terms, sink, M, r, ahead);
+    now = next;
+    scale = 1;
   }
 }
 
@@ -298,7 +301,7 @@ LOMACS_TARGET T bjorck_iterate(const Bjorck<T>& job, const Iterates<T>& x, const
     bjorck_polynomial(job, x, x.gram(i), x.polynomial(i), part, ahead);
     if (i + 1 == job.steps) break;
     const Term<T> terms[] = {{{now, r, 1}, x.polynomial(i), r}};
-    ToMoreRowsAndPanels<T> sink{{{x.iterate(i + 1), r}, {x.U}}, now, static_cast<T>(job.c[0])};
+    ToMoreRowsAndPanels<T> sink{{x.iterate(i + 1), r}, {x.U}, now, static_cast<T>(job.c[0])};
     product<false>(terms, sink, M, r, ahead);
   }
   return scale;
@@ -345,7 +348,7 @@ LOMACS_TARGET void bjorck_gradient(const Bjorck<T>& job, const Iterates<T>& x, c
     }
     const Term<T> terms[] = {{{now, r, 1}, x.polynomial(i), r}, {{iterate, r, 1}, x.S, r}};
     T* next = i == 0 && !scaled ? gU : x.g + i % 2 * size;
-    ToMoreRowsAndPanels<T> sink{{{next, r}, {x.U}}, now, static_cast<T>(job.c[0])};
+    ToMoreRowsAndPanels<T> sink{{next, r}, {x.U}, now, static_cast<T>(job.c[0])};
     product<false>(terms, sink, M, r, ahead);
     now = next;
   }
