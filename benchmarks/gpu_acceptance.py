@@ -165,7 +165,10 @@ def run_all(out: Path, dry: bool, environment: dict[str, str], wanted: Sequence[
     }
     if not dry:
         # what is compiled ahead, or run by the host, needs no device
-        for path in sorted((ROOT / "tests").glob("test_cuda_*.py")):
+        for path in [
+            *sorted((ROOT / "tests").glob("test_cuda_*.py")),
+            ROOT / "tests" / "test_ops_backbone.py",
+        ]:
             tests[path.stem] = [*pytest, str(path), "-m", "gpu"]
     sanitizer = shutil.which("compute-sanitizer") if not dry else None
     watched = [sanitizer, "--error-exitcode", "9"] if sanitizer else []

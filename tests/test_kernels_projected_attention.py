@@ -119,9 +119,8 @@ def test_k_len_in_chunks(B, T, G, g, a, k, norm, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(2, 17, 3, 8, 4, 5), (2, 9, 2, 33, 4, 70)], ids=str)
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-def test_lists_give_the_bits_of_stacks(size, norm):
-    x, *weights, norm_weight, norm_bias = cast(problem(*size, norm), torch.float32)
+def test_lists_give_the_bits_of_stacks(size):
+    x, *weights, norm_weight, norm_bias = cast(problem(*size), torch.float32)
     lists = [[w.clone() for w in stack] for stack in weights]
     want = kernels.projected_attention(x, *weights, norm_weight, norm_bias, EPS)
     assert torch.equal(kernels.projected_attention_groups(x, *lists, norm_weight, norm_bias, EPS), want)
@@ -244,8 +243,8 @@ SIZES = {
     "largest": (256, 1, 64, 64, 128),
     "widest": (256, 1, 128, 128, 128),
 }
-# beyond what is promised; the chips with the least shared memory tell whether it fits
-ONLY = {"lists 64": ("sm_80", "sm_90"), "forward widest": ("sm_80", "gfx942"), "backward widest": ("gfx942",)}
+# slow to compile: the chip with the least shared memory tells whether the widest fit, which nothing promises
+ONLY = {"lists 64": ("sm_90",), "forward widest": ("gfx942",), "backward widest": ("gfx942",)}
 
 
 def launches():

@@ -392,6 +392,17 @@ def test_the_network_in_one_launch(launches, monkeypatch):
         torch.testing.assert_close(x, y.detach())
 
 
+def test_the_network_in_inference_compiles_in_one_graph():
+    torch._dynamo.reset()
+    net, H = network(torch.float32)
+    sid = torch.tensor([0, 1, 1])
+    with torch.no_grad():
+        for x, y in zip(
+            torch.compile(net, fullgraph=True, backend="aot_eager")(H, sid), net(H, sid), strict=True
+        ):
+            torch.testing.assert_close(x, y)
+
+
 @pytest.mark.parametrize("taken", [False, True])
 def test_the_frozen_network_stem_by_stem(taken, request):
     launches = request.getfixturevalue("launches") if taken else []

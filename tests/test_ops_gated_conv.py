@@ -306,3 +306,18 @@ def test_a_parametrised_weight_is_asked_for_by_name(where, name):
     with torch.no_grad():
         close([m(x)], [function(x, *want)])
     assert len(m.weights) == 4
+
+
+def test_module_compiled_with_its_gradients():
+    torch._dynamo.reset()
+    m = nn.GatedConv1D(6, 3)
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 7, 6)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(compiled(x), m(x))
+    compiled(x).square().sum().backward()
+    got = [p.grad.clone() for p in m.parameters()]
+    m.zero_grad()
+    m(x).square().sum().backward()
+    close(got, [p.grad for p in m.parameters()])

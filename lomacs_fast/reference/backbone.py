@@ -105,4 +105,5 @@ def backbone(
             raise TypeError(
                 f"blocks must be AttentionBlock, FoldedAttention or ConvBlock, got {type(block).__name__}"
             )
+    # a norm under autocast gives single precision on some devices
     return nn.functional.layer_norm(x.mean(1), x.shape[-1:], norm_weight, norm_bias, eps).to(dtype)
