@@ -15,17 +15,19 @@ from lomacs_fast.cli import table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "epyc-2-cores" / "suite.json"
+DEVICE = ROOT / "benchmarks" / "results" / "h100" / "suite.json"
 MARK = re.compile(r"<!-- measured: (\w+) -->")
 HEADER = (
     "function", "pass", "size", "batch", "eager µs", "ours µs", "ratio", "floor µs", "ours / floor", "binds"
 )  # fmt: skip
 
 result: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+on_device: dict[str, Any] = json.loads(DEVICE.read_text(encoding="utf-8"))
 
 
-def rows_of(stem: str) -> list[dict[str, Any]]:
+def rows_of(stem: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     kinds = ("main", "latency")
-    return [r for r in result["cases"] if r["stem"] == stem and r["kind"] in kinds]
+    return [r for r in found["cases"] if r["stem"] == stem and r["kind"] in kinds]
 
 
 def refinement() -> str:
@@ -52,17 +54,14 @@ def refinement() -> str:
     return f"{told}\n\n{table(cells, ('data', 'batch', 'call', 'µs', 'SVD / this', 'floor µs'))}\n"
 
 
-def measured(stem: str) -> str:
-    """Eager, ours and the floor of every case of a stem, microseconds a channel."""
-    if stem == "refine":
-        return refinement()
-    rows = rows_of(stem)
-    if not rows:
-        raise ValueError(f"{RESULTS} holds nothing of {stem!r}: run lomacs-fast bench")
+def distances(rows: list[dict[str, Any]], digits: int) -> str:
+    """Eager, ours and the floor of every case that was timed, microseconds a channel."""
     cells = []
     for case in dict.fromkeys(map(report.case_of, rows)):
         mine = {r["variant"]: r for r in rows if report.case_of(r) == case and r["median_s"]}
-        ours, eager = mine.get("frozen", mine["ours"]), mine["eager"]
+        ours, eager = mine.get("frozen", mine.get("ours")), mine.get("eager")
+        if ours is None or eager is None:
+            continue
         micro = [1e6 * x / ours["batch"] for x in (eager["median_s"], ours["median_s"], ours["floor_s"])]
         cells.append(
             [
@@ -70,15 +69,29 @@ def measured(stem: str) -> str:
                 ours["pass"],
                 ours["size"],
                 ours["batch"],
-                *(f"{x:.1f}" for x in micro[:2]),
+                *(f"{x:.{digits}f}" for x in micro[:2]),
                 f"{ours['ratio_to_eager']:.1f}",
-                f"{micro[2]:.1f}",
+                f"{micro[2]:.{digits}f}",
                 f"{ours['times_the_floor']:.1f}",
                 ours["bound"],
             ]
         )
-    told = f"Microseconds a channel. {report.conditions(result)}; medians of interleaved runs."
-    return f"{told}\n\n{table(cells, HEADER)}\n\n![Times faster than eager](../figures/{stem}.png)\n"
+    return table(cells, HEADER)
+
+
+def measured(stem: str) -> str:
+    """What the benchmark found of a stem on two cores, and on a device where one has run it."""
+    if stem == "refine":
+        return refinement()
+    rows, device = rows_of(stem, result), rows_of(stem, on_device)
+    if not rows:
+        raise ValueError(f"{RESULTS} holds nothing of {stem!r}: run lomacs-fast bench")
+    text = f"Microseconds a channel. {report.conditions(result)}; medians of interleaved runs.\n\n"
+    text += f"{distances(rows, 1)}\n\n![Times faster than eager](../figures/{stem}.png)\n"
+    if device:
+        text += f"\nOn a device: {report.conditions(on_device)}; captured graphs, every kernel let in.\n\n"
+        text += f"{distances(device, 3)}\n"
+    return text
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
@@ -99,7 +112,7 @@ def on_files(files: Any, *, config: Any, **_: Any) -> Any:
     for stem in dict.fromkeys(r["stem"] for r in result["cases"]):
         bars = [
             r
-            for r in rows_of(stem)
+            for r in rows_of(stem, result)
             if r["ratio_to_eager"] and r["variant"] in (*report.OURS, "torch.compile")
         ]
         if bars:
