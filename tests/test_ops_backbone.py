@@ -310,7 +310,12 @@ def network(dtype=torch.float64, **changes):
     return net, torch.randn(3, 6, 4, dtype=torch.promote_types(dtype, torch.complex64))
 
 
+launches_alone = reference.network._launches
+
+
 def counting(monkeypatch):
+    """Calls of the function by networks that look as if they were on a device."""
+    monkeypatch.setattr(reference.network, "_launches", lambda x: True)
     calls = []
     real = functional.backbone
     monkeypatch.setattr(functional, "backbone", lambda *a: calls.append(a) or real(*a))
@@ -381,8 +386,18 @@ def test_the_network_under_autocast_calls_its_modules(monkeypatch):
     assert not calls
 
 
+def test_the_network_on_a_cpu_calls_its_modules(monkeypatch):
+    calls = counting(monkeypatch)
+    monkeypatch.setattr(reference.network, "_launches", launches_alone)
+    net, H = network()
+    with torch.no_grad():
+        net(H, 1)
+    assert not calls
+
+
 def test_the_network_in_one_launch(launches, monkeypatch):
     monkeypatch.setattr(functional, "_at_once", lambda x: True)
+    monkeypatch.setattr(reference.network, "_launches", lambda x: True)
     net, H = network()
     want = net(H, 1)
     with torch.no_grad():
@@ -392,8 +407,9 @@ def test_the_network_in_one_launch(launches, monkeypatch):
         torch.testing.assert_close(x, y.detach())
 
 
-def test_the_network_in_inference_compiles_in_one_graph():
+def test_the_network_in_inference_compiles_in_one_graph(monkeypatch):
     torch._dynamo.reset()
+    monkeypatch.setattr(reference.network, "_launches", lambda x: True)
     net, H = network(torch.float32)
     sid = torch.tensor([0, 1, 1])
     with torch.no_grad():

@@ -33,6 +33,11 @@ def _unhooked(*modules: nn.Module) -> bool:
     )
 
 
+def _launches(x: Tensor) -> bool:
+    """Whether calls on x are launches, of which one is better than many; a CPU gains nothing."""
+    return x.is_cuda
+
+
 def _autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
@@ -344,7 +349,7 @@ class LoMACSSVDNet(nn.Module):
 
     def _inference_blocks(self, x: Tensor) -> list[Block] | None:
         """The blocks as `backbone` takes them, where one call may stand for all modules; else None."""
-        if torch.is_grad_enabled() or _autocast(x.device.type):
+        if torch.is_grad_enabled() or not _launches(x) or _autocast(x.device.type):
             return None
         found: list[Block] = []
         for norm, mixer in (*self.blocks, (self.norm, None)):
