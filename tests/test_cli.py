@@ -585,13 +585,22 @@ def test_an_interrupted_run_says_so(data, tmp_path, number, code):
         "--out",
         str(tmp_path / "run"),
     ]
-    process = subprocess.Popen([*command, "--max-epochs", "100000", *NET], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "last.ckpt").is_file():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
+    process = subprocess.Popen(
+        [*command, "--max-epochs", "100000", *NET],
+        stderr=subprocess.PIPE,
+        text=True,
+        # tests in the background of a shell ignore SIGINT, and what they start inherits it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        while not (tmp_path / "run" / "last.ckpt").is_file():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+    finally:
+        process.kill()
     assert "Traceback" not in err
 
 
