@@ -98,16 +98,12 @@ Result launch(Tensor U, Tensor S, Tensor V, Tensor H, const Tensor& weights, boo
     const Plan plan = plan_of(M, N, r, sizeof(T), level);
     const Kernel<T> kernel = kernel_of<T>(level);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.bytes), "shared memory");
-    int64_t blocks = std::min<int64_t>(B, 0x7fffffff);
-    Tensor work = torch::stable::new_empty(S, {0});
-    if (level < kMaxLevel) {
-      // as many blocks as are resident together, so that the workspace stays in the L2 cache
-      int processors = 0, resident = 0;
-      check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "processors");
-      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, plan.threads, plan.bytes), "occupancy");
-      blocks = std::min<int64_t>(B, int64_t(processors) * std::max(resident, 1));
-      work = torch::stable::new_empty(S, {blocks, workspace(plan, level), 2});
-    }
+    // as many blocks as are resident together, so that the workspace stays in the L2 cache
+    int processors = 0, resident = 0;
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "processors");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, plan.threads, plan.bytes), "occupancy");
+    const int64_t blocks = std::min<int64_t>(B, int64_t(processors) * std::max(resident, 1));
+    const Tensor work = torch::stable::new_empty(S, {blocks, plan.far, 2});
     Args<T> args{};
     args.U = complex_of<T>(U), args.V = complex_of<T>(V), args.H = complex_of<T>(H);
     args.S = static_cast<const T*>(S.const_data_ptr());

@@ -1,12 +1,15 @@
 // The AE+ loss of one sample with its gradients, as phases between barriers. The same source is the body of
 // `aeplus_fwd_kernel` and runs on the host, where a phase is called for one thread after the other.
 //
-// With W = H V, M = U^H W, Gu = U^H U, Gv = V^H V and C = K - alpha S (see `coefficients`):
-//   gU = W C^H + U B,        B = alpha S Gv S + 2 lam (Gu - I) / |Gu - I|
-//   gV = H^H Q + V D,        D = alpha S Gu S + 2 lam (Gv - I) / |Gv - I|,   Q = U C
-//   gS = -alpha Re diag(M - Gu S Gv) + spectral part
-//   gH = (alpha + b) H + Q V^H
-// so Z = H^H U is never formed, and Q takes the place of W.
+// E = H - U S V^H is formed once, element by element, and kept in global memory (the L2 cache holds what the
+// resident blocks have there). With X = E where |E| < 1.5 |H| and X = H otherwise, W = X V, Gu = U^H U, Gv = V^H V:
+//   M = U^H H V = U^H W + Gu S Gv of E, and U^H W of H;  K = dL/dM less the residual's part (see `coefficients`)
+//   gU = W (K^H - alpha S) + U B,      B = S Gv Y + 2 lam (Gu - I) / |Gu - I|,  Y = K^H of E, alpha S of H
+//   gV = X^H U (K - alpha S) + V D,    D = S Gu Y + 2 lam (Gv - I) / |Gv - I|,  Y = K of E, alpha S of H
+//   gS = -alpha Re diag(U^H E V) + spectral part
+//   gH = alpha E + b H + U K V^H
+// The other way round the parts that cancel in E, or in H = E + U S V^H, would do so after their products had been
+// rounded. Z = X^H U is never formed; B, U K and U (K - alpha S) take the place of W in turn.
 //
 // Shared memory in bytes, with c = sizeof(complex), e = c / 2, P(x) = x rounded up to 8 rows, q = r rounded
 // up to 4, l = q + 2 (an odd number of 16-byte groups keeps four-row reads free of bank conflicts),
@@ -16,9 +19,8 @@
 //   the rest  c q + 1024 + 32 e + e q + 8 e t
 // float32: 64x64 r=32 takes 75,264 bytes at level 3; 128x128 r=64 takes 221,056 at level 2 (sm_90, sm_100),
 // 153,472 at level 1 (sm_80) and 77,696 at level 0 (sm_120).
-// The launch takes the highest level that fits the device; panels that do not fit live in a workspace in
-// global memory, one for each resident block. H always streams: once for the residual, once for W, once for gV
-// and once for gH, from the second time on out of the L2 cache.
+// The launch takes the highest level that fits the device; E and panels that do not fit live in a workspace in
+// global memory, one for each resident block. H streams once for the residual, and once for gH; X for W and for gV.
 #pragma once
 
 #include <cmath>
@@ -52,6 +54,7 @@ struct Acc {
 struct Plan {
   int Mp, Np, q, ld, threads;
   int U, V, W, M, G, d;
+  int E, far;                // of the workspace: where E begins, elements of one block
   int part, scalars, sums, S, red;
   int bytes;
 };
@@ -64,7 +67,7 @@ struct Args {
   Cx<T>*gU, *gV, *gH;        // null where not wanted
   T* gS;
   T* terms;                  // (batch, 5)
-  Cx<T>* work;               // workspace(...) elements for each resident block
+  Cx<T>* work;               // plan.far elements for each resident block
   int64_t batch;
   Plan plan;                 // from the host: kernel arguments cost no registers
   int M, N, r;
@@ -96,6 +99,8 @@ inline Plan make_plan(int64_t M, int64_t N, int64_t r, int element, int threads,
   p.U = panel(p.Mp, 1);
   p.V = panel(p.Np, 2);
   p.W = panel(p.Mp, 3);
+  p.E = far;
+  p.far = far + int(M * N + 1) / 2 * 2;
   const int gram = p.q * p.ld, rows = 2 * kStage * p.Np, columns = 2 * kStageLd * p.Mp - gram;
   p.M = near;
   p.G = p.M + gram;
@@ -107,11 +112,6 @@ inline Plan make_plan(int64_t M, int64_t N, int64_t r, int element, int threads,
   p.red = p.S + p.q;
   p.bytes = element * (p.red + kSums * threads);
   return p;
-}
-
-// complex elements of global memory that one resident block needs
-inline int64_t workspace(const Plan& p, int level) {
-  return int64_t((level < 1 ? p.Mp : 0) + (level < 2 ? p.Np : 0) + (level < 3 ? p.Mp : 0)) * p.ld;
 }
 
 template <class T>
@@ -330,7 +330,8 @@ struct Scalars {
   T alpha, off, diagonal, spectral, slope, gu, gv, h;
 };
 
-// of each quantity a thread's part; after the reduction the roots, kGap apart, and |M| behind them
+// of each quantity a thread's part; after the reduction the roots, and |M| behind them; kGap is the sum of
+// |S_k - |M_kk||, or after the reduction |S| - |diag M| of the "norm" form
 enum Sum { kE2, kH2, kOff2, kDiag2, kGu2, kGv2, kS2, kGap };
 constexpr int kTies = kSums + 1;  // whether there are ties
 
@@ -340,6 +341,7 @@ struct Block {
   const Plan& s;
   const int threads;
   const Cx<T>* H;
+  Cx<T>* E;
   Cx<T>*U, *V, *W;       // padded panels, in shared memory or in the workspace
   Cx<T>*M, *G;           // Gram regions; both together, or G alone, also stage H
   Cx<T>* d;              // diag(M), later see `gaps`
@@ -352,10 +354,7 @@ struct Block {
       : a(args), s(args.plan), threads(args.plan.threads), sample(sample_) {
     Cx<T>* const near = reinterpret_cast<Cx<T>*>(shared);
     T* const reals = reinterpret_cast<T*>(shared);
-    Cx<T>* far = nullptr;
-    if constexpr (Level < kMaxLevel) {
-      far = args.work + slot * int64_t((Level < 1 ? s.Mp : 0) + (Level < 2 ? s.Np : 0) + s.Mp) * s.ld;
-    }
+    Cx<T>* far = args.work + slot * s.far;
     U = (Level >= 1 ? near : far) + s.U;
     V = (Level >= 2 ? near : far) + s.V;
     W = (Level >= 3 ? near : far) + s.W;
@@ -368,6 +367,7 @@ struct Block {
     S = reals + s.S;
     red = reals + s.red;
     H = args.H + sample * args.M * args.N;
+    E = far + s.E;
   }
 
   LOMACS_FN void load_panel(Cx<T>* panel, const Cx<T>* from, int rows, int padded, int t) const {
@@ -392,7 +392,7 @@ struct Block {
     red[kS2 * threads + t] = s2;
   }
 
-  // |H - U S V^H|^2 by the direct residual, and |H|^2
+  // E = H - U S V^H, |E|^2 and |H|^2
   LOMACS_FN void residual(int t) const {
     const int rows = s.Mp / 4, columns = s.Np / 4;
     T e2 = 0, h2 = 0;
@@ -406,13 +406,15 @@ struct Block {
         const int i = Apart::index(y, rows, p);
         LOMACS_UNROLL for (int h = 0; h < 2; ++h) {
           // panels are zero outside, so nothing is added there
-          const Pair<T> v = i < a.M ? read_row(H + int64_t(i) * a.N, Paired::index(z, columns, 2 * h), a.N, a.wide_H)
-                                    : Pair<T>{};
+          const int j = Paired::index(z, columns, 2 * h);
+          Pair<T> v = i < a.M ? read_row(H + int64_t(i) * a.N, j, a.N, a.wide_H) : Pair<T>{};
           LOMACS_UNROLL for (int w = 0; w < 2; ++w) {
+            h2 += v.x[w].re * v.x[w].re + v.x[w].im * v.x[w].im;
             const T re = v.x[w].re - acc.re[p][2 * h + w], im = v.x[w].im - acc.im[p][2 * h + w];
             e2 += re * re + im * im;
-            h2 += v.x[w].re * v.x[w].re + v.x[w].im * v.x[w].im;
+            v.x[w] = {re, im};
           }
+          if (i < a.M) write_row(E + int64_t(i) * a.N, j, a.N, a.wide_H, v);
         }
       }
     }
@@ -420,13 +422,18 @@ struct Block {
     red[kH2 * threads + t] = h2;
   }
 
-  // kStage columns of H, rows apart
+  // whether X is E; from the first reduction on
+  LOMACS_FN bool direct() const { return sums[kE2] < T(1.5) * sums[kH2]; }
+  LOMACS_FN const Cx<T>* factor() const { return direct() ? E : H; }
+
+  // kStage columns of X, rows apart
   LOMACS_FN void stage_columns(int step, int t) const {
     Cx<T>* to = M + (step & 1) * s.Mp * kStageLd;
+    const Cx<T>* X = factor();
     for (int x = t; x < s.Mp * (kStage / 2); x += threads) {
       const int i = x / (kStage / 2), k = 2 * (x % (kStage / 2)), j = step * kStage + k;
       const bool row = i < a.M;
-      const Cx<T>* from = H + (row ? int64_t(i) * a.N : 0);
+      const Cx<T>* from = X + (row ? int64_t(i) * a.N : 0);
       Cx<T>* at = to + i * kStageLd + k;
       if (a.wide_H) {
         copy_pair_async(at, j < a.N ? from + j : from, row && j < a.N);
@@ -437,14 +444,15 @@ struct Block {
     }
   }
 
-  // kStage rows of H
+  // kStage rows of X
   LOMACS_FN void stage_rows(int step, int t) const {
     Cx<T>* to = G + (step & 1) * s.Np * kStage;
+    const Cx<T>* X = factor();
     const int pairs = s.Np / 2;
     for (int x = t; x < kStage * pairs; x += threads) {
       const int k = x / pairs, j = 2 * (x % pairs), i = step * kStage + k;
       const bool row = i < a.M;
-      const Cx<T>* from = H + (row ? int64_t(i) * a.N : 0);
+      const Cx<T>* from = X + (row ? int64_t(i) * a.N : 0);
       Cx<T>* at = to + k * s.Np + j;
       if (a.wide_H) {
         copy_pair_async(at, j < a.N ? from + j : from, row && j < a.N);
@@ -455,7 +463,7 @@ struct Block {
     }
   }
 
-  // W += H[:, stage] V[stage, :]; the next stage travels meanwhile
+  // W += X[:, stage] V[stage, :]; the next stage travels meanwhile
   LOMACS_FN void project(int step, int steps, int tile, int t, Acc<T>& acc) const {
     if (step + 1 < steps) stage_columns(step + 1, t);
     const int rows = s.Mp / 4, columns = s.q / 4;
@@ -477,10 +485,10 @@ struct Block {
     }
   }
 
-  // M = U^H W in full. Gu above the diagonal of G, Gv below it, their real diagonals in one complex number.
+  // U^H W in full, in the place of M. Gu above the diagonal of G, Gv below it, their real diagonals in one complex number.
   LOMACS_FN void gram(int t) const {
     const int tiles = s.q / 4, half = tiles * (tiles + 1) / 2, full = tiles * tiles;
-    T off2 = 0, diag2 = 0, gu2 = 0, gv2 = 0;
+    T gu2 = 0, gv2 = 0;
     for (int x = t; x < full + 2 * half; x += threads) {
       const bool square = x < full, left = x < full + half;
       int y, z;
@@ -508,12 +516,6 @@ struct Block {
           const T re = acc.re[p][q], im = acc.im[p][q];
           if (square) {
             M[i * s.ld + j] = {re, im};
-            if (i == j) {
-              d[i] = {re, im};
-              diag2 += re * re + im * im;
-            } else {
-              off2 += re * re + im * im;
-            }
           } else if (i == j) {
             if (left) {
               G[i * s.ld + i].re = re;
@@ -537,20 +539,73 @@ struct Block {
       gu2 += left ? own : T(0);
       gv2 += left ? T(0) : own;
     }
-    red[kOff2 * threads + t] = off2;
-    red[kDiag2 * threads + t] = diag2;
     red[kGu2 * threads + t] = gu2;
     red[kGv2 * threads + t] = gv2;
+  }
+
+  // (i, j) of Gu, or of Gv where Lower, whichever triangle holds it
+  template <bool Lower>
+  LOMACS_FN Cx<T> of_gram(int i, int j) const {
+    if (i == j) return {Lower ? G[i * s.ld + i].im : G[i * s.ld + i].re, T(0)};
+    const bool there = (i > j) == Lower;
+    const Cx<T> v = G[there ? i * s.ld + j : j * s.ld + i];
+    return {v.re, there ? v.im : -v.im};
+  }
+
+  // four rows of Gu, or of Gv where Lower
+  template <bool Lower, class Pick>
+  struct GramRows {
+    const Block& b;
+    int tile, tiles;
+    LOMACS_FN void get(int k, Cx<T> (&out)[2][4]) const {
+      LOMACS_UNROLL for (int p = 0; p < 4; ++p) {
+        LOMACS_UNROLL for (int j = 0; j < 2; ++j) {
+          out[j][p] = b.template of_gram<Lower>(Pick::index(tile, tiles, p), k + j);
+        }
+      }
+    }
+  };
+
+  // M = U^H H V out of U^H W; its diagonal and Re diag(U^H E V)
+  LOMACS_FN void complete(int t) const {
+    const int tiles = s.q / 4;
+    const bool of_E = direct();
+    T off2 = 0, diag2 = 0;
+    for (int x = t; x < tiles * tiles; x += threads) {
+      const int y = x / tiles, z = x % tiles;
+      Acc<T> acc;
+      clear(acc);
+      multiply<false, true, true>(acc, GramRows<false, Apart>{*this, y, tiles}, GramRows<true, Paired>{*this, z, tiles},
+                                  s.q, S);
+      LOMACS_UNROLL for (int p = 0; p < 4; ++p) {
+        const int i = Apart::index(y, tiles, p);
+        LOMACS_UNROLL for (int q = 0; q < 4; ++q) {
+          const int j = Paired::index(z, tiles, q);
+          Cx<T>& m = M[i * s.ld + j];
+          const Cx<T> v = m;
+          if (of_E) m = {v.re + acc.re[p][q], v.im + acc.im[p][q]};
+          const T square = m.re * m.re + m.im * m.im;
+          if (i == j) {
+            d[i] = {of_E ? v.re : v.re - acc.re[p][q], T(0)};
+            diag2 += square;
+          } else {
+            off2 += square;
+          }
+        }
+      }
+    }
+    red[kOff2 * threads + t] = off2;
+    red[kDiag2 * threads + t] = diag2;
   }
 
   LOMACS_FN static T magnitude(T x) { return x < 0 ? -x : x; }
   LOMACS_FN static T modulus(const Cx<T>& x) { return root(x.re * x.re + x.im * x.im); }
 
-  // d becomes Re diag(M) and S - |diag(M)|
+  // beside Re diag(U^H E V), S - |diag(M)|
   LOMACS_FN void gaps(int t) const {
     T gap = 0;
     for (int k = t; k < a.r; k += threads) {
-      const T x = S[k] - modulus(d[k]);
+      const T x = S[k] - modulus(M[k * s.ld + k]);
       d[k].im = x;
       gap += magnitude(x);
       // of whoever writes it, the same
@@ -561,6 +616,7 @@ struct Block {
 
   // closer than float32 sums can tell which of the two is larger
   LOMACS_FN bool tied(int k) const { return magnitude(d[k].im) < T(1) / 32768 * S[k]; }
+  LOMACS_FN bool tied() const { return magnitude(sums[kGap]) < T(1) / 32768 * sums[kS2]; }
 
   LOMACS_FN double* wide_sums() const { return reinterpret_cast<double*>(red); }
 
@@ -598,28 +654,48 @@ struct Block {
       re += part[2 * l];
       im += part[2 * l + 1];
     }
-    const T gap = T(S[k] - root(re * re + im * im));
-    sums[kGap] += magnitude(gap) - magnitude(d[k].im);
-    d[k] = {T(re), gap};
+    if (a.mean) {
+      const T gap = T(S[k] - root(re * re + im * im));
+      sums[kGap] += magnitude(gap) - magnitude(d[k].im);
+      d[k].im = gap;
+    } else {
+      double& diag2 = part[2 * kLanes];
+      diag2 = (k > 0 ? diag2 : 0) + re * re + im * im;
+    }
   }
 
-  // fixed order: each lane its own threads, then the lanes
-  LOMACS_FN void reduce_lanes(int t) const {
-    for (int x = t; x < kSums * kLanes; x += threads) {
+  LOMACS_FN void tie_norms(int t) const {
+    if (t != 0) return;
+    double s2 = 0;
+    for (int k = 0; k < a.r; ++k) s2 += double(S[k]) * double(S[k]);
+    sums[kGap] = T(root(s2) - root(part[2 * kLanes]));
+  }
+
+  // of the first `count` quantities, in fixed order: each lane its own threads, then the lanes
+  LOMACS_FN void reduce_lanes(int count, int t) const {
+    for (int x = t; x < count * kLanes; x += threads) {
       double sum = 0;
       for (int u = x % kLanes; u < threads; u += kLanes) sum += double(red[x / kLanes * threads + u]);
       part[x] = sum;
     }
   }
 
-  LOMACS_FN void reduce_sums(int t) const {
-    if (t >= kSums) return;
+  LOMACS_FN void reduce_sums(int count, int t) const {
+    if (t >= count) return;
     double sum = 0;
     for (int l = 0; l < kLanes; ++l) sum += part[t * kLanes + l];
     if (t == kDiag2) {
       double off2 = 0;
       for (int l = 0; l < kLanes; ++l) off2 += part[kOff2 * kLanes + l];
       sums[kSums] = root(T(sum + off2));
+    }
+    if (t == kGap && !a.mean) {
+      double s2 = 0, diag2 = 0;
+      for (int l = 0; l < kLanes; ++l) {
+        s2 += part[kS2 * kLanes + l];
+        diag2 += part[kDiag2 * kLanes + l];
+      }
+      sum = root(s2) - root(diag2);
     }
     sums[t] = t == kGap ? T(sum) : root(T(sum));
   }
@@ -635,7 +711,7 @@ struct Block {
       gap = sums[kGap] / T(a.r);
       towards = 1 / T(a.r);
     } else {
-      gap = size - diagonal;
+      gap = sums[kGap];
       towards = sign(gap);
       gap = gap < 0 ? -gap : gap;
     }
@@ -654,7 +730,7 @@ struct Block {
     out.slope = share * w_match * inv * towards * (a.mean ? T(1) : inverse(size));
     out.gu = 2 * share * lam * inverse(gu);
     out.gv = 2 * share * lam * inverse(gv);
-    out.h = out.alpha - share * inv * inv * inverse(h) * (e - w_energy * m + w_diag * off + w_match * gap);
+    out.h = -share * inv * inv * inverse(h) * (e - w_energy * m + w_diag * off + w_match * gap);
     *c = out;
   }
 
@@ -664,65 +740,66 @@ struct Block {
 
   LOMACS_FN void spectrum(int t) const {
     for (int k = t; k < a.r; k += threads) {
-      // Re (Gu S Gv)_kk, whichever triangle an element is in
-      T sum = S[k] * G[k * s.ld + k].re * G[k * s.ld + k].im;
-      for (int j = 0; j < a.r; ++j) {
-        const Cx<T> x = G[k * s.ld + j], y = G[j * s.ld + k];
-        sum += j == k ? T(0) : S[j] * (x.re * y.re - x.im * y.im);
-      }
       const T own = a.mean ? c->slope * sign(d[k].im) : c->slope * S[k];
-      a.gS[sample * a.r + k] = own - c->alpha * (d[k].re - sum);
+      a.gS[sample * a.r + k] = own - c->alpha * d[k].re;
     }
   }
 
-  // M becomes C
+  // M becomes K
   LOMACS_FN void core(int t) const {
     for (int x = t; x < s.q * s.q; x += threads) {
       const int i = x / s.q, j = x % s.q;
       Cx<T>& m = M[i * s.ld + j];
       const T scale = i == j ? c->diagonal + spectral(i, m) : c->off;
-      m = {scale * m.re - (i == j ? c->alpha * S[i] : T(0)), scale * m.im};
+      m = {scale * m.re, scale * m.im};
     }
   }
 
-  // G becomes B above the diagonal and D below it
-  LOMACS_FN void mix(int t) const {
-    for (int x = t; x < s.q * s.q; x += threads) {
-      const int i = x / s.q, j = x % s.q;
-      if (i > j) continue;
-      const T both = c->alpha * S[i] * S[j];
-      Cx<T>& up = G[i * s.ld + j];
-      if (i == j) {
-        const T one = i < a.r ? T(1) : T(0), u = up.re, v = up.im;
-        up = {both * v + c->gu * (u - one), both * u + c->gv * (v - one)};
-      } else {
-        Cx<T>& down = G[j * s.ld + i];
-        const Cx<T> u = up, v = down;  // v is Gv of (j, i)
-        up = {both * v.re + c->gu * u.re, c->gu * u.im - both * v.im};
-        down = {both * u.re + c->gv * v.re, c->gv * v.im - both * u.im};
+  // B, or D where Right, in the place of W
+  template <bool Right>
+  LOMACS_FN void couple(int t) const {
+    const int tiles = s.q / 4;
+    const bool of_E = direct();
+    const T factor = Right ? c->gv : c->gu;
+    for (int x = t; x < tiles * tiles; x += threads) {
+      const int y = x / tiles, z = x % tiles;
+      Acc<T> acc;
+      clear(acc);
+      if (of_E) {
+        const GramRows<!Right, Apart> rows{*this, y, tiles};
+        if constexpr (Right) {
+          multiply<false, false>(acc, rows, Columns<T>(M, s.ld, z, tiles), s.q);
+        } else {
+          multiply<false, true>(acc, rows, Rows<T, Paired>(M, s.ld, z, tiles), s.q);
+        }
+      }
+      LOMACS_UNROLL for (int p = 0; p < 4; ++p) {
+        const int i = Apart::index(y, tiles, p);
+        LOMACS_UNROLL for (int q = 0; q < 4; ++q) {
+          const int j = Paired::index(z, tiles, q);
+          Cx<T> other{acc.re[p][q], acc.im[p][q]};
+          if (!of_E) {
+            const T weight = c->alpha * S[j];
+            other = of_gram<!Right>(i, j);
+            other = {weight * other.re, weight * other.im};
+          }
+          const Cx<T> own = of_gram<Right>(i, j);
+          const T one = i == j && i < a.r ? T(1) : T(0);
+          W[i * s.ld + j] = {S[i] * other.re + factor * (own.re - one), S[i] * other.im + factor * own.im};
+        }
       }
     }
   }
 
-  // M becomes B (Lower false) or D, both triangles
-  template <bool Lower>
-  LOMACS_FN void unfold(int t) const {
-    for (int x = t; x < s.q * s.q; x += threads) {
-      const int i = x / s.q, j = x % s.q;
-      Cx<T> v;
-      if (i == j) {
-        v = {Lower ? G[i * s.ld + i].im : G[i * s.ld + i].re, T(0)};
-      } else if ((i > j) == Lower) {
-        v = G[i * s.ld + j];
-      } else {
-        v = G[j * s.ld + i];
-        v.im = -v.im;
-      }
-      M[i * s.ld + j] = v;
+  LOMACS_FN void copy_square(Cx<T>* to, const Cx<T>* from, int t) const {
+    const int pairs = s.q / 2;
+    for (int x = t; x < s.q * pairs; x += threads) {
+      const int at = x / pairs * s.ld + 2 * (x % pairs);
+      store_pair(to + at, load_pair(from + at));
     }
   }
 
-  // gU = W C^H first, U B later: C and B share a place
+  // gU = W (K^H - alpha S) first, U B later: W and B share a place
   template <bool Second>
   LOMACS_FN void left_gradient(int t) const {
     const int rows = s.Mp / 4, columns = s.q / 4;
@@ -732,7 +809,7 @@ struct Block {
       Acc<T> acc;
       clear(acc);
       if constexpr (Second) {
-        multiply<false, false>(acc, Rows<T, Apart>(U, s.ld, y, rows), Columns<T>(M, s.ld, z, columns), s.q);
+        multiply<false, false>(acc, Rows<T, Apart>(U, s.ld, y, rows), Columns<T>(W, s.ld, z, columns), s.q);
       } else {
         multiply<false, true>(acc, Rows<T, Apart>(W, s.ld, y, rows), Rows<T, Paired>(M, s.ld, z, columns), s.q);
       }
@@ -746,6 +823,12 @@ struct Block {
           if constexpr (Second) {
             const Pair<T> w = read_row(row, j, a.r, a.wide_panel);
             LOMACS_UNROLL for (int u = 0; u < 2; ++u) v.x[u] = {v.x[u].re + w.x[u].re, v.x[u].im + w.x[u].im};
+          } else {
+            const Pair<T> w = load_pair(W + i * s.ld + j);
+            LOMACS_UNROLL for (int u = 0; u < 2; ++u) {
+              const T weight = c->alpha * S[j + u];
+              v.x[u] = {v.x[u].re - weight * w.x[u].re, v.x[u].im - weight * w.x[u].im};
+            }
           }
           write_row(row, j, a.r, a.wide_panel, v);
         }
@@ -753,7 +836,7 @@ struct Block {
     }
   }
 
-  // Q = U C in the place of W
+  // U K in the place of W
   LOMACS_FN void turn(int t) const {
     const int rows = s.Mp / 4, columns = s.q / 4;
     for (int x = t; x < rows * columns; x += threads) {
@@ -765,7 +848,22 @@ struct Block {
     }
   }
 
-  // gV = V D + H^H Q, H by stages of rows
+  // W = U K becomes U (K - alpha S)
+  LOMACS_FN void shift(int t) const {
+    const int pairs = s.q / 2;
+    for (int x = t; x < s.Mp * pairs; x += threads) {
+      const int k = 2 * (x % pairs), at = x / pairs * s.ld + k;
+      const Pair<T> u = load_pair(U + at);
+      Pair<T> v = load_pair(W + at);
+      LOMACS_UNROLL for (int p = 0; p < 2; ++p) {
+        const T weight = c->alpha * S[k + p];
+        v.x[p] = {v.x[p].re - weight * u.x[p].re, v.x[p].im - weight * u.x[p].im};
+      }
+      store_pair(W + at, v);
+    }
+  }
+
+  // gV = V D + X^H W, X by stages of rows
   LOMACS_FN void right_gradient(int step, int steps, int tile, int t, Acc<T>& acc) const {
     if (step + 1 < steps) stage_rows(step + 1, t);
     const int rows = s.Np / 4, columns = s.q / 4;
@@ -792,7 +890,7 @@ struct Block {
 
   LOMACS_FN void channel_gradient(int t) const {
     const int rows = s.Mp / 4, columns = s.Np / 4;
-    const T scale = c->h;
+    const T of_E = c->alpha, of_H = c->h;
     for (int x = t; x < rows * columns; x += threads) {
       const int y = x / columns, z = x % columns;
       Acc<T> acc;
@@ -803,10 +901,12 @@ struct Block {
         if (i >= a.M) continue;
         LOMACS_UNROLL for (int h = 0; h < 2; ++h) {
           const int j = Paired::index(z, columns, 2 * h);
+          const Pair<T> e = read_row(E + int64_t(i) * a.N, j, a.N, a.wide_H);
           const Pair<T> w = read_row(H + int64_t(i) * a.N, j, a.N, a.wide_H);
           Pair<T> v = pair_of(acc, p, h);
           LOMACS_UNROLL for (int u = 0; u < 2; ++u) {
-            v.x[u] = {v.x[u].re + scale * w.x[u].re, v.x[u].im + scale * w.x[u].im};
+            v.x[u] = {v.x[u].re + of_E * e.x[u].re + of_H * w.x[u].re,
+                      v.x[u].im + of_E * e.x[u].im + of_H * w.x[u].im};
           }
           write_row(a.gH + (sample * a.M + i) * a.N, j, a.N, a.wide_H, v);
         }
@@ -820,42 +920,36 @@ template <class T, int Level, class Threads>
 LOMACS_FN void aeplus_sample(const Args<T>& a, int64_t sample, int64_t slot, char* shared, Threads& threads) {
   using A = Acc<T>;
   const Block<T, Level> b(a, sample, slot, shared);
-  threads.run([&](int t, A&) {
-    b.load(t);
-    b.stage_columns(0, t);
-    copies_landed();
-  });
-  // clearing outside every condition ends the life of the old sums, which would cost 32 registers in between
-  threads.run([&](int t, A& acc) {
-    b.residual(t);
-    clear(acc);
-  });
+  threads.run([&](int t, A&) { b.load(t); });
+  threads.run([&](int t, A&) { b.residual(t); });
+  threads.run([&](int t, A&) { b.reduce_lanes(kH2 + 1, t); });
+  threads.run([&](int t, A&) { b.reduce_sums(kH2 + 1, t); });
   const int across = b.s.Np / kStage, down = b.s.Mp / kStage;
   const int left = b.s.Mp / 4 * (b.s.q / 4), right = b.s.Np / 4 * (b.s.q / 4);
   for (int first = 0; first < left; first += a.plan.threads) {
-    if (first > 0) {
-      threads.run([&](int t, A& acc) {
-        clear(acc);
-        b.stage_columns(0, t);
-        copies_landed();
-      });
-    }
+    threads.run([&](int t, A& acc) {
+      clear(acc);
+      b.stage_columns(0, t);
+      copies_landed();
+    });
     for (int step = 0; step < across; ++step) {
       threads.run([&](int t, A& acc) { b.project(step, across, first + t, t, acc); });
     }
   }
   threads.run([&](int t, A&) { b.gram(t); });
+  threads.run([&](int t, A&) { b.complete(t); });
   threads.run([&](int t, A&) { b.gaps(t); });
-  threads.run([&](int t, A&) { b.reduce_lanes(t); });
-  threads.run([&](int t, A&) { b.reduce_sums(t); });
+  threads.run([&](int t, A&) { b.reduce_lanes(kSums, t); });
+  threads.run([&](int t, A&) { b.reduce_sums(kSums, t); });
   if constexpr (sizeof(T) == 4) {
-    if (a.mean && b.sums[kTies] != 0) {
+    if (a.mean ? b.sums[kTies] != 0 : b.tied()) {
       for (int k = 0; k < a.r; ++k) {
-        if (!b.tied(k)) continue;
+        if (a.mean && !b.tied(k)) continue;
         threads.run([&](int t, A&) { b.tie_parts(k, t); });
         threads.run([&](int t, A&) { b.tie_lanes(t); });
         threads.run([&](int t, A&) { b.tie_gap(k, t); });
       }
+      if (!a.mean) threads.run([&](int t, A&) { b.tie_norms(t); });
     }
   }
   threads.run([&](int t, A&) { b.coefficients(t); });
@@ -866,19 +960,23 @@ LOMACS_FN void aeplus_sample(const Args<T>& a, int64_t sample, int64_t slot, cha
       b.core(t);
     });
   }
-  if (a.gU != nullptr || panels) {
-    threads.run([&](int t, A&) {
-      b.mix(t);
-      if (a.gU != nullptr) b.template left_gradient<false>(t);
-    });
-  }
-  if (panels) threads.run([&](int t, A&) { b.turn(t); });
   if (a.gU != nullptr) {
-    threads.run([&](int t, A&) { b.template unfold<false>(t); });
+    threads.run([&](int t, A&) { b.template left_gradient<false>(t); });
+    threads.run([&](int t, A&) { b.template couple<false>(t); });
     threads.run([&](int t, A&) { b.template left_gradient<true>(t); });
   }
   if (a.gV != nullptr) {
-    threads.run([&](int t, A&) { b.template unfold<true>(t); });
+    // D waits in the place of the Gram matrices while U K is formed, then takes that of K
+    threads.run([&](int t, A&) { b.template couple<true>(t); });
+    threads.run([&](int t, A&) { b.copy_square(b.G, b.W, t); });
+  }
+  if (panels) threads.run([&](int t, A&) { b.turn(t); });
+  if (a.gH != nullptr) threads.run([&](int t, A&) { b.channel_gradient(t); });
+  if (a.gV != nullptr) {
+    threads.run([&](int t, A&) {
+      b.shift(t);
+      b.copy_square(b.M, b.G, t);
+    });
     for (int first = 0; first < right; first += a.plan.threads) {
       threads.run([&](int t, A& acc) {
         clear(acc);
@@ -890,7 +988,6 @@ LOMACS_FN void aeplus_sample(const Args<T>& a, int64_t sample, int64_t slot, cha
       }
     }
   }
-  if (a.gH != nullptr) threads.run([&](int t, A&) { b.channel_gradient(t); });
 }
 
 // Means of the terms over the batch in fixed order, and the loss; `sums` holds 5 values a thread.
