@@ -146,10 +146,7 @@ Result aeplus(Tensor U, Tensor S, Tensor V, Tensor H, Tensor weights, bool mean,
                   "lomacs::aeplus: U, S, V and H must have one dtype");
   STD_TORCH_CHECK(weights.dim() == 1 && weights.size(0) == 4 && weights.scalar_type() == ScalarType::Double,
                   "lomacs::aeplus: weights must be 4 float64");
-  for (const Tensor* x : {&U, &S, &V, &H, &weights}) {
-    STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == U.get_device_index() && x->is_contiguous(),
-                    "lomacs::aeplus: all tensors must be contiguous and on one CUDA device");
-  }
+  check_placed("aeplus", {&U, &S, &V, &H, &weights});
   if (type == ScalarType::Float) return launch<float>(U, S, V, H, weights, mean, gu, gs, gv, gh);
   STD_TORCH_CHECK(type == ScalarType::Double, "lomacs::aeplus: dtype must be float32 or float64");
   return launch<double>(U, S, V, H, weights, mean, gu, gs, gv, gh);

@@ -8,12 +8,22 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace lomacs {
 namespace {
 
 inline void check_cuda(cudaError_t status, const char* op, const char* what) {
   STD_TORCH_CHECK(status == cudaSuccess, "lomacs::", op, ": ", what, ": ", cudaGetErrorString(status));
+}
+
+// tensors that a kernel may read by bare pointers
+inline void check_placed(const char* op, std::initializer_list<const torch::stable::Tensor*> tensors) {
+  const auto& first = **tensors.begin();
+  for (const auto* x : tensors) {
+    STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == first.get_device_index() && x->is_contiguous(), "lomacs::",
+                    op, ": all tensors must be contiguous and on one CUDA device");
+  }
 }
 
 class OnDevice {

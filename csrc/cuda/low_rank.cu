@@ -110,10 +110,7 @@ Result low_rank(Tensor F, Tensor G, Tensor H, int64_t rows, int64_t columns, int
   const ScalarType type = H.scalar_type();
   STD_TORCH_CHECK(F.scalar_type() == type && G.scalar_type() == type,
                   "lomacs::low_rank: F, G and H must have one dtype");
-  for (const Tensor* x : {&F, &G, &H}) {
-    STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == H.get_device_index() && x->is_contiguous(),
-                    "lomacs::low_rank: all tensors must be contiguous and on one CUDA device");
-  }
+  check_placed("low_rank", {&F, &G, &H});
   const double scale = double(rows) / double(M) * (double(columns) / double(N));
   const Call call{F, G, H, scale, static_cast<Nesting>(nesting), gf, gg, gh};
   if (type == ScalarType::Float) {
