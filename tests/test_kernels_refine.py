@@ -106,6 +106,30 @@ def test_degenerate_input(name, hermitian):
     torch.testing.assert_close(norm.double(), torch.linalg.matrix_norm(H), rtol=1e-6, atol=0)
 
 
+INDEFINITE = {
+    # every gap of the first core is exactly zero, and must rotate
+    "equal diagonals": lambda: (
+        torch.eye(6, dtype=torch.complex128).flip(-1)[None],
+        torch.eye(6, dtype=torch.complex128)[None],
+    ),
+    "both signs": lambda: (
+        channels(18, 18, 0, True) - 0.6 * channels(18, 18, 3, True),
+        start(18, 6, 7),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INDEFINITE)
+def test_eigenvalues_of_both_signs(name):
+    H, U = INDEFINITE[name]()
+    scalars = formula.default_scalars(2, H)
+    exact, found = reference(H, U, U, scalars, True, 2), kernel(H, U, U, scalars, True)
+    assert exact[1].abs().amax() > 0.1
+    assert (exact[1] < 0).any()
+    for f, x in zip(compared(*found[:3], found[4]), compared(*exact), strict=True):
+        torch.testing.assert_close(f.to(x.dtype), x, rtol=1e-4, atol=1e-5)
+
+
 def test_nan_stays_in_its_sample_and_programs_take_turns(monkeypatch):
     H, U, V = channels(18, 17, B=3), start(18, 5, 7, 3), start(17, 5, 8, 3)
     scalars = formula.default_scalars(1, H)
