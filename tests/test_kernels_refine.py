@@ -78,6 +78,35 @@ def test_values_are_as_accurate_as_eager(size, hermitian, steps, sweeps):
     assert (ours <= 2 * eager + 4 * EPS * size).all(), (ours / size, eager / size)
 
 
+@pytest.mark.parametrize(("hermitian", "orthonormal"), [(False, False), (True, True)])
+def test_the_op_on_a_device_starts_and_completes_as_the_reference(hermitian, orthonormal):
+    """What the op runs on a device, interpreted: 7 columns of which 3 are active."""
+    from lomacs_fast.ops.refine import launched
+
+    B, n = 33, 12
+    H, U, V = channels(n, n, 0, hermitian, B), start(n, 7, 7, B), start(n, 7, 8, B)
+    if not orthonormal:
+        U, V = 3 * U + 0.3 * draw(B, n, 7, seed=9), V + 0.3 * draw(B, n, 7, seed=10)
+    scalars = formula.default_scalars(1, H)
+    exact = formula.refined(H, U, V, scalars, 3, 2, hermitian, orthonormal)
+    eager = formula.refined(*(single(x) for x in (H, U, V, scalars)), 3, 2, hermitian, orthonormal)
+    right = None if hermitian else planes(V)
+    u, S, v, order = launched(planes(H), planes(U), right, scalars.float().to(DEVICE), 3, 2, orthonormal)
+    assert order.shape == (B, 3)
+    found = torch.view_as_complex(u).cpu(), S.cpu(), torch.view_as_complex(v).cpu()
+    assert max(defect(found[0]), defect(found[2])) < 1e-5
+
+    def product(U, S, V):
+        return (U.to(torch.complex128) * S[:, None].double()) @ V.to(torch.complex128).mH
+
+    for of in (product, lambda U, S, V: S.double()):
+        x = of(*exact)
+        ours, theirs = (
+            torch.linalg.vector_norm(of(*y) - x) / torch.linalg.vector_norm(x) for y in (found, eager)
+        )
+        assert ours <= 2 * theirs + 4 * EPS
+
+
 def paths(n):
     return draw(1, n, 1) @ draw(1, 1, n, seed=1)
 

@@ -17,6 +17,7 @@ from ..reference.refine_products import products
 from . import common
 from .common import REAL, library
 from .dispatch import Backend, Op
+from .freq_gate import single_triton_reasons
 from .ortho import check_like, complex_of, gradient, native_reasons
 
 library.define(
@@ -126,6 +127,52 @@ def _recompute(
     if V is None:
         made.insert(2, H.new_empty(0))
     return made[0], made[1], made[2], made[3]
+
+
+@torch.library.impl("lomacs::refine_svd_backward", "CUDA", lib=library)
+def _recomputed_on_stream(
+    gU: Tensor,
+    gS: Tensor,
+    gV: Tensor,
+    H: Tensor,
+    U: Tensor,
+    V: Tensor | None,
+    scalars: Tensor,
+    order: Tensor,
+    sweeps: int,
+    orthonormal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # a new thread has a stream of its own
+    with ThreadPoolExecutor(1) as aside, torch.cuda.device(H.device):
+        stream = torch.cuda.current_stream()
+
+        def follow() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            with torch.cuda.stream(stream):
+                return _recompute(gU, gS, gV, H, U, V, scalars, order, sweeps, orthonormal)
+
+        return aside.submit(follow).result()
+
+
+def launched(
+    H: Tensor, U: Tensor, V: Tensor | None, scalars: Tensor, active: int, sweeps: int, orthonormal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Steps and closing in one Triton launch; start and completion are the reference's, around it."""
+    from ..kernels.refine import refine
+
+    r = U.shape[2]
+    starts = []
+    for X in (U,) if V is None else (U, V):
+        columns = torch.view_as_complex(X)[..., :active]
+        columns = columns if orthonormal else formula.orthonormal_fill(columns)
+        starts.append(torch.view_as_real(columns.contiguous()))
+    u, S, v, order, norm = refine(H, starts[0], None if V is None else starts[1], scalars, sweeps)
+    left = torch.view_as_complex(u)
+    right = left if V is None else torch.view_as_complex(v)
+    left, S, right = formula.finish(left, S, right, norm[:, None, None], r, V is None)
+    return torch.view_as_real(left.contiguous()), S, torch.view_as_real(right.contiguous()), order
+
+
+torch.library.impl("lomacs::refine_svd", "CUDA", launched, lib=library)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -304,6 +351,16 @@ def _native_reasons(H: Tensor, U: Tensor, V: Tensor, *rest: Any) -> list[str]:
     return [reason.replace("U is", "H is") for reason in found]
 
 
+def _triton_reasons(H: Tensor, U: Tensor, V: Tensor, steps: int, active: int | None, *_: Any) -> list[str]:
+    found = single_triton_reasons(H, common.NOWHERE) + common.mixed_reasons(H=H, U=U, V=V)
+    if found:
+        return found
+    from ..kernels.refine import limit
+
+    k = U.shape[-1] if active is None else active
+    return limit(*H.shape[-2:], k) + common.transform_reasons()
+
+
 def _eager(
     H: Tensor,
     U: Tensor,
@@ -335,7 +392,11 @@ def _nominal(device: torch.device) -> tuple[Any, ...]:
 
 refine_svd = Op(
     "refine_svd",
-    [Backend("cpp", _native_reasons, _refine_svd), Backend("eager", lambda *_: (), _eager)],
+    [
+        Backend("triton", _triton_reasons, _refine_svd),
+        Backend("cpp", _native_reasons, _refine_svd),
+        Backend("eager", lambda *_: (), _eager),
+    ],
     ("H", "U", "V", "steps", "active", "hermitian", "scalars", "sweeps", "orthonormal"),
     _nominal,
 )
