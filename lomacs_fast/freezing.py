@@ -54,8 +54,13 @@ class FrozenSVDNet(nn.Module):
         self.eval()
 
     def _pack(self) -> None:
-        """Make the weights views of one buffer, which the kernel reads."""
-        weights = _nested(self._arrays(), self._numbers)
+        """Make the weights views of one buffer, which the kernel reads, where they are not."""
+        arrays, packed = self._arrays(), self._buffers.get("packed")
+        if packed is not None:
+            place = packed.untyped_storage().data_ptr()
+            if all(x.untyped_storage().data_ptr() == place for n, x in arrays.items() if n != "scalars"):
+                return
+        weights = _nested(arrays, self._numbers)
         if not isinstance(weights, FrozenWeights):
             return
         weights = pack_weights(weights)

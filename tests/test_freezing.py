@@ -330,8 +330,30 @@ def test_weights_changed_by_any_way_are_those_that_the_kernel_reads():
         torch.testing.assert_close(check(copied), changed, rtol=1e-3, atol=1e-6)
     first.table = first.table + 0.1
     assert not torch.equal(check(first), changed)
+    place = first.packed.data_ptr()
+    assert first.share_memory().packed.is_shared()
+    assert first.pos.is_shared()
+    first.table.add_(0.1)
+    check(first)
+    assert first.packed.data_ptr() != place
     # views, of which none brings the others along
     assert len(pickle.dumps(first)) < 2 * 8 * first.packed.numel()
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("kind", ["published", "refined"])
+def test_compiled_in_one_graph_it_follows_its_weights(kind):
+    def make(seed):
+        return freeze(network(seed) if kind == "published" else angular(seed, **ANGULAR["panel"]))
+
+    frozen, other = make(0), make(5)
+    net = network() if kind == "published" else angular(**ANGULAR["panel"])
+    H, sid = (channels(3) if kind == "published" else input_of(net, 3)), torch.tensor([0, 2, 1])
+    compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        for x, y in zip(compiled(H, sid), frozen(H, sid), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+        frozen.load_state_dict(other.state_dict())
 
 
 def test_decompose_takes_a_frozen_network():

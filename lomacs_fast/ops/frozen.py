@@ -104,8 +104,10 @@ def frozen_svd_at_once(
         sid: scenes, as the module takes them; one integer, or what is out of range, is left to it.
         flat: of `flat_weights`.
     """
+    if torch.compiler.is_compiling() or type(H) is not Tensor:
+        return None
     # what is made under a tracer must not be kept
-    if type(H) is not Tensor or _get_current_dispatch_mode() is not None or not common.small_native(H):
+    if _get_current_dispatch_mode() is not None or not common.small_native(H):
         return None
     scenes = weights.table.shape[0] - 1
     if sid is None:
