@@ -134,6 +134,14 @@ def _tail(d: Draw, B: int, s: Size) -> Drawn:
     return {"U_raw": drawn["U"], "V_raw": drawn["V"], "S_pred": drawn["S"].flip(-1), "H": drawn["H"]}
 
 
+def _refine(d: Draw, B: int, s: Size) -> Drawn:
+    drawn = _loss(d, B, s)
+    # apart from each other: vectors of close singular values are arbitrary in their span
+    S = torch.linspace(1, 0.2, s.r, dtype=torch.float64)
+    H = drawn["U"] * S @ drawn["V"].mH + 0.01 * d.complex(B, s.M, s.N)
+    return {"H": H, "U": d.columns(B, s.M, s.r) + drawn["U"], "V": d.columns(B, s.N, s.r) + drawn["V"]}
+
+
 WEIGHTS = {"lam": 0.2, "w_energy": 0.4, "w_diag": 0.3, "w_match": 0.3}
 CASES = (
     Case("freq_gate", "freq_gate", _gate, {"temperature": 0.2}, ("H",)),
@@ -147,6 +155,7 @@ CASES = (
     Case("spectral", "svd_tail", _tail, {"a": 0.1, "b": 0.2, "tau": 0.8}),
     Case("aeplus", "aeplus_loss", _loss, WEIGHTS, ("H",)),
     Case("low_rank", "low_rank_loss", _low_rank, {"nesting": "joint"}, ("H",)),
+    Case("refine", "refine_svd", _refine, {"steps": 2}),
 )
 
 

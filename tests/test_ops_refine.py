@@ -198,3 +198,24 @@ def test_the_table_names_both():
     rows = {(row["op"], row["backend"]): row["reasons"] for row in lomacs_fast.backend_table()}
     assert rows["refine_svd", "cpp"] == []
     assert rows["approx_svd", "cpp"] == []
+
+
+def test_auto_takes_the_op_where_no_gradient_is_wanted_and_in_graphs():
+    def names():
+        H, U, V, scalars = (x.clone().requires_grad_() for x in inputs(False, torch.complex64))
+        return functional.refine_svd(H, U, V, 2, scalars=scalars)[1].grad_fn.name()
+
+    with use_backend("auto"):
+        assert "lomacs" not in names()
+    assert "lomacs" in names()
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with use_backend("auto"):
+        torch.compile(functional.refine_svd, fullgraph=True, backend=backend)(
+            *(x.requires_grad_() for x in inputs(False, torch.complex64)[:3]), 2
+        )
+    assert any("refine_svd" in name for name in seen)

@@ -16,7 +16,7 @@ from ..reference import refine as formula
 from ..reference.refine_products import products
 from . import common
 from .common import REAL, library
-from .dispatch import Backend, Op
+from .dispatch import Backend, Op, chosen
 from .freq_gate import single_triton_reasons
 from .ortho import check_like, complex_of, gradient, native_reasons
 
@@ -345,20 +345,49 @@ approx_svd = Op(
 )
 
 
-def _native_reasons(H: Tensor, U: Tensor, V: Tensor, *rest: Any) -> list[str]:
+def _gradient_reasons(*tensors: Tensor | None) -> list[str]:
+    """Why `auto` leaves a call that is differentiated: the op makes the reference's graph anew."""
+    given = [x for x in tensors if x is not None]
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    # a traced graph must not hold complex arithmetic: there the op serves
+    if chosen() != "auto" or not wanted or not common.plain(*given):
+        return []
+    return ["its gradients are those of the reference, run again: where they are wanted that alone is faster"]
+
+
+def _native_reasons(
+    H: Tensor,
+    U: Tensor,
+    V: Tensor,
+    steps: int,
+    active: int | None,
+    hermitian: bool,
+    scalars: Tensor | None,
+    *_: Any,
+) -> list[str]:
     M, N, r = *H.shape[-2:], U.shape[-1]
     found = native_reasons(M * N + 8 * (M + N) * r + 30 * r * r, H=H, U=U, V=V)
-    return [reason.replace("U is", "H is") for reason in found]
+    found = [reason.replace("U is", "H is") for reason in found]
+    return found + _gradient_reasons(H, U, V, scalars)
 
 
-def _triton_reasons(H: Tensor, U: Tensor, V: Tensor, steps: int, active: int | None, *_: Any) -> list[str]:
+def _triton_reasons(
+    H: Tensor,
+    U: Tensor,
+    V: Tensor,
+    steps: int,
+    active: int | None,
+    hermitian: bool,
+    scalars: Tensor | None,
+    *_: Any,
+) -> list[str]:
     found = single_triton_reasons(H, common.NOWHERE) + common.mixed_reasons(H=H, U=U, V=V)
     if found:
         return found
     from ..kernels.refine import limit
 
     k = U.shape[-1] if active is None else active
-    return limit(*H.shape[-2:], k) + common.transform_reasons()
+    return limit(*H.shape[-2:], k) + common.transform_reasons() + _gradient_reasons(H, U, V, scalars)
 
 
 def _eager(
