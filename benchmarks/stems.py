@@ -155,7 +155,7 @@ CASES = (
     Case("spectral", "svd_tail", _tail, {"a": 0.1, "b": 0.2, "tau": 0.8}),
     Case("aeplus", "aeplus_loss", _loss, WEIGHTS, ("H",)),
     Case("low_rank", "low_rank_loss", _low_rank, {"nesting": "joint"}, ("H",)),
-    Case("refine", "refine_svd", _refine, {"steps": 2, "active": 5}),
+    Case("refine", "refine_svd", _refine, {"steps": 2, "active": 4}),
 )
 
 
