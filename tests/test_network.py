@@ -332,6 +332,146 @@ def test_refused_inputs():
             net(H, sid)
 
 
+class TwiceNorm(torch.nn.LayerNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class TwiceAttention(lomacs_fast.nn.GroupedProjectedAttention):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class TwiceConv(lomacs_fast.nn.GatedConv1D):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class TwiceRefiner(lomacs_fast.nn.NeuralOrthoRefiner):
+    def forward(self, U, V):
+        U, V = super().forward(U, V)
+        return 2 * U, V
+
+
+class TwiceGate(lomacs_fast.nn.AxialLowRankFreqGate):
+    def forward(self, Hf):
+        return 2 * super().forward(Hf)
+
+
+class TwiceLinear(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Wrapped(torch.nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def twice(module):
+    forward = module.forward
+    module.forward = lambda *args: 2 * forward(*args)
+
+
+def changed_blocks(net, change):
+    block = net.blocks[0]
+    if change == "no affine":
+        block[0] = torch.nn.LayerNorm(16, elementwise_affine=False)
+    elif change == "norm over tokens too":
+        block[0] = torch.nn.LayerNorm((12, 16))
+    elif change == "norm derived":
+        block[0] = TwiceNorm(16)
+    elif change == "attention derived":
+        block[1] = TwiceAttention(16, 5, 4, 12, 4)
+    elif change == "convolution derived":
+        net.blocks[1][1] = TwiceConv(16, 3)
+    elif change == "a third module":
+        block.append(torch.nn.Linear(16, 16))
+    elif change == "a wrapper":
+        net.blocks[0] = Wrapped(*block)
+    elif change == "forward of a block":
+        twice(block)
+    elif change == "forward of a mixer":
+        twice(block[1])
+    elif change == "one linear map":
+        net.blocks[0] = torch.nn.Linear(16, 16)
+    elif change == "last norm":
+        net.norm = torch.nn.Identity()
+
+
+CHANGES = [
+    "none",
+    "no affine",
+    "norm over tokens too",
+    "norm derived",
+    "attention derived",
+    "convolution derived",
+    "a third module",
+    "a wrapper",
+    "forward of a block",
+    "forward of a mixer",
+    "one linear map",
+    "last norm",
+]
+
+
+@pytest.mark.parametrize("launches", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_blocks_that_a_user_changed_are_called(change, launches, namespace, monkeypatch):
+    monkeypatch.setattr(reference.network, "_launches", lambda x: launches)
+    net, x = small(namespace), torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(2))
+    changed_blocks(net, change)
+    with torch.no_grad():
+        want = x
+        for block in net.blocks:
+            want = want + block(want)
+        torch.testing.assert_close(net._backbone(x), net.norm(want.mean(1)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("freq_gate", TwiceGate), ("input_proj", TwiceLinear)])
+def test_a_derived_front_is_called(name, kind):
+    net, H = small(), channels(3)
+    x, Hd = net._front(H)
+    getattr(net, name).__class__ = kind
+    changed = net._front(H)
+    if name == "freq_gate":
+        torch.testing.assert_close(changed[1], 2 * Hd)
+    else:
+        torch.testing.assert_close(changed[0], 2 * x - net.pos)
+
+
+@pytest.mark.parametrize("kind", ["no bias", "sequential"])
+def test_another_input_projection_is_called(kind):
+    net, H = small(), channels(3)
+    weight, bias = net.input_proj.weight, net.input_proj.bias
+    want, _ = net._front(H)
+    if kind == "no bias":
+        net.input_proj = torch.nn.Linear(40, 16, bias=False)
+        net.input_proj.weight = weight
+    else:
+        linear, net.input_proj = net.input_proj, torch.nn.Sequential()
+        net.input_proj.append(linear)
+    torch.testing.assert_close(net._front(H)[0] + (bias if kind == "no bias" else 0), want)
+
+
+def test_a_derived_refiner_is_called():
+    net, H = small(), channels(3)
+    want = net(H, 0)[0]
+    net.ortho_refine.__class__ = TwiceRefiner
+    torch.testing.assert_close(net(H, 0)[0], 2 * want)
+
+
+def test_hooks_of_all_modules_see_every_part():
+    net, seen = small(), []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        net(channels(2), 0)
+    finally:
+        hook.remove()
+    parts = ["freq_gate", "input_proj", "blocks.0", "blocks.0.0", "blocks.0.1", "blocks.1.1", "ortho_refine"]
+    assert all(net.get_submodule(name) in seen for name in parts)
+
+
 def test_autocast_keeps_the_complex_part_in_single_precision():
     net, H = small(M=32, N=32, r=8, dim=32, k_len=16), channels(8, 32, 32)
     exact = net(H, 0)

@@ -17,6 +17,3 @@ class GatedConv1D(reference.GatedConv1D):
             return dw["weight"], dw["bias"], pw["weight"], pw["bias"]  # type: ignore[return-value]
         except KeyError:
             return super().weights
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.functions.gated_conv1d(x, *self.weights)

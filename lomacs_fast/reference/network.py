@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .angular_gate import AngularGate, panel
 from .arguments import integer, number, positive
@@ -26,11 +27,33 @@ SHIFT = 0.005  # mu of the untrained steps on a filtered covariance, whose tail 
 
 
 def _unhooked(*modules: nn.Module) -> bool:
-    """Whether calling past the modules leaves no hook of the user's uncalled."""
-    return not any(
+    """Whether calling past the modules leaves no hook of the user's uncalled, of theirs or of all modules."""
+    own = any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
         for m in modules
     )
+    return not (own or _has_any_global_hook())
+
+
+def _as_written(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether calling the module is calling the `forward` of one of these classes, hooks apart.
+
+    A class derived from one, a wrapper or a `forward` set on the instance computes what the user wrote.
+    """
+    forward = getattr(type(module), "forward", None)
+    return "forward" not in module.__dict__ and any(forward is kind.forward for kind in kinds)
+
+
+def _parts(block: nn.Module, d: int) -> tuple[nn.LayerNorm, nn.Module] | None:
+    """Norm and mixer of a block that they make up and that may be passed by; else None."""
+    if not _as_written(block, nn.Sequential) or len(cast(nn.Sequential, block)) != 2:
+        return None
+    norm, mixer = cast(nn.Sequential, block)
+    if not (_as_written(norm, nn.LayerNorm) and _as_written(mixer, GroupedProjectedAttention, GatedConv1D)):
+        return None
+    # without a weight there is nothing that says to the mixer that it has a norm
+    usual = norm.normalized_shape == (d,) and norm.weight is not None
+    return (cast(nn.LayerNorm, norm), mixer) if usual and _unhooked(block, norm, mixer) else None
 
 
 def _launches(x: Tensor) -> bool:
@@ -42,15 +65,14 @@ def _autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _residual(block: nn.Sequential, x: Tensor) -> Tensor:
+def _residual(block: nn.Module, x: Tensor) -> Tensor:
     """`x + block(x)`, in one call of the mixer where norm and residual may be its own."""
-    norm, mixer = block[0], block[1]
     # autocast would take the residual to half precision too
-    full = not _autocast(x.device.type)
-    plain = full and isinstance(norm, nn.LayerNorm) and _unhooked(block, norm, mixer)
-    if plain and isinstance(mixer, (GroupedProjectedAttention, GatedConv1D)):
-        return mixer.residual(x, cast(nn.LayerNorm, norm))
-    return x + block(x)
+    parts = None if _autocast(x.device.type) else _parts(block, x.shape[-1])
+    if parts is None:
+        return x + cast(Tensor, block(x))
+    norm, mixer = parts
+    return cast(GroupedProjectedAttention | GatedConv1D, mixer).residual(x, norm)
 
 
 class LoMACSSVDNet(nn.Module):
@@ -344,35 +366,35 @@ class LoMACSSVDNet(nn.Module):
         if blocks is not None:
             return self.functions.backbone(x, blocks, self.norm.weight, self.norm.bias, self.norm.eps)
         for block in self.blocks:
-            x = _residual(cast(nn.Sequential, block), x)
+            x = _residual(block, x)
         return self.norm(x.mean(1))
 
     def _inference_blocks(self, x: Tensor) -> list[Block] | None:
         """The blocks as `backbone` takes them, where one call may stand for all modules; else None."""
+        last = self.norm
         if torch.is_grad_enabled() or not _launches(x) or _autocast(x.device.type):
             return None
+        if not (_as_written(last, nn.LayerNorm) and _unhooked(last)) or last.normalized_shape != x.shape[-1:]:
+            return None
         found: list[Block] = []
-        for norm, mixer in (*self.blocks, (self.norm, None)):
-            own = [m for m in (norm, mixer) if m is not None]
-            if type(norm) is not nn.LayerNorm or norm.eps != self.norm.eps or not _unhooked(*own):
+        for block in self.blocks:
+            parts = _parts(block, x.shape[-1])
+            if parts is None:
                 return None
-            if mixer is None:
-                continue
+            norm, mixer = parts
             # mixers that call other functions are called themselves
-            if getattr(mixer, "functions", None) is not self.functions:
-                return None
-            affine = norm.weight, norm.bias
-            if any(w is None for w in affine):
+            if norm.eps != last.eps or norm.bias is None or mixer.functions is not self.functions:
                 return None
             if isinstance(mixer, GroupedProjectedAttention):
-                found.append(AttentionBlock(*affine, *mixer.weights))
+                found.append(AttentionBlock(norm.weight, norm.bias, *mixer.weights))
             else:
-                found.append(ConvBlock(*affine, *mixer.weights))
-        return found if _unhooked(*self.blocks) else None
+                found.append(ConvBlock(norm.weight, norm.bias, *cast(GatedConv1D, mixer).weights))
+        return found
 
     def _front(self, H: Tensor) -> tuple[Tensor, Tensor]:
         gate, project = self.freq_gate, self.input_proj
-        if _unhooked(gate, project):
+        written = _as_written(gate, AxialLowRankFreqGate) and _as_written(project, nn.Linear)
+        if written and project.bias is not None and _unhooked(gate, project):
             return self.functions.gate_project(
                 H, *gate.weights, gate.temperature, project.weight, project.bias, self.pos
             )
@@ -382,7 +404,8 @@ class LoMACSSVDNet(nn.Module):
 
     def _tail(self, U: Tensor, V: Tensor, S: Tensor, Hd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         refiner, f = self.ortho_refine, self.functions
-        if isinstance(refiner, self.modules_.NeuralOrthoRefiner) and _unhooked(refiner):
+        written = isinstance(refiner, self.modules_.NeuralOrthoRefiner)
+        if written and _as_written(refiner, NeuralOrthoRefiner) and _unhooked(refiner):
             a, b = refiner.steps
             if a.ndim == 0:
                 return f.svd_tail(U, V, S, Hd, a, b, self.tau_s)
