@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -15,8 +15,16 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from . import functional
 from .data.files import atomic_path
 from .nn import LoMACSSVDNet
+from .reference.arguments import integer
 from .reference.backbone import ConvBlock, FoldedAttention
-from .reference.frozen import FrozenAngular, FrozenWeights, fold_angular, fold_network, pack_weights
+from .reference.frozen import (
+    FrozenAngular,
+    FrozenWeights,
+    fold_angular,
+    fold_network,
+    is_packed,
+    pack_weights,
+)
 
 __all__ = ["FrozenSVDNet", "freeze"]
 
@@ -47,6 +55,7 @@ class FrozenSVDNet(nn.Module):
         self.M, self.N, self.r = config["M"], config["N"], config["r"]
         self.n_scene = config["n_scene"]
         self._numbers = _numbers(weights)
+        self._views: tuple[Tensor, ...] = ()
         self._last: tuple[tuple[int, ...], FrozenWeights | FrozenAngular, Sequence[Any]] | None = None
         for name, tensor in _flat(weights).items():
             self.register_buffer(name, tensor)
@@ -55,25 +64,39 @@ class FrozenSVDNet(nn.Module):
 
     def _pack(self) -> None:
         """Make the weights views of one buffer, which the kernel reads, where they are not."""
-        arrays, packed = self._arrays(), self._buffers.get("packed")
-        if packed is not None:
-            place = packed.untyped_storage().data_ptr()
-            if all(x.untyped_storage().data_ptr() == place for n, x in arrays.items() if n != "scalars"):
-                return
-        weights = _nested(arrays, self._numbers)
+        weights = _nested(self._buffers_of(), self._numbers)
         if not isinstance(weights, FrozenWeights):
             return
-        weights = pack_weights(weights)
-        self._buffers.update(_flat(weights))
-        self.register_buffer("packed", weights.packed, persistent=False)
+        if not is_packed(weights):
+            # of no call's mode or graph: the weights outlive it
+            with torch.inference_mode(False), torch.no_grad():
+                weights = pack_weights(weights)
+            self._buffers.update(_flat(weights))
+            self.register_buffer("packed", weights.packed, persistent=False)
+        self._views = tuple(_flat(weights).values())
+
+    def _buffers_of(self) -> dict[str, Tensor]:
+        # `named_buffers` leaves out what stands in two places
+        return {name: x for name, x in self._buffers.items() if x is not None}
 
     def _arrays(self) -> dict[str, Tensor]:
-        return {name: x for name, x in self.named_buffers() if name != "packed"}
+        return {name: x for name, x in self._buffers_of().items() if name != "packed"}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        scalars = cast(Tensor, self._buffers["scalars"])
         super()._apply(fn, recurse)
+        found = cast(Tensor, self._buffers["scalars"])
+        if "packed" in self._buffers and found.dtype != scalars.dtype:
+            # numbers and no weights: in double precision whatever that of the module is
+            self._buffers["scalars"] = scalars.to(found.device)
         self._pack()
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # at once: a tracer that comes next cannot see where tensors lie
+        if name != "packed" and "_views" in self.__dict__ and name in self._buffers:
+            self._pack()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -93,25 +116,40 @@ class FrozenSVDNet(nn.Module):
         return self._gathered()[0]
 
     def _gathered(self) -> tuple[FrozenWeights | FrozenAngular, Sequence[Any]]:
-        compiling, last = torch.compiler.is_compiling(), self._last
-        # the tensors of the last answer are held by it, so their identities name no others
-        if not compiling and last is not None and last[0] == tuple(map(id, self._buffers.values())):
-            return last[1:]
-        # what is made under a tracer must not be kept
-        kept = not compiling and _get_current_dispatch_mode() is None
+        compiling = torch.compiler.is_compiling()
+        transformed = not compiling and torch._C._are_functorch_transforms_active()
+        # what is made under a tracer or a transform must not be kept
+        kept = not (compiling or transformed) and _get_current_dispatch_mode() is None
         if kept:
+            last = self._last
+            # the tensors of the last answer are held by it, so their identities name no others
+            if last is not None and last[0] == self._identities():
+                return last[1:]
             # some may have been put in the place of others
             self._pack()
-        weights = _nested(dict(self.named_buffers()), self._numbers)
-        found = weights, functional.flat_weights(weights)
+        weights = _nested(self._buffers_of(), self._numbers)
+        if not kept and isinstance(weights, FrozenWeights) and not self._untouched():
+            weights = weights._replace(packed=None)
+        # the formula, which alone is transformed, takes the weights as they are
+        found = weights, () if transformed else functional.flat_weights(weights)
         if kept:
-            self._last = tuple(map(id, self._buffers.values())), *found
+            self._last = self._identities(), *found
         return found
+
+    def _identities(self) -> tuple[int, ...]:
+        """Which tensors the weights are, and where: `x.data = y` gives a tensor another place."""
+        buffers = self._buffers.values()
+        return (*map(id, buffers), *map(Tensor.data_ptr, buffers))  # type: ignore[arg-type]
+
+    def _untouched(self) -> bool:
+        """Whether no weight was put in the place of a view of `packed`."""
+        now = (x for name, x in self._buffers.items() if name != "packed")
+        return all(x is y for x, y in zip(now, self._views, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         # identities mean nothing in a copy or another process, where every view would bring all of them
         buffers = {name: x.clone() for name, x in self._arrays().items()}
-        return self.__dict__ | {"_last": None, "_buffers": buffers}
+        return self.__dict__ | {"_last": None, "_views": (), "_buffers": buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -157,9 +195,15 @@ class FrozenSVDNet(nn.Module):
     def _scenes(self, sid: Tensor | int | None, H: Tensor) -> Tensor:
         if sid is None:
             sid = torch.full((), self.n_scene)
-        elif isinstance(sid, bool) or not isinstance(sid, (int, Tensor)):
-            raise TypeError(f"sid must be an integer, an integer tensor or None, got {type(sid).__name__}")
         else:
+            if not isinstance(sid, Tensor):
+                try:
+                    sid = integer("sid", sid)
+                except TypeError:
+                    came = type(sid).__name__
+                    raise TypeError(
+                        f"sid must be an integer, an integer tensor or None, got {came}"
+                    ) from None
             sid = torch.as_tensor(sid)
             if sid.is_floating_point() or sid.is_complex() or sid.dtype == torch.bool:
                 raise TypeError(f"sid must be an integer tensor, got {sid.dtype}")

@@ -356,6 +356,112 @@ def test_compiled_in_one_graph_it_follows_its_weights(kind):
         frozen.load_state_dict(other.state_dict())
 
 
+def agree(frozen, H):
+    """What the kernel gives, which is what the formula gives on the weights that the module shows."""
+    with use_backend("cpp"):
+        got = frozen(H, 1)
+    with use_backend("eager"):
+        want = frozen(H, 1)
+    tight = H.dtype == torch.complex128
+    torch.testing.assert_close(product(*got), product(*want), rtol=1e-9 if tight else 1e-3, atol=1e-5)
+    return got[1]
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("by", ["float", "to", "double", "half"])
+def test_another_precision_leaves_the_scalars_in_double(by):
+    frozen, H = freeze(network(dtype=torch.float32)), channels(dtype=torch.complex64)
+    scalars = frozen.scalars.clone()
+    wanted = agree(frozen, H)
+    converted = frozen.to(torch.float32) if by == "to" else getattr(frozen, by)()
+    assert torch.equal(converted.scalars, scalars)
+    rounded = by == "half"
+    torch.testing.assert_close(agree(frozen.float(), H), wanted, rtol=0.05 if rounded else 1e-6, atol=1e-4)
+    assert torch.equal(frozen.scalars, scalars)
+
+
+def swapped(frozen):
+    frozen.row_w1, frozen.col_w1 = frozen.col_w1, frozen.row_w1
+
+
+def transposed(frozen):
+    frozen.row_w1 = frozen.row_w1.T
+
+
+def one_in_two_places(frozen):
+    frozen.row_w1 = frozen.col_w1
+
+
+def another_place(frozen):
+    frozen.head.data = torch.rand_like(frozen.head)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("change", [swapped, transposed, one_in_two_places, another_place])
+def test_views_in_the_place_of_others_are_those_that_the_kernel_reads(change):
+    frozen, H = freeze(network(N=12, gate_hidden=12)), channels(N=12)
+    before = agree(frozen, H)
+    change(frozen)
+    assert not torch.equal(agree(frozen, H), before)
+
+
+def test_weights_replaced_in_inference_mode_can_be_loaded_later():
+    frozen, other, H = freeze(network()), freeze(network(5)), channels()
+    with torch.inference_mode():
+        frozen.table = frozen.table + 0.1
+        frozen(H)
+    assert not frozen.packed.is_inference()
+    frozen.load_state_dict(other.state_dict())
+    torch.testing.assert_close(frozen(H)[1], other(H)[1])
+
+
+@pytest.mark.usefixtures("native")
+class TestFunctionalCall:
+    """`torch.func.functional_call`: the weights of one call, which leaves nothing behind."""
+
+    def test_takes_weights_that_want_gradients(self):
+        frozen, H = freeze(network()), channels()
+        table, before = (frozen.table + 0.5).requires_grad_(), agree(frozen, H)
+        U, S, V = torch.func.functional_call(frozen, {"table": table}, (H, 1))
+        assert not any(x.requires_grad for x in (U, S, V, frozen.packed))
+        assert not torch.equal(S, before)
+        assert torch.equal(agree(frozen, H), before)
+
+    def test_of_many_networks_at_once(self):
+        many, H = [freeze(network(seed)) for seed in (0, 5)], channels()
+        states = torch.utils._pytree.tree_map(
+            lambda *x: torch.stack(x), *(dict(f.state_dict()) for f in many)
+        )
+        found = torch.vmap(lambda state: torch.func.functional_call(many[0], state, (H,)))(states)
+        for i, frozen in enumerate(many):
+            torch.testing.assert_close(found[1][i], frozen(H)[1], rtol=1e-9, atol=1e-11)
+
+    def test_compiled(self):
+        frozen, H, sid = freeze(network()), channels(3), torch.tensor([0, 2, 1])
+
+        def call(H, table):
+            return torch.func.functional_call(frozen, {"table": table}, (H, sid))
+
+        table = frozen.table + 0.5
+        for x, y in zip(torch.compile(call, backend="aot_eager")(H, table), call(H, table), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("native")
+def test_a_weight_replaced_before_compilation_is_taken():
+    frozen, H, sid = freeze(network()), channels(3), torch.tensor([0, 2, 1])
+    frozen.table = frozen.table + 0.5
+    compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")(H, sid)
+    for x, y in zip(compiled, frozen(H, sid), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+def test_scenes_of_other_libraries():
+    frozen, H = freeze(network()), channels()
+    for x, y in zip(frozen(H, np.int64(1)), frozen(H, 1), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_decompose_takes_a_frozen_network():
     net = network(dtype=torch.float32)
     H = channels() * 1e200

@@ -76,12 +76,34 @@ def blocks_of(sizes: Sequence[int]) -> list[Sequence[int]]:
 LINE = 16
 
 
-def pack_weights(weights: FrozenWeights) -> FrozenWeights:
-    """The same weights as views of one tensor, `packed`."""
-    parts, offsets, end = weights.tensors(), [], 0
-    for x in parts:
+def _places(weights: FrozenWeights) -> tuple[list[int], int]:
+    """Where each tensor begins in `packed`, and where the last one ends."""
+    offsets, end = [], 0
+    for x in weights.tensors():
         offsets.append(end)
         end += -(-x.numel() // LINE) * LINE
+    return offsets, end
+
+
+def is_packed(weights: FrozenWeights) -> bool:
+    """Whether every tensor is the view of `packed` that `pack_weights` makes of it."""
+    packed, parts = weights.packed, weights.tensors()
+    if packed is None:
+        return False
+    offsets, end = _places(weights)
+    place = packed.untyped_storage().data_ptr()
+    return packed.numel() == end and all(
+        x.untyped_storage().data_ptr() == place
+        and x.storage_offset() == packed.storage_offset() + at
+        and x.is_contiguous()
+        and (x.dtype, x.device) == (packed.dtype, packed.device)
+        for at, x in zip(offsets, parts, strict=True)
+    )
+
+
+def pack_weights(weights: FrozenWeights) -> FrozenWeights:
+    """The same weights as views of one tensor, `packed`."""
+    parts, (offsets, end) = weights.tensors(), _places(weights)
     packed = weights.pos.new_zeros(end)
     views = [packed[at : at + x.numel()].view(x.shape) for at, x in zip(offsets, parts, strict=True)]
     for view, x in zip(views, parts, strict=True):
