@@ -138,10 +138,17 @@ def _norm(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: 
         if norm_bias is not None:
             raise ValueError("norm_bias must be left out where norm_weight is")
         return
-    d = x.shape[-1]
-    _weight("norm_weight", norm_weight, ("x", x), (d,), mixed)
-    if norm_bias is not None:
-        _weight("norm_bias", norm_bias, ("x", x), (d,), mixed)
+    _affine(x, norm_weight, norm_bias, mixed)
+    _eps(eps)
+
+
+def _affine(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, mixed: bool) -> None:
+    for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if value is not None:
+            _weight(name, value, ("x", x), (x.shape[-1],), mixed)
+
+
+def _eps(eps: float) -> None:
     _number("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
@@ -378,9 +385,16 @@ def backbone(
 ) -> Tensor:
     _tensor("x", x, REAL + HALF, ("B", None, None))
     mixed = _autocast(x)
-    _norm(x, norm_weight, norm_bias, eps, mixed)
+    _affine(x, norm_weight, norm_bias, mixed)
+    _eps(eps)
+    # an iterator would be at its end after the look
+    if not isinstance(blocks, Sequence):
+        raise TypeError(f"blocks must be a sequence of blocks, got {type(blocks).__name__}")
     at_once = _at_once(x)
-    for block in blocks:
+    for i, block in enumerate(blocks):
+        if isinstance(block, Block) and block.norm_weight is None:
+            # to a mixer it would say that the block has neither norm nor residual
+            raise TypeError(f"norm_weight of blocks[{i}] must be a tensor, got NoneType")
         # what goes block by block is looked at there
         if at_once and isinstance(block, AttentionBlock):
             _attention_weights(x, *block[2:], mixed)
@@ -394,7 +408,7 @@ def backbone(
         y = ops.backbone_at_once(x, blocks, norm_weight, norm_bias, eps)
         if y is not None:
             return y
-    if mixed:
+    if mixed and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return reference.backbone(x, blocks, norm_weight, norm_bias, eps, _MIXERS)
 

@@ -270,6 +270,8 @@ def test_one_launch_where_nothing_speaks_against_it(launches, form):
         ),
         (3, torch.zeros(8), TypeError, "norm_bias must be float64"),
         (1, [(1, 2)], TypeError, "blocks must be AttentionBlock, FoldedAttention or ConvBlock, got tuple"),
+        (1, None, TypeError, "blocks must be a sequence of blocks, got NoneType"),
+        (1, iter(()), TypeError, "blocks must be a sequence of blocks, got tuple_iterator"),
     ],
 )
 def test_bad_arguments_are_refused(position, value, error, words):
@@ -301,6 +303,45 @@ def test_bad_weights_are_refused(form, cuda, monkeypatch):
             functional.backbone(x, changed, *norm)
     with pytest.raises(ValueError, match="eps must be positive"):
         functional.backbone(x, blocks, *norm, eps=0.0)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_block_without_a_norm_is_refused(form, cuda, monkeypatch):
+    monkeypatch.setattr(functional, "_at_once", lambda x: cuda)
+    x, blocks, *norm = problem(form)
+    for i, block in enumerate(blocks):
+        changed = [*blocks[:i], block._replace(norm_weight=None, norm_bias=None), *blocks[i + 1 :]]
+        with pytest.raises(TypeError, match=rf"norm_weight of blocks\[{i}\] must be a tensor, got NoneType"):
+            functional.backbone(x, changed, *norm)
+
+
+def test_either_part_of_the_last_norm_may_be_left_out():
+    x, blocks, weight, bias = problem()[:4]
+    for norm in ((None, None), (weight, None), (None, bias)):
+        got, want = functional.backbone(x, blocks, *norm), reference.backbone(x, blocks, *norm)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("eps", "error"), [(0.0, ValueError), (-1.0, ValueError), (float("nan"), ValueError), ("1", TypeError)]
+)
+def test_a_bad_epsilon_is_refused_without_a_last_norm(eps, error):
+    x, blocks = problem("folded")[:2]
+    with pytest.raises(error, match="eps must be"):
+        functional.backbone(x, [], eps=eps)
+    with pytest.raises(error, match="eps must be"):
+        functional.backbone(x, blocks, eps=eps)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_double_precision_stays_under_autocast(form):
+    arguments = problem(form)
+    assert arguments[0].dtype == torch.float64
+    want = functional.backbone(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = functional.backbone(*arguments)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 def network(dtype=torch.float64, **changes):
