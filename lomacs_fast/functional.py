@@ -450,10 +450,7 @@ def bjorck(U: Tensor, steps: int, order: int = 1) -> Tensor:
         raise ValueError(
             f"U must have at least as many rows as columns to be orthonormalised, got {tuple(U.shape)}"
         )
-    if not isinstance(steps, int):
-        raise TypeError(f"steps must be an integer, got {type(steps).__name__}")
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}")
+    steps, order = integer("steps", steps, 0), integer("order", order)
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order}")
     return ops.bjorck(U, steps, order)

@@ -414,7 +414,9 @@ def czeros(*shape):
         ("bjorck", {"U": zeros(3, 0)}, ValueError, "U must have no empty dimension"),
         ("bjorck", {"steps": -1}, ValueError, "steps must be at least 0, got -1"),
         ("bjorck", {"steps": 2.0}, TypeError, "steps must be an integer, got float"),
+        ("bjorck", {"steps": True}, TypeError, "steps must be an integer, got bool"),
         ("bjorck", {"order": 3}, ValueError, "order must be 1 or 2, got 3"),
+        ("bjorck", {"order": 1.0}, TypeError, "order must be an integer, got float"),
         ("spectral_calibrate", {"U": czeros(3, 5, 3)}, ValueError, "U must have shape (..., 6, *)"),
         ("spectral_calibrate", {"V": czeros(3, 5, 2)}, ValueError, "V must have shape (..., 5, 3)"),
         (

@@ -118,6 +118,22 @@ def test_bjorck_in_float64_equals_autograd_of_the_reference(isa, size, order, st
         close(all_of(g, U, "bjorck", steps, order), expected(g, U, "bjorck", steps, order))
 
 
+@pytest.mark.parametrize("size", [(9, 5), (64, 32), (8, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "scales"), [(torch.complex64, (1e9, 1e12, 1e18)), (torch.complex128, (1e80, 1e150))]
+)
+def test_bjorck_of_large_matrices(isa, size, dtype, scales):
+    """Of which the squares of the Gram matrix's entries are beyond the largest number."""
+    U, g, bound = matrices(*size), matrices(*size, seed=1), 2e-6 if dtype == torch.complex64 else 1e-10
+    for order in (1, 2):
+        want, of_u = expected(g, 1e9 * U, "bjorck", 4, order)
+        for scale in scales:
+            got, got_u = all_of(g.to(dtype), (scale * U).to(dtype), "bjorck", 4, order)
+            assert (got - want).norm() <= bound * want.norm()
+            # what it gives does not change with the scale, so its gradient falls by it
+            assert (got_u * (scale / 1e9) - of_u).norm() <= bound * of_u.norm()
+
+
 def test_large_sizes():
     U, g = matrices(256, 128, B=1), matrices(256, 128, B=1, seed=1)
     close(all_of(g, U, "refine"), expected(g, U, "refine"))

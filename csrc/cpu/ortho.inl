@@ -110,17 +110,29 @@ LOMACS_INLINE Vec<T> magnitudes(Vec<T> re, Vec<T> im) {
   return square_root<T>(re * re + im * im);
 }
 
+// A power of two, 1 where no entry of a Gram matrix is so large that its square would overflow: none is larger than
+// the largest on the diagonal.
+template <typename T>
+LOMACS_TARGET T unit_of(Panels<T> G, std::int64_t r) {
+  constexpr int half = std::numeric_limits<T>::max_exponent / 2;
+  const T limit = std::ldexp(T(1), half - 4);
+  for (std::int64_t k = 0; k < r; ++k)
+    if (G.at(k, k / lanes<T>)[k % lanes<T>] > limit) return std::ldexp(T(1), -half);
+  return 1;
+}
+
 // sums of |G_ij| over i: by symmetry the row sums; the largest, or NaN
 template <typename T>
 LOMACS_TARGET double row_sums(const Iterates<T>& x, Panels<T> G) {
   double largest = 0;
+  const T unit = unit_of(G, x.r);
   for (std::int64_t vec = 0; vec * lanes<T> < x.r; ++vec) {
     Vec<T> total{};
     for (std::int64_t i = 0; i < x.r; ++i) {
       const T* p = G.at(i, vec);
-      total += magnitudes<T>(load(p), load(p + Panels<T>::imag));
+      total += magnitudes<T>(load(p) * unit, load(p + Panels<T>::imag) * unit);
     }
-    store(x.sums + vec * lanes<T>, total);
+    store(x.sums + vec * lanes<T>, total / unit);
   }
   for (std::int64_t k = 0; k < x.r; ++k) {
     const double s = x.sums[k];
@@ -360,7 +372,7 @@ LOMACS_TARGET void bjorck_gradient(const Bjorck<T>& job, const Iterates<T>& x, c
   // through the scale c / sqrt(sum): the largest sum, its ties in equal parts, then |G_ij| with subgradient 0 at 0
   double ties = 0;
   for (std::int64_t k = 0; k < r; ++k) ties += x.sums[k] == static_cast<T>(largest);
-  const double slope = -0.5 * job.bound / (largest * std::sqrt(largest)) * real_dot(now, u, size);
+  const double slope = -0.5 * job.bound / largest * (real_dot(now, u, size) / std::sqrt(largest));
   const T share = static_cast<T>(slope / ties);
   for (std::int64_t k = 0; k < r; ++k) x.sums[k] = x.sums[k] == static_cast<T>(largest) ? share : T(0);
   for (std::int64_t vec = 0; vec * lanes<T> < r; ++vec)
