@@ -316,6 +316,17 @@ def test_a_block_without_a_norm_is_refused(form, cuda, monkeypatch):
             functional.backbone(x, changed, *norm)
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_norm_of_a_block_may_have_no_bias(form, cuda, monkeypatch):
+    monkeypatch.setattr(functional, "_at_once", lambda x: cuda)
+    x, blocks, *norm = problem(form)
+    blocks = [block._replace(norm_bias=None) for block in blocks]
+    got, want = functional.backbone(x, blocks, *norm), reference.backbone(x, blocks, *norm)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    assert "the norm of a block has no bias" in stem._one_launch_reasons(x, blocks, *norm, EPS)
+
+
 def test_either_part_of_the_last_norm_may_be_left_out():
     x, blocks, weight, bias = problem()[:4]
     for norm in ((None, None), (weight, None), (None, bias)):

@@ -124,11 +124,14 @@ def _one_launch_reasons(
     x: Tensor, blocks: Sequence[Block], norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
 ) -> list[str]:
     (T, d), found = x.shape[1:], tokens.triton_reasons(x, common.NOWHERE)
-    weights = [
-        w for block in blocks for part in block for w in ([part] if isinstance(part, Tensor) else part)
-    ]
+    weights: list[Tensor | None] = []
+    for block in blocks:
+        for part in block:
+            weights += part if isinstance(part, Sequence) else [part]
     if tokens.records((x, norm_weight, norm_bias, *weights)):
         found.append("gradients are wanted, the kernel has none")
+    if any(w is None for w in weights):
+        found.append("the norm of a block has no bias")
     if not blocks:
         found.append("there are no blocks")
     if T * d > TOKENS or d > CHANNELS:
