@@ -187,9 +187,12 @@ class FrozenSVDNet(nn.Module):
             H = torch.view_as_complex(H.contiguous())
         if not H.is_complex() or H.shape[1:] != (self.M, self.N) or H.ndim != 3:
             raise ValueError(f"H must be {expected}, got {H.dtype} {tuple(H.shape)}")
-        wanted = torch.promote_types(self.like.dtype, torch.complex32)
+        dtype = self.like.dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"the weights must be float32 or float64, got {dtype}")
+        wanted = torch.promote_types(dtype, torch.complex32)
         if H.dtype != wanted:
-            raise TypeError(f"H must be {wanted} to go with {self.like.dtype} weights, got {H.dtype}")
+            raise TypeError(f"H must be {wanted} to go with {dtype} weights, got {H.dtype}")
         return H
 
     def _scenes(self, sid: Tensor | int | None, H: Tensor) -> Tensor:

@@ -332,6 +332,21 @@ def test_refused_inputs():
             net(H, sid)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head", ["pooled", "angular"])
+def test_parameters_of_half_precision_are_refused_whatever_the_channels(dtype, head, namespace):
+    options = {"N": 12, "head": head, "refine_steps": 1} if head == "angular" else {}
+    net = small(namespace, **options).to(dtype)
+    words = f"the parameters must be float32 or float64 .*, got {dtype}"
+    for of in (torch.complex32, torch.complex64):
+        with pytest.raises(TypeError, match=words):
+            net(torch.zeros(2, net.M, net.N, dtype=of), 0)
+    if namespace is lomacs_fast:
+        with pytest.raises(TypeError, match=f"the weights must be float32 or float64, got {dtype}"):
+            lomacs_fast.freeze(net.float()).to(dtype)(torch.zeros(2, net.M, net.N, dtype=torch.complex64))
+
+
 class TwiceNorm(torch.nn.LayerNorm):
     def forward(self, x):
         return 2 * super().forward(x)

@@ -430,9 +430,15 @@ class LoMACSSVDNet(nn.Module):
             H = torch.view_as_complex(H.contiguous())
         if H.ndim != 3 or H.shape[-2:] != (self.M, self.N):
             raise ValueError(f"H must have shape (B, {self.M}, {self.N}), got {tuple(H.shape)}")
-        wanted = torch.promote_types(self.like.dtype, torch.complex32)
+        dtype = self.like.dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"the parameters must be float32 or float64 (torch.autocast runs the tokens in half "
+                f"precision), got {dtype}"
+            )
+        wanted = torch.promote_types(dtype, torch.complex32)
         if H.dtype != wanted:
-            raise TypeError(f"H must be {wanted} to go with {self.like.dtype} parameters, got {H.dtype}")
+            raise TypeError(f"H must be {wanted} to go with {dtype} parameters, got {H.dtype}")
         return H
 
     def _scene_input(self, sid: Tensor | int, H: Tensor) -> Tensor:
