@@ -25,6 +25,7 @@ from .reference.frozen import (
     is_packed,
     pack_weights,
 )
+from .reference.network import replaced_parts
 
 __all__ = ["FrozenSVDNet", "freeze"]
 
@@ -271,16 +272,24 @@ def freeze(net: LoMACSSVDNet, scenarios: tuple[int, ...] | None = None) -> Froze
 
     Returns:
         A module on the network's device and in its precision that equals the network at `H / |H|_F`, with S
-        times `|H|_F`, to rounding. A refined one refines by the steps that the network takes by now.
+        times `|H|_F`, to rounding; hooks of the network and its parts stay behind. A refined one refines by
+        the steps that the network takes by now.
 
     Raises:
         TypeError: where `net` is no such network.
-        ValueError: where the network refines what the pooled head gives, its norms differ in epsilon, or
-            `scenarios` are not one a scene.
+        ValueError: where the network refines what the pooled head gives, parts of it were replaced by others,
+            its norms differ in epsilon, or `scenarios` are not one a scene.
     """
     needed = ("n_scene", "config", "head", "like", "trained_steps")
-    if not isinstance(net, nn.Module) or not all(hasattr(net, name) for name in needed):
+    # of the class: a property would look at the parts
+    if not isinstance(net, nn.Module) or not all(
+        hasattr(type(net), name) or name in net.__dict__ for name in needed
+    ):
         raise TypeError(f"net must be a LoMACSSVDNet, got {type(net).__name__}")
+    if others := replaced_parts(net):
+        raise ValueError(
+            f"net must have the parts that it was made with, others are in the place of {', '.join(others)}"
+        )
     if net.trained_steps and net.head == "pooled":
         raise ValueError(
             f"freeze takes the published network and the angular head, got the pooled head refined by "

@@ -614,6 +614,49 @@ def test_what_cannot_be_frozen_is_refused():
         freeze(net)
 
 
+class TwiceNorm(torch.nn.LayerNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class TwiceConv(lomacs_fast.nn.GatedConv1D):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+REPLACED = {
+    "blocks": lambda net: net.blocks.append(copy.deepcopy(net.blocks[1])),
+    "blocks.0": lambda net: setattr(net.blocks[0], "forward", lambda x: x),
+    "blocks.0.0": lambda net: net.blocks[0].__setitem__(0, torch.nn.LayerNorm(16, elementwise_affine=False)),
+    "blocks.1": lambda net: net.blocks[1].append(torch.nn.Linear(16, 16)),
+    "blocks.1.1": lambda net: net.blocks[1].__setitem__(1, TwiceConv(16, 3)),
+    "blocks.1.1.pw": lambda net: setattr(net.blocks[1][1], "pw", torch.nn.Conv1d(16, 16, 1, bias=False)),
+    "blocks.2.0": lambda net: net.blocks[2].__setitem__(0, TwiceNorm(16)),
+    "blocks.2.1": lambda net: net.blocks[2].__setitem__(1, torch.nn.Linear(16, 16)),
+    "input_proj": lambda net: setattr(net, "input_proj", torch.nn.Linear(40, 16, bias=False)),
+    "norm": lambda net: setattr(net, "norm", torch.nn.Identity()),
+    "ortho_refine": lambda net: setattr(net, "ortho_refine", lomacs_fast.nn.NeuralOrthoRefiner(steps=2)),
+    "s_head.1": lambda net: net.s_head.__setitem__(1, torch.nn.Softplus(beta=3)),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_network_with_other_parts_is_refused(name):
+    net = network()
+    REPLACED[name](net)
+    words = f"net must have the parts that it was made with, others are in the place of {name}$"
+    with pytest.raises(ValueError, match=words):
+        freeze(net.double())
+
+
+def test_parametrized_weights_are_those_of_the_network():
+    net, H = network(), channels()
+    for part in (net.blocks[0][1].qs[0], net.blocks[1][1].dw, net.blocks[2][0], net.input_proj, net.u_head):
+        torch.nn.utils.parametrize.register_parametrization(part, "weight", torch.nn.Softplus())
+    for x, y in zip(freeze(net)(H, 1), decompose(net, H, 1), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
 def test_upsampling_is_torch_s():
     for n in (2, 3, 5, 8, 63):
         x = torch.randn(1, 1, n // 2, dtype=torch.float64)

@@ -469,3 +469,36 @@ class LoMACSSVDNet(nn.Module):
         except TypeError:
             came = type(sid).__name__
             raise TypeError(f"sid must be an integer or an integer tensor (B,), got {came}") from None
+
+
+def replaced_parts(net: LoMACSSVDNet) -> list[str]:
+    """Names of the parts of a network that are not those of its constructor: another kind or number of them,
+    another `forward`, a bias or scale left out."""
+    kinds: dict[str, type[nn.Module]] = {}
+    if net.head == "angular":
+        kinds |= {"angular_gate": AngularGate} if net.array is not None else {}
+    else:
+        kinds |= dict.fromkeys(("input_proj", "u_head", "v_head", "s_head.0"), nn.Linear)
+        kinds |= {"freq_gate": AxialLowRankFreqGate, "norm": nn.LayerNorm, "scene_emb": nn.Embedding}
+        kinds |= {"s_head": nn.Sequential, "s_head.1": nn.Softplus, "ortho_refine": NeuralOrthoRefiner}
+        kinds["blocks"] = nn.ModuleList
+        for i in range(net.depth):
+            kinds |= {f"blocks.{i}": nn.Sequential, f"blocks.{i}.0": nn.LayerNorm}
+            kinds[f"blocks.{i}.1"] = GatedConv1D if i % 2 else GroupedProjectedAttention
+            if i % 2:
+                kinds |= {f"blocks.{i}.1.dw": nn.Conv1d, f"blocks.{i}.1.pw": nn.Conv1d}
+
+    def usual(name: str, kind: type[nn.Module]) -> bool:
+        try:
+            part = net.get_submodule(name)
+        except AttributeError:
+            return False
+        if not _as_written(part, kind) or any(x is None for x in part._parameters.values()):
+            return False
+        if isinstance(part, nn.Sequential | nn.ModuleList):
+            return len(part) == (net.depth if name == "blocks" else 2)
+        if isinstance(part, nn.Softplus):
+            return (part.beta, part.threshold) == (1, 20)
+        return not isinstance(part, NeuralOrthoRefiner) or part.a_raw.ndim == 0
+
+    return [name for name, kind in kinds.items() if not usual(name, kind)]
