@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, block, precision
+from .launch import Launch, block, precision, shift
 from .real import accumulate, norm_backward, normalised, product, statistics, tile
 
 # programs of a backward launch, all chunks together; fixed, so that sums over samples have one order
@@ -414,7 +414,7 @@ def gated_conv1d_launch(
     constants = _constants(x, dw_weight, norm_weight is not None, eps, dw_weight.shape[-1] // 2)
     tiles = -(-T // constants["STEP"])
     weights = {"p_dw": dw_weight, "p_db": dw_bias, "p_pw": pw_weight, "p_pb": pw_bias}
-    weights |= {"p_nw": norm_weight, "p_nb": norm_bias}
+    weights |= {"p_nw": norm_weight, "p_nb": shift(norm_weight, norm_bias)}
     return Launch(
         gated_conv_fwd_kernel,
         (B * tiles * -(-d // constants["DB"]),),
@@ -471,8 +471,8 @@ def gated_conv1d(
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    assert bias is not None
-    wide = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
+    bias = None if bias is None else bias.float()
+    wide = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], weight.float(), bias, eps)
     return wide.to(x.dtype)
 
 
@@ -491,7 +491,7 @@ def gated_conv1d_backward_launch(
 ) -> tuple[Launch, list[Tensor]]:
     """The backward launch for even d, into gx where there is one, and into partial sums where wanted."""
     B, T, d = x.shape
-    norm = norm_weight is not None
+    norm, norm_bias = norm_weight is not None, shift(norm_weight, norm_bias)
     constants = _constants(x, dw_weight, norm, eps, 2 * (dw_weight.shape[-1] // 2))
     chunks = -(-d // (2 * constants["Q"]))
     P = min(B, max(1, PROGRAMS // chunks)) if want else B
@@ -593,7 +593,8 @@ def _odd_backward(
         plain = (wide_x - mean) * rstd
         if gw:
             found[4] = (g * plain).sum((0, 1)).to(norm_weight.dtype)
-            found[5] = g.sum((0, 1)).to(norm_weight.dtype)
+            if norm_bias is not None:
+                found[5] = g.sum((0, 1)).to(norm_bias.dtype)
         h = g * norm_weight.float()
         g = gy.float() + rstd * (h - h.mean(-1, keepdim=True) - plain * (h * plain).mean(-1, keepdim=True))
     return (g.to(x.dtype) if gx else none, *found)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, block, in_chunks, precision
+from .launch import Launch, block, in_chunks, precision, shift
 from .real import accumulate, norm_backward, normalised, product, statistics, store_tile, tile
 
 # programs of a backward launch, all groups together; fixed, so that sums over samples have one order
@@ -657,7 +657,7 @@ def projected_attention_launch(
     listed = not isinstance(wq, Tensor)
     if listed:
         tensors = {"weights": tuple(w for group in weights for w in group)}
-    tensors |= {"p_nw": norm_weight, "p_nb": norm_bias}
+    tensors |= {"p_nw": norm_weight, "p_nb": shift(norm_weight, norm_bias)}
     programs, room = B * G if T else 0, None
     if k > blocks["KB"]:
         room = x.new_empty((programs, 2, whole_chunks(k, blocks["KB"]), blocks["GB"]), dtype=torch.float32)
@@ -749,7 +749,8 @@ def projected_attention_backward_launch(
     scratch = torch.empty_like(x, dtype=torch.float32) if wait and x.dtype != torch.float32 else gx
     ticket = torch.zeros(B, dtype=torch.int32, device=x.device) if wait else None
     arguments |= {"p_wq": wq, "p_wk": wk, "p_wv": wv, "p_wo": wo, "p_pk": pk, "p_pv": pv}
-    arguments |= {"p_nw": norm_weight, "p_nb": norm_bias, "p_gn": scratch, "p_gx": gx, "p_ticket": ticket}
+    arguments |= {"p_nw": norm_weight, "p_nb": shift(norm_weight, norm_bias)}
+    arguments |= {"p_gn": scratch, "p_gx": gx, "p_ticket": ticket}
     arguments["p_stats"] = x.new_empty((P * G, 5, T), dtype=torch.float32)
     room = (P * G, whole_chunks(k, blocks["KB"]), 5 * blocks["GB"] + blocks["AB"])
     arguments["p_room"] = x.new_empty(room, dtype=torch.float32)

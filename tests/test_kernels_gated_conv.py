@@ -146,6 +146,19 @@ def test_gradients_not_wanted_are_empty():
     assert all(g.shape == (0,) for g in kernels.gated_conv1d_backward(gy, *arguments, EPS, False, False))
 
 
+@pytest.mark.parametrize("d", [8, 5])
+def test_a_norm_without_a_bias_is_one_of_zeros(d):
+    x, *weights, bias = cast(problem(3, 20, d, 3), torch.float32)
+    gy = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    without, zeros = (x, *weights, None, EPS), (x, *weights, torch.zeros_like(bias), EPS)
+    assert torch.equal(kernels.gated_conv1d(*without), kernels.gated_conv1d(*zeros))
+    for flags in ((True, True), (True, False), (False, True)):
+        *found, last = kernels.gated_conv1d_backward(gy, *without, *flags)
+        *wanted, _ = kernels.gated_conv1d_backward(gy, *zeros, *flags)
+        assert last.shape == (0,)
+        assert all(torch.equal(g, h) for g, h in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_nan_stays_in_its_sample(norm):
     arguments = cast(problem(3, 9, 16, 3, norm), torch.float32)

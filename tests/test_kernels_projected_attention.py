@@ -182,6 +182,18 @@ def test_gradients_not_wanted_are_empty():
     )
 
 
+def test_a_norm_without_a_bias_is_one_of_zeros():
+    x, *weights, bias = cast(problem(3, 20, 2, 4, 3, 5), torch.float32)
+    gy = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    without, zeros = (x, *weights, None, EPS), (x, *weights, torch.zeros_like(bias), EPS)
+    assert torch.equal(kernels.projected_attention(*without), kernels.projected_attention(*zeros))
+    for flags in ((True, True), (True, False), (False, True)):
+        *found, last = kernels.projected_attention_backward(gy, *without, *flags)
+        *wanted, _ = kernels.projected_attention_backward(gy, *zeros, *flags)
+        assert last.shape == (0,)
+        assert all(torch.equal(g, h) for g, h in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_nan_stays_in_its_sample(norm):
     arguments = cast(problem(3, 9, 2, 8, 4, 5, norm), torch.float32)
