@@ -392,7 +392,11 @@ def backbone(
         raise TypeError(f"blocks must be a sequence of blocks, got {type(blocks).__name__}")
     at_once = _at_once(x)
     for i, block in enumerate(blocks):
-        if isinstance(block, Block) and block.norm_weight is None:
+        if not isinstance(block, Block):
+            raise TypeError(
+                f"blocks must be AttentionBlock, FoldedAttention or ConvBlock, got {type(block).__name__}"
+            )
+        if block.norm_weight is None:
             # to a mixer it would say that the block has neither norm nor residual
             raise TypeError(f"norm_weight of blocks[{i}] must be a tensor, got NoneType")
         # what goes block by block is looked at there
@@ -404,10 +408,9 @@ def backbone(
             _folded_weights(x, *block[2:], mixed)
         if at_once or isinstance(block, FoldedAttention):
             _norm(x, *block[:2], eps, mixed)
-    if at_once:
-        y = ops.backbone_at_once(x, blocks, norm_weight, norm_bias, eps)
-        if y is not None:
-            return y
+    y = ops.backbone_at_once(x, blocks, norm_weight, norm_bias, eps)
+    if y is not None:
+        return y
     if mixed and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return reference.backbone(x, blocks, norm_weight, norm_bias, eps, _MIXERS)

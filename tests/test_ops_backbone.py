@@ -251,10 +251,21 @@ def test_one_launch_where_nothing_speaks_against_it(launches, form):
     want = reference.backbone(x, blocks, *norm)
     close(stem.backbone(x, blocks, *norm, EPS), want)
     assert len(launches) == 1
-    for backend in ("eager", "cpp"):
-        with use_backend(backend):
-            assert stem.backbone_at_once(x, blocks, *norm, EPS) is None
-            assert len(launches) == 1
+    with use_backend("eager"):
+        assert stem.backbone_at_once(x, blocks, *norm, EPS) is None
+    assert len(launches) == 1
+
+
+def test_by_name_it_serves_or_refuses_what_no_block_would():
+    x, blocks, *norm = problem("folded", dtype=torch.float32)
+    for backend, words in (("triton", "run on GPUs"), ("cpp", "no such backend")):
+        for given in (blocks, ()):
+            with use_backend(backend), pytest.raises(BackendError, match=words):
+                functional.backbone(x, given, *norm)
+            with use_backend(backend), pytest.raises(BackendError, match=words):
+                stem.backbone(x, given, *norm, EPS)
+    with use_backend("eager"):
+        functional.backbone(x, blocks, *norm)
 
 
 @pytest.mark.parametrize(

@@ -218,12 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> frozen_svd(const Tensor& H, const Tensor& sce
   checks.expect(temperature > 0 && eps > 0, "temperature and eps must be positive");
   checks.tensor("packed", packed, dtype, {assemble<float>(nullptr, M, N, z, temperature, eps, nullptr)});
   checks.tensor("scalars", scalars, ScalarType::Double, {3});
-  checks.expect(scene.scalar_type() == ScalarType::Long && scene.is_cpu() && scene.is_contiguous() &&
-                    scene.dim() == 1 && scene.size(0) == B,
-                "scene must be a contiguous int64 tensor (B,) on the CPU");
-  const auto* scenes = static_cast<const std::int64_t*>(scene.const_data_ptr());
-  for (std::int64_t b = 0; b < B; ++b)
-    checks.expect(scenes[b] >= 0 && scenes[b] < z.scenes, "scene must name a row of table");
+  checks.scenes(scene, B, z.scenes);
   Tensor U = torch::stable::new_empty(H, {B, M, z.r, 2}), S = torch::stable::new_empty(H, {B, z.r});
   Tensor V = torch::stable::new_empty(H, {B, N, z.r, 2});
   const auto* numbers = static_cast<const double*>(scalars.const_data_ptr());

@@ -245,12 +245,7 @@ std::tuple<Tensor, Tensor, Tensor> frozen_angular_svd(const Tensor& H, const Ten
     checks.expect(M == N && array[0] <= M && array[1] <= M && array[2] <= M && array[0] * array[1] * array[2] == M,
                   "array must have as many antennas as H has rows and columns");
   }
-  checks.expect(scene.scalar_type() == ScalarType::Long && scene.is_cpu() && scene.is_contiguous() &&
-                    scene.dim() == 1 && scene.size(0) == B,
-                "scene must be a contiguous int64 tensor (B,) on the CPU");
-  const std::int64_t* scenes = pointer<std::int64_t>(scene);
-  for (std::int64_t b = 0; b < B; ++b)
-    checks.expect(scenes[b] >= 0 && scenes[b] < w[table].size(0), "scene must name a row of table");
+  checks.scenes(scene, B, w[table].size(0));
   if (dtype == ScalarType::Float) return evaluate<float>(H, scene, w, array, rank, active, sweeps);
   return evaluate<double>(H, scene, w, array, rank, active, sweeps);
 }

@@ -53,6 +53,16 @@ struct Checks {
     tensor(name, x, dtype, sizes.data(), sizes.data() + sizes.size());
   }
 
+  // B rows of a table of so many
+  void scenes(const Tensor& scene, std::int64_t B, std::int64_t rows) const {
+    expect(scene.scalar_type() == ScalarType::Long && scene.is_cpu() && scene.is_contiguous() && scene.dim() == 1 &&
+               scene.size(0) == B,
+           "scene must be a contiguous int64 tensor (B,) on the CPU");
+    const auto* found = static_cast<const std::int64_t*>(scene.const_data_ptr());
+    for (std::int64_t b = 0; b < B; ++b)
+      expect(found[b] >= 0 && found[b] < rows, "scene must name a row of table");
+  }
+
  private:
   void tensor(const char* name, const Tensor& x, ScalarType dtype, const std::int64_t* begin,
               const std::int64_t* end) const {

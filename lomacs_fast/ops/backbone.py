@@ -128,7 +128,7 @@ def _one_launch_reasons(
     for block in blocks:
         for part in block:
             weights += part if isinstance(part, Sequence) else [part]
-    if tokens.records((x, norm_weight, norm_bias, *weights)):
+    if common.records((x, norm_weight, norm_bias, *weights)):
         found.append("gradients are wanted, the kernel has none")
     if any(w is None for w in weights):
         found.append("the norm of a block has no bias")
@@ -197,12 +197,16 @@ def backbone_at_once(
     x: Tensor, blocks: Sequence[Block], norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
 ) -> Tensor | None:
     """The backbone in one launch; None where it takes a launch a block."""
-    if chosen() not in ("auto", "triton"):
-        return None
-    if _one_launch_reasons(x, blocks, norm_weight, norm_bias, eps):
-        return None
-    found: Tensor = _op(x, blocks, norm_weight, norm_bias, eps)
-    return found
+    wanted, args = chosen(), (x, blocks, norm_weight, norm_bias, eps)
+    if wanted in ("auto", "triton") and not _one_launch_reasons(*args):
+        return _fused(*args)
+    if wanted not in ("auto", "eager") and (
+        not blocks or any(isinstance(block, FoldedAttention) for block in blocks)
+    ):
+        # no op of a block would refuse what is served by name here or not at all
+        refused: Tensor = _op(*args)
+        return refused
+    return None
 
 
 def backbone(

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,11 @@ def plain(*tensors: Tensor) -> bool:
         and _get_current_dispatch_mode() is None
         and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
     )
+
+
+def records(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd will want the gradient of one of them."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def is_batched(x: Tensor) -> bool:
@@ -237,6 +242,13 @@ def triton_reasons(device: torch.device, proved: Collection[tuple[int, int]] = P
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         return ["TRITON_INTERPRET=1 interprets kernels"]
     return unproved_reasons("triton", device, proved)
+
+
+def single_triton_reasons(name: str, x: Tensor, proved: Collection[tuple[int, int]] = PROVED) -> list[str]:
+    """Why Triton kernels cannot serve on the device and in the precision of a tensor of this name."""
+    double = x.dtype in (torch.float64, torch.complex128)
+    found = [f"the Triton kernels are single precision, {name} is {_name(x.dtype)}"] if double else []
+    return found + triton_reasons(x.device, proved)
 
 
 @constant_in_graphs

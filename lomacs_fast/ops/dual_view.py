@@ -196,7 +196,7 @@ def _cpp_reasons(*args: Tensor) -> list[str]:
 
 
 def _triton_reasons(*args: Tensor) -> list[str]:
-    return _call_reasons(*args) or freq_gate.single_triton_reasons(args[0])
+    return _call_reasons(*args) or common.single_triton_reasons("Hd", args[0])
 
 
 def _run(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ def _front_cpp_reasons(H: Tensor, *args: Any) -> list[str]:
 
 
 def _front_triton_reasons(H: Tensor, *args: Any) -> list[str]:
-    return _front_call_reasons(H, *args) or freq_gate.single_triton_reasons(H)
+    return _front_call_reasons(H, *args) or common.single_triton_reasons("H", H)
 
 
 def _front(

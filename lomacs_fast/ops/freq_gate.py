@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -215,13 +215,7 @@ def _cpp_reasons(H: Tensor, *args: Any) -> list[str]:
 
 
 def _triton_reasons(H: Tensor, *args: Any) -> list[str]:
-    return _call_reasons(H, *args) or single_triton_reasons(H)
-
-
-def single_triton_reasons(H: Tensor, proved: Collection[tuple[int, int]] = common.PROVED) -> list[str]:
-    """Why Triton cannot serve this channel: its kernels are single precision; see `common.triton_reasons`."""
-    double = ["the Triton kernels are single precision, the channel is complex128"]
-    return (double if H.dtype == torch.complex128 else []) + common.triton_reasons(H.device, proved)
+    return _call_reasons(H, *args) or common.single_triton_reasons("H", H)
 
 
 def dense(*weights: Tensor) -> list[Tensor]:

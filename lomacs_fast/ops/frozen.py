@@ -20,7 +20,7 @@ from . import common, gated_conv, spectral
 from .backbone import backbone
 from .common import library
 from .dispatch import Backend, Op
-from .freq_gate import cpp_reasons, cpu_gate_reasons, freq_gate, gate_flops, single_triton_reasons
+from .freq_gate import cpp_reasons, cpu_gate_reasons, freq_gate, gate_flops
 from .ortho import flops_of_refine, native_reasons
 
 library.define(
@@ -146,7 +146,7 @@ def _stem_by_stem(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Ten
 
 def _triton_reasons(H: Tensor, scene: Tensor, weights: FrozenWeights) -> list[str]:
     found = common.mixed_reasons(H=H, weights=weights.pos) + common.transform_reasons()
-    return found + single_triton_reasons(H, common.NOWHERE)
+    return found + common.single_triton_reasons("H", H, common.NOWHERE)
 
 
 def _eager(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor, Tensor, Tensor]:

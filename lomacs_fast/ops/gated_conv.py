@@ -131,7 +131,7 @@ def _fused(
     args = [None if w is None else w.resolve_neg().contiguous() for w in given]
     tokens.same_device(x, **dict(zip(NAMES, args[1:], strict=True)))
     op = torch.ops.lomacs.gated_conv1d.default
-    return op(*args, eps) if tokens.records(args) else tokens.unrecorded(op, *args, eps)
+    return op(*args, eps) if common.records(args) else tokens.unrecorded(op, *args, eps)
 
 
 def gated_conv1d_at_once(x: Tensor, *args: Any) -> Tensor | None:

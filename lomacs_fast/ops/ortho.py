@@ -292,10 +292,8 @@ def triton_reasons(**tensors: Tensor) -> list[str]:
     """Why the Triton kernels cannot take complex tensors; U decides the dtype."""
     first = next(iter(tensors.values()))
     found = _complex_reasons(first) + common.mixed_reasons(**tensors)
-    if first.dtype == torch.complex128:
-        found.append("the Triton kernels are single precision, U is complex128")
     found += common.transform_reasons()
-    found += common.triton_reasons(first.device)
+    found += common.single_triton_reasons("U", first)
     if not found:
         from ..kernels.ortho import limit
 
@@ -316,15 +314,11 @@ def _refine(U: Tensor, V: Tensor | None, a: Size, b: Size | None) -> tuple[Tenso
     sizes = (a,) if b is None else (a, b)
     u, v = common.planes(U), None if V is None else common.planes(V)
     steps = common.scalars(sizes, U.device)
-    if U.device.type == "cpu" and _needs_gradient(u, v, steps):
+    if U.device.type == "cpu" and common.records((u, v, steps)):
         u, v, *_ = torch.ops.lomacs.ortho_refine_kept.default(u, v, steps)
     else:
         u, v = torch.ops.lomacs.ortho_refine.default(u, v, steps)
     return complex_of(u, U.shape), v if V is None else complex_of(v, V.shape)
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def complex_of(x: Tensor, shape: torch.Size) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -161,16 +162,12 @@ def _stacked(weights: Sequence[Grouped]) -> Weights:
     found = [w if isinstance(w, Tensor) else None for w in weights]
     lists = [list(w) for w in weights if not isinstance(w, Tensor)]
     if lists:
-        if torch.compiler.is_compiling() or not records(lists):
+        if torch.compiler.is_compiling() or not common.records(itertools.chain(*lists)):
             stacks = iter([torch.stack(w) for w in lists])
         else:
             stacks = iter(_Stack.apply(len(lists[0]), *functools.reduce(operator.iadd, lists, [])))
         found = [next(stacks) if w is None else w for w in found]
     return tuple(w.resolve_neg().contiguous() for w in found)  # type: ignore[union-attr, return-value]
-
-
-def records(lists: Sequence[Sequence[Tensor]]) -> bool:
-    return torch.is_grad_enabled() and any(w.requires_grad for group in lists for w in group)
 
 
 def _fused(
@@ -193,7 +190,7 @@ def _fused(
     lists = not any(isinstance(w, Tensor) for w in weights)
     if lists and not torch.compiler.is_compiling() and _where_they_lie(x, len(wq)):
         grouped: Any = weights
-        if not (tokens.records((x, norm_weight, norm_bias)) or records(grouped)):
+        if not common.records((x, norm_weight, norm_bias, *itertools.chain(*grouped))):
             return _listed(x, grouped, norm_weight, norm_bias, eps)
     stacked = _stacked(weights)
     tokens.same_device(
@@ -201,7 +198,7 @@ def _fused(
     )
     args = (x, *stacked, norm_weight, norm_bias, eps)
     op = torch.ops.lomacs.projected_attention.default
-    return op(*args) if tokens.records(args[:-1]) else tokens.unrecorded(op, *args)
+    return op(*args) if common.records(args[:-1]) else tokens.unrecorded(op, *args)
 
 
 # groups whose weights' addresses a launch has room for
@@ -270,7 +267,7 @@ def _triton_reasons(
     weights = [norm_weight, norm_bias]
     for w in (wq, wk, wv, wo, pk, pv):
         weights += [w] if isinstance(w, Tensor) else w
-    newer = in_chunks(g, a, k) or tokens.records((x, *weights))
+    newer = in_chunks(g, a, k) or common.records((x, *weights))
     found = tokens.triton_reasons(x, common.NOWHERE if newer else common.PROVED)
     for what, n in (("channels a group", g), ("wide queries", a)):
         if n > WIDEST:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from ..reference.refine_products import products
 from . import common
 from .common import REAL, library
 from .dispatch import Backend, Op, chosen
-from .freq_gate import single_triton_reasons
 from .ortho import check_like, complex_of, gradient, native_reasons
 
 library.define(
@@ -83,23 +83,19 @@ def _fake_backward(
     return H.new_empty(H.shape), H.new_empty(U.shape), factor, H.new_empty(scalars.shape)
 
 
-@torch.library.impl("lomacs::refine_svd_backward", "CPU", lib=library)
-def _recomputed(
-    gU: Tensor,
-    gS: Tensor,
-    gV: Tensor,
-    H: Tensor,
-    U: Tensor,
-    V: Tensor | None,
-    scalars: Tensor,
-    order: Tensor,
-    sweeps: int,
-    orthonormal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.impl("lomacs::refine_svd_backward", ("CPU", "CUDA"), lib=library)
+def _recomputed(gU: Tensor, gS: Tensor, gV: Tensor, H: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The gradients of the reference, computed anew with the columns in the order of the forward."""
     # on a thread of its own, where autograd records as it does outside of an op and no tracer looks on
+    stream = torch.cuda.current_stream(H.device) if H.is_cuda else None
+
+    def follow() -> tuple[Tensor, ...]:
+        # a new thread has a stream of its own
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            return _recompute(gU, gS, gV, H, *rest)
+
     with ThreadPoolExecutor(1) as aside:
-        return aside.submit(_recompute, gU, gS, gV, H, U, V, scalars, order, sweeps, orthonormal).result()
+        return aside.submit(follow).result()
 
 
 def _recompute(
@@ -127,30 +123,6 @@ def _recompute(
     if V is None:
         made.insert(2, H.new_empty(0))
     return made[0], made[1], made[2], made[3]
-
-
-@torch.library.impl("lomacs::refine_svd_backward", "CUDA", lib=library)
-def _recomputed_on_stream(
-    gU: Tensor,
-    gS: Tensor,
-    gV: Tensor,
-    H: Tensor,
-    U: Tensor,
-    V: Tensor | None,
-    scalars: Tensor,
-    order: Tensor,
-    sweeps: int,
-    orthonormal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # a new thread has a stream of its own
-    with ThreadPoolExecutor(1) as aside, torch.cuda.device(H.device):
-        stream = torch.cuda.current_stream()
-
-        def follow() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            with torch.cuda.stream(stream):
-                return _recompute(gU, gS, gV, H, U, V, scalars, order, sweeps, orthonormal)
-
-        return aside.submit(follow).result()
 
 
 def launched(
@@ -347,10 +319,9 @@ approx_svd = Op(
 
 def _gradient_reasons(*tensors: Tensor | None) -> list[str]:
     """Why `auto` leaves a call that is differentiated: the op makes the reference's graph anew."""
-    given = [x for x in tensors if x is not None]
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    traced = not common.plain(*(x for x in tensors if x is not None))
     # a traced graph must not hold complex arithmetic: there the op serves
-    if chosen() != "auto" or not wanted or not common.plain(*given):
+    if chosen() != "auto" or traced or not common.records(tensors):
         return []
     return ["its gradients are those of the reference, run again: where they are wanted that alone is faster"]
 
@@ -381,7 +352,7 @@ def _triton_reasons(
     scalars: Tensor | None,
     *_: Any,
 ) -> list[str]:
-    found = single_triton_reasons(H, common.NOWHERE) + common.mixed_reasons(H=H, U=U, V=V)
+    found = common.single_triton_reasons("H", H, common.NOWHERE) + common.mixed_reasons(H=H, U=U, V=V)
     if found:
         return found
     from ..kernels.refine import limit

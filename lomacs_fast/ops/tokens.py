@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -42,11 +42,6 @@ def register_autocast(name: str) -> None:
 def autocast(x: Tensor) -> bool:
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def records(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether autograd will want the gradient of one of them."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def unrecorded(op: Any, *args: Any) -> Any:
@@ -91,8 +86,7 @@ def reasons(x: Tensor, numbers: int) -> list[str]:
 
 def triton_reasons(x: Tensor, proved: Collection[tuple[int, int]] = common.PROVED) -> list[str]:
     """Why Triton does not serve tokens x; `proved` as in `common.triton_reasons`."""
-    double = ["the Triton kernels are single precision, x is float64"] if x.dtype == torch.float64 else []
-    return double + (common.triton_reasons(x.device, proved) or common.transform_reasons())
+    return common.single_triton_reasons("x", x, proved) + common.transform_reasons()
 
 
 def same_device(x: Tensor, **others: Tensor | None) -> None:
