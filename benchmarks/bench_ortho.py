@@ -28,11 +28,13 @@ def refine_macs(M: int, r: int, backward: bool) -> int:
 
 
 def bjorck_macs(M: int, r: int, backward: bool) -> int:
-    """Real multiply-adds a sample, first order: a step's `U^H U`, `U P`; backward `U^H g`, `g P`, `U C`.
+    """Real multiply-adds a sample, first order, of columns as near orthonormal as these.
 
-    Steps that share a Gram matrix need less: `U^H U` and `U Q` once for all, and some r x r triangles a step.
+    Forward `U^H U` and `U Q` once for all steps, and five triangles of `r x r` products for Q. Backward by
+    steps: `U^H U` and `U P` but for the last, `U^H g`, `g P` and `U C`.
     """
-    return STEPS * (2 + 4 + (4 + 4 + 4) * backward) * M * r * r
+    once = 6 * M * r * r + 5 * 2 * r**3
+    return once + ((STEPS - 1) * 6 + STEPS * 12) * M * r * r * backward
 
 
 def columns(M: int, r: int, batch: int, seed: int) -> Tensor:

@@ -248,6 +248,21 @@ def test_the_largest_factors_keep_the_rule(size):
     check_errors(("value",), runs)
 
 
+# on either side of the radii of the three polynomials, whose bound on the spectral norm is exact for one direction
+@pytest.mark.parametrize("width", [0.34, 0.36, 0.42, 0.48, 0.5, 0.56, 0.61, 0.63, 0.7])
+@pytest.mark.parametrize(("steps", "order"), [(3, 1), (5, 1), (20, 1), (3, 2), (6, 2)])
+def test_all_steps_at_once_near_orthonormal_columns_keep_the_rule(isa, width, steps, order):
+    runs = []
+    for sign in (-1, 1):
+        left, right = (torch.linalg.qr(matrices(n, 11, seed=n))[0] for n in (63, 11))
+        values = torch.ones(11, dtype=torch.float64)
+        values[0] = (1 + sign * width) ** 0.5
+        U = (left * values @ right.mH).to(torch.complex64).contiguous()
+        exact = reference.bjorck(U.to(torch.complex128), steps, order)
+        runs.append(((exact,), (reference.bjorck(U, steps, order),), (bjorck(U, steps, order),)))
+    check_errors(("value",), runs)
+
+
 @pytest.mark.parametrize(("M", "r"), [(64, 32), (128, 64), (63, 11)])
 def test_float32_reaches_orthonormal_columns_from_condition_100(isa, M, r):
     left, right = (torch.linalg.qr(matrices(n, r, B=4, seed=n))[0] for n in (M, r))

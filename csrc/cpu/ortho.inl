@@ -79,7 +79,7 @@ struct ToMoreRowsAndPanels {
 // Scratch of Björck's iteration. With gradients every step keeps its matrices, else two take turns.
 template <typename T>
 struct Iterates {
-  Panels<T> U, G, P, X, S, Z;
+  Panels<T> U, G, P, X, S, Z, W;
   T *rows, *g, *square, *sums;
   std::int64_t M, r, kept_rows, kept;
 
@@ -94,6 +94,7 @@ struct Iterates {
     X = take_squares(arena, r, r);
     S = take_squares(arena, r, r);
     Z = take_squares(arena, r, r);
+    if (!job.together.empty()) W = take_squares(arena, r, r);
     rows = arena.take(kept_rows * 2 * M * r);
     square = arena.take(2 * r * r);
     sums = take_row(arena, r);
@@ -149,16 +150,23 @@ LOMACS_TARGET void copy_scaled(const T* from, T s, std::int64_t n, T* to) {
   for (; i < n; ++i) to[i] = s * from[i];
 }
 
+// to = A B for the A whose rows are in x.square
+template <typename T>
+LOMACS_TARGET void times_square(const Iterates<T>& x, Panels<T> B, Panels<T> to, Ahead& ahead,
+                                Part part = Part::upper) {
+  const Term<T> terms[] = {{{x.square, x.r, 1}, B, x.r}};
+  ToPanels<T> sink{to};
+  product<false>(terms, sink, x.r, x.r, ahead, part);
+  if (part == Part::upper) mirror(to, x.r);
+}
+
 // to = A B of commuting Hermitian matrices, Hermitian itself: its upper half, mirrored, and then `to` may be A; or
 // all of it
 template <typename T>
 LOMACS_TARGET void hermitian_product(const Iterates<T>& x, Panels<T> A, Panels<T> B, Panels<T> to, Ahead& ahead,
                                      Part part = Part::upper) {
   rows_of(A, x.r, x.square);
-  const Term<T> terms[] = {{{x.square, x.r, 1}, B, x.r}};
-  ToPanels<T> sink{to};
-  product<false>(terms, sink, x.r, x.r, ahead, part);
-  if (part == Part::upper) mirror(to, x.r);
+  times_square(x, B, to, ahead, part);
 }
 
 // The Gram matrix of u, by half of it or all: halves round differently, equal columns of all have equal entries.
@@ -227,6 +235,72 @@ LOMACS_TARGET Panels<T> product_of_steps(const Bjorck<T>& job, const Iterates<T>
   return x.Z;
 }
 
+// product + sum of c_i A_i to panels
+template <typename T>
+struct ToSumOfPanels {
+  ToPanels<T> to;
+  const Panels<T>* A;
+  const double* c;
+  int count;
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+    for (int n = 0; n < count; ++n) {
+      const Vec<T> x = splat(static_cast<T>(c[n]));
+      const T* p = A[n].at(i0, vec);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) {
+          re[i][j] += x * load(p + i * Panels<T>::step + j * lanes<T>);
+          im[i][j] += x * load(p + i * Panels<T>::step + j * lanes<T> + Panels<T>::imag);
+        }
+    }
+    to.template take<R, V>(re, im, i0, vec);
+  }
+};
+
+// The polynomial of all steps at the Gram matrix in x.G, which is spent, where its eigenvalues are near enough 1;
+// else nothing, and x.G is left. By Paterson and Stockmeyer: the first powers, then Horner's rule in the last.
+template <typename T>
+LOMACS_TARGET Panels<T> all_steps_at_once(const Bjorck<T>& job, const Iterates<T>& x, Ahead& ahead) {
+  if (job.together.empty()) return {};
+  const std::int64_t r = x.r;
+  const double widest = job.together.back().radius;
+  const Panels<T> X = x.W, powers[] = {X, x.S, x.X, x.gram(0)};
+  multiple(x.gram(0), T(1), r, X);
+  add_identity(X, T(-1), r);
+  rows_of(X, r, x.square);
+  times_square(x, X, x.S, ahead);
+  // |X| is at least |X^2|_F^(1/2) / r^(1/4), and at most |X^3|_F^(1/3)
+  double norm = std::sqrt(std::sqrt(inner(x.S, x.S, r) / static_cast<double>(r)));
+  if (norm <= widest) {
+    times_square(x, x.S, x.X, ahead);
+    norm = std::cbrt(std::sqrt(inner(x.X, x.X, r)));
+  }
+  const Polynomial* fit = nullptr;
+  for (const Polynomial& candidate : job.together)
+    if (fit == nullptr && norm <= candidate.radius) fit = &candidate;
+  if (fit == nullptr) return {};
+  if (fit->power == 4) times_square(x, x.X, powers[3], ahead);
+  rows_of(powers[fit->power - 1], r, x.square);
+  Panels<T> now = x.Z, next = x.polynomial(0);
+  const double* c = fit->c.data() + fit->power * fit->products;
+  multiple(X, static_cast<T>(c[1]), r, now);
+  for (int n = 1; n < fit->power; ++n) combine(now, T(1), powers[n], static_cast<T>(c[n + 1]), r, now);
+  add_identity(now, static_cast<T>(c[0]), r);
+  for (int n = 0; n < fit->products; ++n) {
+    c -= fit->power;
+    const Term<T> terms[] = {{{x.square, r, 1}, now, r}};
+    ToSumOfPanels<T> sink{{next}, powers, c + 1, fit->power - 1};
+    product<false>(terms, sink, r, r, ahead, Part::upper);
+    add_identity(next, static_cast<T>(c[0]), r);
+    mirror(next, r);
+    std::swap(now, next);
+  }
+  return now;
+}
+
 // The Gram matrix of u and the sums of its magnitudes, the largest of which is `largest`; returns the scale of the
 // start, by which the Gram matrix is multiplied already
 template <typename T>
@@ -267,6 +341,14 @@ LOMACS_TARGET void bjorck_forward(const Bjorck<T>& job, const Iterates<T>& x, co
   double largest = 0;
   T scale = bjorck_start(job, x, u, largest, fine > 0 ? Part::all : Part::upper, ahead);
   if (job.steps == 0) return copy_scaled(u, scale, 2 * M * r, out);
+  const Panels<T> all = all_steps_at_once(job, x, ahead);
+  if (all.data != nullptr) {
+    add_identity(all, T(-1), r);
+    if (scale != 1) multiple(all, scale, r, all);
+    const Term<T> terms[] = {{{u, r, 1}, all, r}};
+    ToMoreRowsAndPanels<T> sink{{out, r}, {}, u, scale};
+    return product<false>(terms, sink, M, r, ahead);
+  }
   const T* now = u;
   for (std::int64_t i = 0; i < fine; ++i) {
     if (i > 0) iterate_gram(x, now, x.gram(0), Part::all, ahead);
