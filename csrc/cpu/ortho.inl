@@ -16,11 +16,15 @@ LOMACS_TARGET void ortho_refine_factors(const OrthoRefine<T>& job, std::int64_t 
     const bool second = n >= job.batch;
     const FactorOf<T>& f = job.factors[second];
     const std::int64_t rows = f.rows, size = 2 * rows * r, b = second ? n - job.batch : n;
-    Ahead ahead;
+    Ahead ahead(f.refined ? 40 : 16);
     if (n + 1 < end && b + 1 < job.batch) {
-      if (job.backward) ahead.add(f.g + (b + 1) * size, sizeof(T) * static_cast<std::size_t>(size));
-      if (f.refined) ahead.add(f.refined + (b + 1) * size, sizeof(T) * static_cast<std::size_t>(size));
-      ahead.add(f.x + (b + 1) * size, sizeof(T) * static_cast<std::size_t>(size));
+      const std::size_t bytes = sizeof(T) * static_cast<std::size_t>(size);
+      if (job.backward) ahead.add(f.g + (b + 1) * size, bytes);
+      if (f.refined) {
+        ahead.add(f.refined + (b + 1) * size, bytes);
+        ahead.add(f.residual + 2 * (b + 1) * f.stride * r, sizeof(T) * static_cast<std::size_t>(2 * r * r));
+      }
+      ahead.add(f.x + (b + 1) * size, bytes);
     }
     x.U.rows = rows;
     const T* u = f.x + b * size;
