@@ -197,21 +197,27 @@ def svd_tail_bwd_kernel(
 ):
     pid = tl.program_id(0).to(tl.int64)
     square: tl.constexpr = r * r * 2
-    # one pointer for all scratch: what lies at constant distances takes no registers
-    p_p = p_scratch + pid * SCRATCH
-    p_e = p_p + 2 * square
-    p_c = p_e + 2 * square
-    p_gw = p_c + square
-    p_gw_v = p_gw + M * r * 2
-    # for each factor: norms of the raw columns, their reciprocals, norms of the refined columns
-    p_norms = p_gw_v + N * r * 2
-    p_q = p_norms + r * 6
-    p_share = p_q + r * 2
+    # registers run out: what would be kept over the samples is made anew for each
+    ANEW: tl.constexpr = r > 32
+    tau = 0.0
+    if not ANEW:
+        tau = tl.load(p_scalars + 2).to(tl.float32)
     p_places += pid * (r * 2)
     p_order = p_places + r
-    tau = tl.load(p_scalars + 2).to(tl.float32)
     for b in tl.range(pid, B, tl.num_programs(0), loop_unroll_factor=1):
         zero = tl.cast(b, tl.int32) // B
+        # one pointer for all scratch: what lies at constant distances takes no registers
+        p_p = p_scratch + pid * SCRATCH
+        if ANEW:
+            p_p = p_scratch + (pid + zero) * SCRATCH
+        p_e = p_p + 2 * square
+        p_c = p_e + 2 * square
+        p_gw = p_c + square
+        p_gw_v = p_gw + M * r * 2
+        # for each factor: norms of the raw columns, their reciprocals, norms of the refined columns
+        p_norms = p_gw_v + N * r * 2
+        p_q = p_norms + r * 6
+        p_share = p_q + r * 2
         # refined factors stand where their gradients will
         p_x = p_gu_out + b * (M * r * 2)
         p_y = p_gv_out + b * (N * r * 2)
@@ -254,10 +260,12 @@ def svd_tail_bwd_kernel(
             )
         zero = tl.cast(b, tl.int32) // (B + 2)
         gtau = 0.0
-        for j0 in tl.range(zero * COLUMNS, r, COLUMNS, loop_unroll_factor=1):
+        for j0 in tl.range(0 if ANEW else zero * COLUMNS, r, COLUMNS, loop_unroll_factor=1):
             dr, di = measured_columns(
                 p_x, p_a, p_y, p_gw, M, N, r, j0, zero, True, ROWS, COLUMNS, CHUNK, PRECISION
             )
+            if ANEW:
+                tau = tl.load(p_scalars + 2).to(tl.float32)
             j = j0 + tl.arange(0, COLUMNS)
             g = tl.load(p_gs + b * r + j, mask=j < r, other=0.0)
             order = tl.load(p_order + j, mask=j < r, other=0)

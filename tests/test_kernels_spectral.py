@@ -305,12 +305,8 @@ def test_scratch_stays_in_the_cache_of_the_chip(monkeypatch, M, r, processors, c
         check_scratch(launch, B, processors, cache)
 
 
-# loads and stores of spilled registers that are left on sm_80, once a sample: offsets of lanes kept over the loop
-LEFT = {"tail backward 128": 8}
-
-
 def test_what_is_compiled_ahead():
     # the rest are vectors of r, and entries of r x r matrices in the order of the columns
     matrices = {"calibrate forward": 9, "calibrate backward": 23, "tail forward": 24, "tail backward": 97}
     # lower tiles take fewer loads
-    check_compiled(__file__, LEFT, matrices | {"tail forward 128": 14})
+    check_compiled(__file__, matrices | {"tail forward 128": 14})
