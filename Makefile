@@ -32,8 +32,9 @@ help:
 demo: .venv/demo
 	$(BIN)/python -m lomacs_fast.demo --out runs/demo
 
+# a file's tests share what they compiled, so a file stays in one process
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -3,6 +3,11 @@
 import os
 
 import pytest
+
+# read when OpenMP is loaded: threads that spin while they wait take the cores of the process beside this one
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # read when Triton is imported; a device runs kernels instead
