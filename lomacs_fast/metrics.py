@@ -733,10 +733,21 @@ register_macs(
     "lomacs::spectral_calibrate_backward",
     lambda g, U, H, V, S, tau, gu, gh, gv, out: _calibrate(U, V, gh + gv),
 )
-register_macs("lomacs::svd_tail", lambda U, V, S, H, x, out: _refinement(U, V, False) + _calibrate(U, V, 0))
+for _name in ("svd_tail", "svd_tail_kept"):
+    register_macs(
+        f"lomacs::{_name}", lambda U, V, S, H, x, out: _refinement(U, V, False) + _calibrate(U, V, 0)
+    )
 register_macs(
     "lomacs::svd_tail_backward",
     lambda gU, gS, gV, U, V, S, H, x, gh, out: _refinement(U, V, True) + _calibrate(U, V, 1 + gh),
+)
+
+
+register_macs(
+    "lomacs::svd_tail_kept_backward",
+    lambda gU, gS, gV, U, V, S, H, x, oU, oV, kept, gh, out: (
+        _refinement(U, V, True) - _refinement(U, V, False) + _calibrate(U, V, gh)
+    ),
 )
 
 

@@ -66,6 +66,14 @@ def tail(U, V, S, H, gU, gS, gV, gh=True):
     return *values, *torch.ops.lomacs.svd_tail_backward(real(gU), gS, real(gV), *args, gh)
 
 
+def kept(U, V, S, H, gU, gS, gV, gh=True):
+    """The same by what the forward keeps for the backward."""
+    args = (real(U), real(V), S, real(H), scalars(*SCALARS))
+    *values, state = torch.ops.lomacs.svd_tail_kept(*args)
+    backward = torch.ops.lomacs.svd_tail_kept_backward
+    return *values, *backward(real(gU), gS, real(gV), *args, values[0], values[2], state, gh)
+
+
 def expected(fn, U, V, S, H, gU, gS, gV):
     """The same by autograd of the reference."""
     U, V, S, H = (x.clone().requires_grad_() for x in (U, V, S, H))
@@ -85,7 +93,7 @@ def close(got, want, bound=1e-10):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("fn", [calibrate, tail])
+@pytest.mark.parametrize("fn", [calibrate, tail, kept])
 def test_float64_equals_autograd_of_the_reference(isa, fn, size):
     tensors = problem(*size)
     close(fn(*tensors), expected(fn, *tensors))
@@ -133,7 +141,7 @@ def double(tensors):
     ],
 )
 @pytest.mark.parametrize("size", [(64, 64, 32), (63, 41, 11)])
-@pytest.mark.parametrize("fn", [calibrate, tail])
+@pytest.mark.parametrize("fn", [calibrate, tail, kept])
 def test_float32_error_is_at_most_twice_eager(fn, size, kind):
     runs = []
     for seed in range(3):
@@ -150,7 +158,7 @@ def test_float32_error_is_at_most_twice_eager(fn, size, kind):
 
 
 @pytest.mark.parametrize("kind", ["random", "ill-conditioned"])
-@pytest.mark.parametrize("fn", [calibrate, tail])
+@pytest.mark.parametrize("fn", [calibrate, tail, kept])
 def test_every_size_keeps_the_rule(fn, kind):
     """M and N from 8 to 256, r from 1 to 128: the extremes, powers of two, their neighbours, and a draw."""
     generator, runs = random.Random(0), []
@@ -183,13 +191,13 @@ def test_every_size_keeps_the_rule(fn, kind):
 
 
 @pytest.mark.parametrize("size", [(6, 5, 3), (63, 41, 11), (64, 64, 32)])
-@pytest.mark.parametrize("fn", [calibrate, tail])
+@pytest.mark.parametrize("fn", [calibrate, tail, kept])
 def test_instruction_sets_agree(isa, fn, size):
     tensors = hard_case("random", *size, 0, B=3)
     close([x.double() for x in fn(*tensors)], expected(fn, *double(tensors)), 1e-5)
 
 
-@pytest.mark.parametrize("fn", [calibrate, tail])
+@pytest.mark.parametrize("fn", [calibrate, tail, kept])
 def test_threads_and_repetition_do_not_change_a_bit(fn):
     tensors = hard_case("random", 63, 41, 17, 0, B=33)
     before = torch.get_num_threads()
@@ -211,13 +219,14 @@ def test_flags_leave_gradients_out_and_change_no_others():
         got = calibrate(*tensors, flags=flags)
         for a, b, wanted in zip(got, everything, [True, *flags, True, True], strict=True):
             assert torch.equal(a, b) if wanted else a.shape == (0,)
-    *values, gU, gV, gS, gH, gscalars = tail(*tensors, gh=False)
-    assert gH.shape == (0,)
-    rest = [x for i, x in enumerate(tail(*tensors)) if i != 6]
-    assert all(torch.equal(a, b) for a, b in zip([*values, gU, gV, gS, gscalars], rest, strict=True))
+    for fn in (tail, kept):
+        *values, gU, gV, gS, gH, gscalars = fn(*tensors, gh=False)
+        assert gH.shape == (0,)
+        rest = [x for i, x in enumerate(fn(*tensors)) if i != 6]
+        assert all(torch.equal(a, b) for a, b in zip([*values, gU, gV, gS, gscalars], rest, strict=True))
 
 
-@pytest.mark.parametrize("fn", [calibrate, tail])
+@pytest.mark.parametrize("fn", [calibrate, tail, kept])
 def test_inputs_are_not_written_to_and_may_lie_anywhere(fn):
     tensors = hard_case("random", 9, 7, 3, 0, B=3)
     copies, want = [x.clone() for x in tensors], fn(*tensors)
@@ -245,7 +254,7 @@ def test_the_order_is_that_of_a_stable_sort(isa):
     assert spectrum[2].isnan().tolist() == [True, False, False, False, False]
 
 
-@pytest.mark.parametrize("fn", [calibrate, tail])
+@pytest.mark.parametrize("fn", [calibrate, tail, kept])
 def test_zero_columns(isa, fn):
     """|0| and the norm of a zero column have subgradient 0."""
     tensors = [x.clone() for x in problem(6, 5, 3)]
@@ -257,19 +266,19 @@ def test_zero_columns(isa, fn):
     close(got, expected(fn, *tensors))
 
 
-@pytest.mark.parametrize("fn", [calibrate, tail])
+@pytest.mark.parametrize("fn", [calibrate, tail, kept])
 @pytest.mark.parametrize("size", [(4, 3, 2), (19, 18, 17)])
 def test_nan_stays_in_its_sample(fn, size):
     tensors = problem(*size)
     tensors[3][1, 2, 1] = float("nan")
     *found, scalar = fn(*tensors)
     assert scalar.isnan().any()
-    assert found[1 if fn is tail else 0][1].isnan().any()
+    assert found[0 if fn is calibrate else 1][1].isnan().any()
     for x in found:
         assert torch.isfinite(x[[0, 2]]).all()
 
 
-@pytest.mark.parametrize("fn", [calibrate, tail])
+@pytest.mark.parametrize("fn", [calibrate, tail, kept])
 def test_an_empty_batch(fn):
     *found, scalar = fn(*problem(4, 3, 2, B=0))
     assert (scalar == 0).all()
@@ -291,6 +300,11 @@ def test_bad_arguments_are_named():
         (lambda: ops.svd_tail(u[:, :, :0], v[:, :, :0], S[:, :0], h, three), "no dimension but the batch"),
         (lambda: ops.svd_tail_backward(u, S, u, u, v, S, h, three, True), "gV must have shape"),
         (lambda: ops.svd_tail_backward(u.float(), S, v, u, v, S, h, three, True), "gU must be float64"),
+        (lambda: ops.svd_tail_kept_backward(u, S, v, u, v, S, h, three, u, u, S, True), "V must have shape"),
+        (
+            lambda: ops.svd_tail_kept_backward(u, S, v, u, v, S, h, three, u, v, S, True),
+            "kept must have shape",
+        ),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()

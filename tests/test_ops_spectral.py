@@ -87,14 +87,36 @@ def raw(dtype, need, B=2):
 def test_opcheck(dtype):
     U, V, S, H, values = raw(dtype, True)
     torch.library.opcheck(OPS.svd_tail.default, (U, V, S, H, values))
+    torch.library.opcheck(OPS.svd_tail_kept.default, (U, V, S, H, values))
     tau = values[2:].detach().requires_grad_()
     torch.library.opcheck(OPS.spectral_calibrate.default, (U, H, V, S, tau))
     torch.library.opcheck(OPS.spectral_calibrate.default, (U.detach(), H.detach(), V, S, tau.detach()))
     U, V, S, H, values = (x.detach() for x in (U, V, S, H, values))
+    u, _, v, kept = OPS.svd_tail_kept(U, V, S, H, values)
     for flag in (False, True):
+        args = (U, S, V, U, V, S, H, values, u, v, kept, flag)
+        torch.library.opcheck(OPS.svd_tail_kept_backward.default, args)
         torch.library.opcheck(OPS.svd_tail_backward.default, (U, S, V, U, V, S, H, values, flag))
         args = (S, U, H, V, S, values[2:], True, flag, not flag)
         torch.library.opcheck(OPS.spectral_calibrate_backward.default, args)
+
+
+def test_what_the_gradients_need_is_kept_where_they_are_wanted(monkeypatch):
+    """Without gradients no more than the results; with them the same bits and what the backward reads."""
+    U, V, S, H, *scalars = problem(dtype=torch.complex64)
+    called = []
+    for name in ("svd_tail", "svd_tail_kept"):
+        op = getattr(OPS, name).default
+        monkeypatch.setattr(
+            getattr(OPS, name), "default", lambda *x, op=op, name=name: called.append(name) or op(*x)
+        )
+    plain = functional.svd_tail(U, V, S, H, *scalars)
+    leaf = S.clone().requires_grad_()
+    wanted = functional.svd_tail(U, V, leaf, H, *scalars)
+    with torch.no_grad():
+        functional.svd_tail(U, V, leaf, H, *scalars)
+    assert called == ["svd_tail", "svd_tail_kept", "svd_tail"]
+    assert all(torch.equal(x, y) and y.requires_grad for x, y in zip(plain, wanted, strict=True))
 
 
 def test_opcheck_of_no_samples():

@@ -82,7 +82,7 @@ class Ahead {
     std::int64_t stretches;
     std::size_t stride;
   };
-  Range ranges_[4];
+  Range ranges_[8];
   std::int64_t lines_;
   int count_ = 0;
 };

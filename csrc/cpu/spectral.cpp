@@ -24,14 +24,36 @@ struct Calibrate {
   double tau;
 };
 
-// Raw factors, and the results oU, oS, oV; where gU, gS and gV are there, the gradients of the inputs instead.
+// Raw factors, and the results oU, oS, oV; where gU, gS and gV are there, the gradients of the inputs instead. Where
+// kept is there, the forward leaves in it what the backward then reads beside the results U_out and V_out.
 template <typename T>
 struct Tail {
-  const T *U, *V, *S_pred, *H, *gU, *gS, *gV;
-  T *oU, *oS, *oV, *oH;
+  const T *U, *V, *S_pred, *H, *gU, *gS, *gV, *U_out, *V_out;
+  T *oU, *oS, *oV, *oH, *kept;
   double* gscalars;
   std::int64_t M, N, r;
   double a, b, tau;
+};
+
+}  // namespace
+}  // namespace lomacs
+
+namespace lomacs {
+namespace {
+
+// What the forward of a sample keeps: U^H U - I of both factors, H V, the measured diagonal, and of each factor by
+// column the reciprocals of norms that normalise and differentiate, raw and refined.
+template <typename T>
+struct Kept {
+  T *residuals[2] = {}, *W = nullptr, *z = nullptr, *columns[2] = {};
+
+  static std::int64_t size(std::int64_t M, std::int64_t r) { return 4 * r * r + 2 * M * r + 10 * r; }
+  Kept() = default;
+  Kept(T* p, std::int64_t M, std::int64_t r)
+      : residuals{p, p + 2 * r * r},
+        W(p + 4 * r * r),
+        z(W + 2 * M * r),
+        columns{z + 2 * r, z + 6 * r} {}
 };
 
 }  // namespace
@@ -155,29 +177,51 @@ Tail<T> tail_job(const Tensor& U, const Tensor& V, const Tensor& S_pred, const T
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> tail(const Tensor& U, const Tensor& V, const Tensor& S_pred, const Tensor& H,
-                                        const Tensor& scalars) {
+                                        const Tensor& scalars, Tensor* kept) {
   Tensor oU = torch::stable::new_empty(U, U.sizes()), oV = torch::stable::new_empty(V, V.sizes());
   Tensor oS = torch::stable::new_empty(S_pred, S_pred.sizes());
   Tail<T> job = tail_job<T>(U, V, S_pred, H, scalars);
   job.oU = output<T>(oU), job.oS = output<T>(oS), job.oV = output<T>(oV);
+  if (kept) job.kept = output<T>(*kept);
   if (S_pred.size(0) > 0) run(job, S_pred.size(0));
   return {oU, oS, oV};
 }
 
-std::tuple<Tensor, Tensor, Tensor> svd_tail(const Tensor& U_raw, const Tensor& V_raw, const Tensor& S_pred,
-                                            const Tensor& H, const Tensor& scalars) {
-  constexpr Checks checks{"svd_tail"};
+void check_tail(const Checks& checks, const Tensor& U_raw, const Tensor& V_raw, const Tensor& S_pred,
+                const Tensor& H, const Tensor& scalars) {
   check_problem(checks, "U_raw", U_raw, "V_raw", V_raw, S_pred, H);
   checks.tensor("scalars", scalars, ScalarType::Double, {3});
-  if (S_pred.scalar_type() == ScalarType::Float) return tail<float>(U_raw, V_raw, S_pred, H, scalars);
-  return tail<double>(U_raw, V_raw, S_pred, H, scalars);
 }
+
+std::tuple<Tensor, Tensor, Tensor> svd_tail(const Tensor& U_raw, const Tensor& V_raw, const Tensor& S_pred,
+                                            const Tensor& H, const Tensor& scalars) {
+  check_tail(Checks{"svd_tail"}, U_raw, V_raw, S_pred, H, scalars);
+  if (S_pred.scalar_type() == ScalarType::Float) return tail<float>(U_raw, V_raw, S_pred, H, scalars, nullptr);
+  return tail<double>(U_raw, V_raw, S_pred, H, scalars, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> svd_tail_kept(const Tensor& U_raw, const Tensor& V_raw,
+                                                         const Tensor& S_pred, const Tensor& H,
+                                                         const Tensor& scalars) {
+  check_tail(Checks{"svd_tail_kept"}, U_raw, V_raw, S_pred, H, scalars);
+  const bool single = S_pred.scalar_type() == ScalarType::Float;
+  Tensor kept = torch::stable::new_empty(S_pred, {S_pred.size(0), Kept<float>::size(H.size(1), S_pred.size(1))});
+  auto [U, S, V] = single ? tail<float>(U_raw, V_raw, S_pred, H, scalars, &kept)
+                          : tail<double>(U_raw, V_raw, S_pred, H, scalars, &kept);
+  return {U, S, V, kept};
+}
+
+// What the forward kept and its factors, or nothing.
+struct KeptTail {
+  const Tensor *U, *V, *kept;
+};
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_backward(const Tensor& gU, const Tensor& gS,
                                                                  const Tensor& gV, const Tensor& U,
                                                                  const Tensor& V, const Tensor& S_pred,
-                                                                 const Tensor& H, const Tensor& scalars, bool gh) {
+                                                                 const Tensor& H, const Tensor& scalars, bool gh,
+                                                                 const KeptTail* kept) {
   const std::int64_t B = S_pred.size(0);
   Tensor oU = torch::stable::new_empty(U, U.sizes()), oV = torch::stable::new_empty(V, V.sizes());
   Tensor oS = torch::stable::new_empty(S_pred, S_pred.sizes());
@@ -188,6 +232,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_backward(const Tensor& g
   job.gU = pointer<T>(gU), job.gS = pointer<T>(gS), job.gV = pointer<T>(gV);
   job.oU = output<T>(oU), job.oS = output<T>(oS), job.oV = output<T>(oV), job.oH = output<T>(oH, gh);
   job.gscalars = samples.data();
+  if (kept) {
+    // read alone
+    job.kept = const_cast<T*>(pointer<T>(*kept->kept));
+    job.U_out = pointer<T>(*kept->U), job.V_out = pointer<T>(*kept->V);
+  }
   if (B > 0) run(job, B);
   // in the order of the samples, whatever thread had them
   double total[3] = {};
@@ -196,22 +245,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_backward(const Tensor& g
   return {oU, oV, oS, oH, gscalars};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> svd_tail_backward(const Tensor& gU, const Tensor& gS,
-                                                                     const Tensor& gV, const Tensor& U_raw,
-                                                                     const Tensor& V_raw, const Tensor& S_pred,
-                                                                     const Tensor& H, const Tensor& scalars,
-                                                                     bool gh) {
-  constexpr Checks checks{"svd_tail_backward"};
-  check_problem(checks, "U_raw", U_raw, "V_raw", V_raw, S_pred, H);
-  checks.tensor("scalars", scalars, ScalarType::Double, {3});
+void check_tail_backward(const Checks& checks, const Tensor& gU, const Tensor& gS, const Tensor& gV,
+                         const Tensor& U_raw, const Tensor& V_raw, const Tensor& S_pred, const Tensor& H,
+                         const Tensor& scalars) {
+  check_tail(checks, U_raw, V_raw, S_pred, H, scalars);
   const ScalarType dtype = S_pred.scalar_type();
   const std::int64_t B = S_pred.size(0), r = S_pred.size(1);
   checks.tensor("gU", gU, dtype, {B, H.size(1), r, 2});
   checks.tensor("gS", gS, dtype, {B, r});
   checks.tensor("gV", gV, dtype, {B, H.size(2), r, 2});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> svd_tail_backward(const Tensor& gU, const Tensor& gS,
+                                                                     const Tensor& gV, const Tensor& U_raw,
+                                                                     const Tensor& V_raw, const Tensor& S_pred,
+                                                                     const Tensor& H, const Tensor& scalars,
+                                                                     bool gh) {
+  check_tail_backward(Checks{"svd_tail_backward"}, gU, gS, gV, U_raw, V_raw, S_pred, H, scalars);
+  if (S_pred.scalar_type() == ScalarType::Float)
+    return tail_backward<float>(gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh, nullptr);
+  return tail_backward<double>(gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> svd_tail_kept_backward(
+    const Tensor& gU, const Tensor& gS, const Tensor& gV, const Tensor& U_raw, const Tensor& V_raw,
+    const Tensor& S_pred, const Tensor& H, const Tensor& scalars, const Tensor& U, const Tensor& V,
+    const Tensor& kept, bool gh) {
+  constexpr Checks checks{"svd_tail_kept_backward"};
+  check_tail_backward(checks, gU, gS, gV, U_raw, V_raw, S_pred, H, scalars);
+  const ScalarType dtype = S_pred.scalar_type();
+  const std::int64_t B = S_pred.size(0), r = S_pred.size(1), M = H.size(1);
+  checks.tensor("U", U, dtype, {B, M, r, 2});
+  checks.tensor("V", V, dtype, {B, H.size(2), r, 2});
+  checks.tensor("kept", kept, dtype, {B, Kept<float>::size(M, r)});
+  const KeptTail given{&U, &V, &kept};
   if (dtype == ScalarType::Float)
-    return tail_backward<float>(gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh);
-  return tail_backward<double>(gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh);
+    return tail_backward<float>(gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh, &given);
+  return tail_backward<double>(gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh, &given);
 }
 
 }  // namespace
@@ -242,4 +312,6 @@ STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) {
   m.impl("spectral_calibrate_backward", TORCH_BOX(&lomacs::spectral_calibrate_backward));
   m.impl("svd_tail", TORCH_BOX(&lomacs::svd_tail));
   m.impl("svd_tail_backward", TORCH_BOX(&lomacs::svd_tail_backward));
+  m.impl("svd_tail_kept", TORCH_BOX(&lomacs::svd_tail_kept));
+  m.impl("svd_tail_kept_backward", TORCH_BOX(&lomacs::svd_tail_kept_backward));
 }

@@ -191,6 +191,23 @@ struct TailFactor {
   Factor<T> x;
   T *columns, *g, *scale, *slope;
 
+  // by column: what normalises raw and refined columns, and what their gradients take, one row after another
+  void keep(std::int64_t r, T* to) const {
+    for (std::int64_t k = 0; k < r; ++k) {
+      to[k] = scale[k];
+      to[r + k] = slope[k];
+      to[2 * r + k] = x.scale[k];
+      const double n = std::sqrt(static_cast<double>(x.squares[k]));
+      to[3 * r + k] = static_cast<T>(n != 0 ? 1 / n : 0.0);
+    }
+  }
+  void take(std::int64_t r, const T* from) const {
+    std::copy(from, from + r, scale);
+    std::copy(from + r, from + 2 * r, slope);
+    std::copy(from + 2 * r, from + 3 * r, x.scale);
+    std::copy(from + 3 * r, from + 4 * r, x.slope);
+  }
+
   void plan(Arena<T>& arena, std::int64_t rows, std::int64_t r, bool backward) {
     x.plan(arena, rows, r, backward);
     columns = arena.take(2 * rows * r);
@@ -200,16 +217,21 @@ struct TailFactor {
   }
 };
 
+template <typename T>
+void in_order(const T* raw, const std::int64_t* order, std::int64_t rows, std::int64_t r, T* columns) {
+  struct Pair {
+    T re, im;
+  };
+  Pair* to = reinterpret_cast<Pair*>(columns);
+  for (std::int64_t i = 0; i < rows; ++i, raw += 2 * r)
+    for (std::int64_t k = 0; k < r; ++k) *to++ = Pair{raw[2 * order[k]], raw[2 * order[k] + 1]};
+}
+
 // The raw columns in this order, divided by (norm + eps); then refined: Y and the scale of its columns.
 template <typename T>
 LOMACS_TARGET void tail_columns(const T* raw, const std::int64_t* order, const TailFactor<T>& f, std::int64_t rows,
                                 std::int64_t r, double step, T* Y, Ahead& ahead) {
-  struct Pair {
-    T re, im;
-  };
-  Pair* to = reinterpret_cast<Pair*>(f.columns);
-  for (std::int64_t i = 0; i < rows; ++i, raw += 2 * r)
-    for (std::int64_t k = 0; k < r; ++k) *to++ = Pair{raw[2 * order[k]], raw[2 * order[k] + 1]};
+  in_order(raw, order, rows, r, f.columns);
   pack_squares(f.columns, rows, r, f.x.U, f.scale);
   for (std::int64_t k = 0; k < r; ++k) {
     const double n = std::sqrt(static_cast<double>(f.scale[k]));
@@ -220,11 +242,23 @@ LOMACS_TARGET void tail_columns(const T* raw, const std::int64_t* order, const T
   refine_columns(f.columns, f.x, rows, r, step, Y, ahead);
 }
 
-// The gradient g of the tail's columns back to the raw ones; returns that of the step.
+// What tail_columns leaves, from what the forward kept.
 template <typename T>
-LOMACS_TARGET double tail_gradient(const std::int64_t* order, const TailFactor<T>& f, std::int64_t rows,
-                                   std::int64_t r, double step, T* graw, Ahead& ahead) {
-  const double gstep = refine_gradient(f.columns, f.x.Y, f.g, f.x, rows, r, step, f.g, ahead);
+LOMACS_TARGET void kept_columns(const T* raw, const std::int64_t* order, const TailFactor<T>& f, std::int64_t rows,
+                                std::int64_t r, double step, const T* residual, const T* columns) {
+  f.take(r, columns);
+  in_order(raw, order, rows, r, f.columns);
+  times_real(f.columns, f.scale, rows, r, f.columns);
+  pack(residual, r, r, f.x.G);
+  refine_polynomial(f.x, r, step);
+}
+
+// The gradient g of the tail's columns back to the raw ones; returns that of the step. `refined` are the columns
+// before they are normalised; or those normalised, and then x.slope has 1 / norm.
+template <typename T>
+LOMACS_TARGET double tail_gradient(const std::int64_t* order, const T* refined, const TailFactor<T>& f,
+                                   std::int64_t rows, std::int64_t r, double step, T* graw, Ahead& ahead) {
+  const double gstep = refine_gradient(f.columns, refined, f.g, f.x, rows, r, step, f.g, ahead);
   normal_gradient(f.columns, f.g, f.scale, f.slope, rows, r, f.g);
   const T* from = f.g;
   for (std::int64_t i = 0; i < rows; ++i, graw += 2 * r)
@@ -233,6 +267,36 @@ LOMACS_TARGET double tail_gradient(const std::int64_t* order, const TailFactor<T
       graw[2 * order[k] + 1] = from[1];
     }
   return gstep;
+}
+
+// The gradients of sample b from its columns u and v, as they were before they were normalised or not (uy, vy),
+// W = H V and the diagonal z; `room`, which may be W, where H asks for a gradient.
+template <typename T>
+LOMACS_TARGET void tail_gradients(const Tail<T>& job, const std::int64_t* order, const TailFactor<T>& fu,
+                                  const TailFactor<T>& fv, const Diagonal<T>& z, Panels<T> U, Panels<T> V,
+                                  Panels<T> Vh, std::int64_t b, const T* u, const T* v, const T* uy, const T* vy,
+                                  const T* W, T* room, Ahead& ahead) {
+  const std::int64_t M = job.M, N = job.N, r = job.r;
+  const std::int64_t left = 2 * b * M * r, right = 2 * b * N * r, square = 2 * b * M * N;
+  double* scalars = job.gscalars + 3 * b;
+  scalars[2] = z.gradient(job.gS + b * r, job.S_pred + b * r, order, job.tau, r, job.oS + b * r);
+  times_complex<true>(W, z.re, z.im, job.gU + left, M, r, fu.g);
+  pack(u, M, r, U);
+  {
+    const Term<T> terms[] = {{{job.H + square, 1, N}, U, M}};
+    ToScaledRows<T> sink{fv.g, job.gV + right, r, z.re, z.im};
+    product<true>(terms, sink, N, r, ahead);
+  }
+  if (job.oH) {
+    times_complex<false>(u, z.re, z.im, static_cast<const T*>(nullptr), M, r, room);
+    pack(v, N, r, V);
+    adjoint(V, N, r, Vh);
+    const Term<T> terms[] = {{{room, r, 1}, Vh, r}};
+    ToRows<T> sink{job.oH + square, N};
+    product<false>(terms, sink, M, N, ahead);
+  }
+  scalars[0] = tail_gradient(order, uy, fu, M, r, job.a, job.oU + left, ahead);
+  scalars[1] = tail_gradient(order, vy, fv, N, r, job.b, job.oV + right, ahead);
 }
 
 // largest first, NaN before all, equal ones as they come: torch's order
@@ -248,6 +312,7 @@ template <typename T>
 LOMACS_TARGET void tail_samples(const Tail<T>& job, std::int64_t begin, std::int64_t end) {
   const std::int64_t M = job.M, N = job.N, r = job.r;
   const bool backward = job.gU != nullptr, ragged = r % lanes<T> != 0 || N % lanes<T> != 0;
+  const bool kept = job.kept != nullptr;
   TailFactor<T> fu, fv;
   Panels<T> U, V, Vh;
   Diagonal<T> z;
@@ -259,9 +324,9 @@ LOMACS_TARGET void tail_samples(const Tail<T>& job, std::int64_t begin, std::int
     z.plan(a, r);
     if (!backward) return;
     U = take_panels(a, M, r);
-    u_rows = a.take(2 * M * r);
-    v_rows = a.take(2 * N * r);
-    W = a.take(2 * M * r);
+    if (!kept) u_rows = a.take(2 * M * r);
+    if (!kept) v_rows = a.take(2 * N * r);
+    if (!kept || job.oH) W = a.take(2 * M * r);
     if (job.oH) Vh = take_squares(a, r, whole<T>(N));
   };
   const Arena<T> arena(plan, ragged);
@@ -269,13 +334,32 @@ LOMACS_TARGET void tail_samples(const Tail<T>& job, std::int64_t begin, std::int
   for (std::int64_t b = begin; b < end; ++b) {
     const std::int64_t left = 2 * b * M * r, right = 2 * b * N * r, square = 2 * b * M * N;
     const T *h = job.H + square, *s = job.S_pred + b * r;
-    Ahead ahead;
+    const std::int64_t many = kept ? Kept<T>::size(M, r) : 0;
+    const Kept<T> of_sample = kept ? Kept<T>(job.kept + b * many, M, r) : Kept<T>();
+    Ahead ahead(kept && backward ? 40 : 16);
     if (b + 1 < end) {
-      ahead.add(h + 2 * M * N, sizeof(T) * static_cast<std::size_t>(2 * M * N));
-      ahead.add(job.V + right + 2 * N * r, sizeof(T) * static_cast<std::size_t>(2 * N * r));
-      ahead.add(job.U + left + 2 * M * r, sizeof(T) * static_cast<std::size_t>(2 * M * r));
+      const auto bytes = [](std::int64_t count) { return sizeof(T) * static_cast<std::size_t>(count); };
+      if (kept && backward) {
+        ahead.add(job.V_out + right + 2 * N * r, bytes(2 * N * r));
+        ahead.add(job.U_out + left + 2 * M * r, bytes(2 * M * r));
+        ahead.add(job.gV + right + 2 * N * r, bytes(2 * N * r));
+        ahead.add(job.gU + left + 2 * M * r, bytes(2 * M * r));
+        ahead.add(job.kept + (b + 1) * many, bytes(many));
+      }
+      ahead.add(h + 2 * M * N, bytes(2 * M * N));
+      ahead.add(job.V + right + 2 * N * r, bytes(2 * N * r));
+      ahead.add(job.U + left + 2 * M * r, bytes(2 * M * r));
     }
     sort_columns(s, r, order.data());
+    if (kept && backward) {
+      kept_columns(job.U + left, order.data(), fu, M, r, job.a, of_sample.residuals[0], of_sample.columns[0]);
+      kept_columns(job.V + right, order.data(), fv, N, r, job.b, of_sample.residuals[1], of_sample.columns[1]);
+      std::copy(of_sample.z, of_sample.z + r, z.re);
+      std::copy(of_sample.z + r, of_sample.z + 2 * r, z.im);
+      const T *u = job.U_out + left, *v = job.V_out + right;
+      tail_gradients(job, order.data(), fu, fv, z, U, V, Vh, b, u, v, u, v, of_sample.W, W, ahead);
+      continue;
+    }
     T *u = backward ? u_rows : job.oU + left, *v = backward ? v_rows : job.oV + right;
     T *uy = backward ? fu.x.Y : u, *vy = backward ? fv.x.Y : v;
     tail_columns(job.U + left, order.data(), fu, M, r, job.a, uy, ahead);
@@ -286,31 +370,24 @@ LOMACS_TARGET void tail_samples(const Tail<T>& job, std::int64_t begin, std::int
     pack(v, N, r, V);
     const Term<T> measured[] = {{{h, N, 1}, V, N}};
     ToDots<T> dots{u, r, z.re, z.im};
-    if (!backward) {
+    if (!backward && !kept) {
       product<false>(measured, dots, M, r, ahead);
       z.calibrate(s, order.data(), job.tau, r, job.oS + b * r);
       continue;
     }
-    ToRowsAndDots<T> both{{W, r}, dots};
+    ToRowsAndDots<T> both{{kept ? of_sample.W : W, r}, dots};
     product<false>(measured, both, M, r, ahead);
-    double* scalars = job.gscalars + 3 * b;
-    scalars[2] = z.gradient(job.gS + b * r, s, order.data(), job.tau, r, job.oS + b * r);
-    times_complex<true>(W, z.re, z.im, job.gU + left, M, r, fu.g);
-    pack(u, M, r, U);
-    {
-      const Term<T> terms[] = {{{h, 1, N}, U, M}};
-      ToScaledRows<T> sink{fv.g, job.gV + right, r, z.re, z.im};
-      product<true>(terms, sink, N, r, ahead);
+    if (backward) {
+      tail_gradients(job, order.data(), fu, fv, z, U, V, Vh, b, u, v, uy, vy, W, W, ahead);
+      continue;
     }
-    if (job.oH) {
-      times_complex<false>(u, z.re, z.im, static_cast<const T*>(nullptr), M, r, W);
-      adjoint(V, N, r, Vh);
-      const Term<T> terms[] = {{{W, r, 1}, Vh, r}};
-      ToRows<T> sink{job.oH + square, N};
-      product<false>(terms, sink, M, N, ahead);
-    }
-    scalars[0] = tail_gradient(order.data(), fu, M, r, job.a, job.oU + left, ahead);
-    scalars[1] = tail_gradient(order.data(), fv, N, r, job.b, job.oV + right, ahead);
+    rows_of(fu.x.G, r, of_sample.residuals[0]);
+    rows_of(fv.x.G, r, of_sample.residuals[1]);
+    fu.keep(r, of_sample.columns[0]);
+    fv.keep(r, of_sample.columns[1]);
+    std::copy(z.re, z.re + r, of_sample.z);
+    std::copy(z.im, z.im + r, of_sample.z + r);
+    z.calibrate(s, order.data(), job.tau, r, job.oS + b * r);
   }
 }
 

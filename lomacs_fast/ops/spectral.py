@@ -33,6 +33,18 @@ library.define(
     "Tensor scalars, bool gh) -> (Tensor gU_raw, Tensor gV_raw, Tensor gS_pred, Tensor gH, Tensor gscalars)",
     tags=common.TAGS,
 )
+# residuals and norms of both refinements, H V and the measured diagonal: with U and V what the gradients need
+library.define(
+    "svd_tail_kept(Tensor U_raw, Tensor V_raw, Tensor S_pred, Tensor H, Tensor scalars) "
+    "-> (Tensor U, Tensor S, Tensor V, Tensor kept)",
+    tags=common.TAGS,
+)
+library.define(
+    "svd_tail_kept_backward(Tensor gU, Tensor gS, Tensor gV, Tensor U_raw, Tensor V_raw, Tensor S_pred, "
+    "Tensor H, Tensor scalars, Tensor U, Tensor V, Tensor kept, bool gh) "
+    "-> (Tensor gU_raw, Tensor gV_raw, Tensor gS_pred, Tensor gH, Tensor gscalars)",
+    tags=common.TAGS,
+)
 
 
 def _check_problem(S_pred: Tensor, H: Tensor, left: tuple[str, Tensor], right: tuple[str, Tensor]) -> None:
@@ -110,6 +122,41 @@ def _fake_tail_backward(
     return tuple(x.new_empty(x.shape if want else (0,)) for x, want in wanted)
 
 
+def _kept_shape(U_raw: Tensor) -> tuple[int, int]:
+    B, M, r = U_raw.shape[:3]
+    return B, 4 * r * r + 2 * M * r + 10 * r
+
+
+@torch.library.register_fake("lomacs::svd_tail_kept", lib=library)
+def _fake_tail_kept(U_raw: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    return (*_fake_tail(U_raw, *rest), U_raw.new_empty(_kept_shape(U_raw)))
+
+
+@torch.library.register_fake("lomacs::svd_tail_kept_backward", lib=library)
+def _fake_tail_kept_backward(
+    gU: Tensor,
+    gS: Tensor,
+    gV: Tensor,
+    U_raw: Tensor,
+    V_raw: Tensor,
+    S_pred: Tensor,
+    H: Tensor,
+    scalars: Tensor,
+    U: Tensor,
+    V: Tensor,
+    kept: Tensor,
+    gh: bool,
+) -> tuple[Tensor, ...]:
+    found = _fake_tail_backward(gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh)
+    for name, x, shape in (
+        ("U", U, U_raw.shape),
+        ("V", V, V_raw.shape),
+        ("kept", kept, _kept_shape(U_raw)),
+    ):
+        check_like(name, x, shape, "S_pred", S_pred)
+    return found
+
+
 def _setup_calibrate(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -149,11 +196,47 @@ def _backward_tail(
     return tuple(x if need else None for x, need in zip(found, needs, strict=True))
 
 
+def _setup_tail_kept(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    U, _, V, kept = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(kept)
+    ctx.save_for_backward(*inputs, U, V, kept)
+
+
+def _backward_tail_kept(
+    ctx: Any, gU: Tensor | None, gS: Tensor | None, gV: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    common.refuse_second_derivatives("the fused tail of the network")
+    U_raw, V_raw, S_pred, *rest = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    found = torch.ops.lomacs.svd_tail_kept_backward.default(
+        gradient(gU, U_raw),
+        gradient(gS, S_pred),
+        gradient(gV, V_raw),
+        U_raw,
+        V_raw,
+        S_pred,
+        *rest,
+        needs[3],
+    )
+    return tuple(x if need else None for x, need in zip(found, needs, strict=True))
+
+
 torch.library.register_autograd(
     "lomacs::spectral_calibrate", _backward_calibrate, setup_context=_setup_calibrate, lib=library
 )
 torch.library.register_autograd("lomacs::svd_tail", _backward_tail, setup_context=_setup_tail, lib=library)
-for _name in ("spectral_calibrate", "spectral_calibrate_backward", "svd_tail", "svd_tail_backward"):
+torch.library.register_autograd(
+    "lomacs::svd_tail_kept", _backward_tail_kept, setup_context=_setup_tail_kept, lib=library
+)
+for _name in (
+    "spectral_calibrate",
+    "spectral_calibrate_backward",
+    "svd_tail",
+    "svd_tail_backward",
+    "svd_tail_kept",
+    "svd_tail_kept_backward",
+):
     # half precision of the caller's becomes single; float64 stays
     for _device in ("cpu", "cuda"):
         torch.library.register_autocast(f"lomacs::{_name}", _device, torch.float32, lib=library)
@@ -185,7 +268,7 @@ def _flops_calibrate_backward(
     return 2 * B * (r * M * N * (gu + gh) + r * r * N * ((gu or gh) + gv))
 
 
-@register_flop_formula(torch.ops.lomacs.svd_tail)
+@register_flop_formula([torch.ops.lomacs.svd_tail, torch.ops.lomacs.svd_tail_kept])
 def _flops_tail(
     U_raw: Sequence[int], V_raw: Sequence[int], S_pred: Sequence[int], H: Sequence[int], *_: Any, **__: Any
 ) -> int:
@@ -193,7 +276,7 @@ def _flops_tail(
     return flops_of_refine(U_raw, V_raw, (2,)) + _flops_calibrate(U_raw, H, V_raw)
 
 
-@register_flop_formula(torch.ops.lomacs.svd_tail_backward)
+@register_flop_formula([torch.ops.lomacs.svd_tail_backward, torch.ops.lomacs.svd_tail_kept_backward])
 def _flops_tail_backward(
     gU: Sequence[int],
     gS: Sequence[int],
@@ -202,13 +285,11 @@ def _flops_tail_backward(
     V_raw: Sequence[int],
     S_pred: Sequence[int],
     H: Sequence[int],
-    scalars: Sequence[int],
-    gh: bool,
-    *_: Any,
+    *rest: Any,
     **__: Any,
 ) -> int:
     """What `FlopCounterMode` counts on the reference where all but H ask."""
-    of_diagonal = _flops_calibrate_backward(gS, U_raw, H, V_raw, S_pred, (1,), True, gh, True)
+    of_diagonal = _flops_calibrate_backward(gS, U_raw, H, V_raw, S_pred, (1,), True, rest[-1], True)
     return 2 * flops_of_refine(U_raw, V_raw, (2,)) + of_diagonal
 
 
@@ -275,9 +356,11 @@ def _tail(
     U_raw: Tensor, V_raw: Tensor, S_pred: Tensor, H: Tensor, a: Scalar, b: Scalar, tau: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
     u, v, h = common.planes(U_raw), common.planes(V_raw), common.planes(H)
-    U, S, V = torch.ops.lomacs.svd_tail.default(
-        u, v, common.rows(S_pred), h, common.scalars((a, b, tau), H.device)
-    )
+    arguments = u, v, common.rows(S_pred), h, common.scalars((a, b, tau), H.device)
+    if H.device.type == "cpu" and common.records(arguments):
+        U, S, V, _ = torch.ops.lomacs.svd_tail_kept.default(*arguments)
+    else:
+        U, S, V = torch.ops.lomacs.svd_tail.default(*arguments)
     return complex_of(U, U_raw.shape), S.reshape(S_pred.shape), complex_of(V, V_raw.shape)
 
 
