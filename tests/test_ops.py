@@ -1,6 +1,7 @@
 """Choice of backend, and the native library: found, built at first use, shared by processes, given up."""
 
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -207,6 +208,42 @@ assert all(library.state is None for library in native.libraries.values())
 assert not torch.cuda.is_initialized()
 assert not os.path.exists(os.environ["LOMACS_FAST_CACHE"])
 """
+
+
+@pytest.mark.parametrize(
+    ("cache", "words"),
+    [
+        pytest.param(True, "built at first use: ", marks=needs_compiler),
+        (False, "not built: CXX=/nowhere/g++ is not there"),
+    ],
+)
+def test_info_says_how_the_libraries_are_served(tmp_path, cache, words):
+    ahead = ROOT / "lomacs_fast" / "_native" / toolchain.library_name("cpu")
+    if ahead.exists():
+        pytest.skip("a library was built ahead of time here")
+    variables = {} if cache else {"CXX": "/nowhere/g++", "LOMACS_FAST_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "lomacs_fast", "info", "--json", str(tmp_path / "info.json")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | variables, timeout=500, check=True
+    )
+    facts = json.loads((tmp_path / "info.json").read_text())
+    assert facts["libraries"]["cpu"].startswith(words)
+    assert set(facts["libraries"]) == {"cpu", "cuda"}
+    assert [line for line in done.stdout.splitlines() if words in line and line.startswith("| cpu ")]
+    # said once, by a warning where nothing serves
+    assert done.stderr.count(words) == (not cache)
+
+
+@needs_checkout
+@pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="setuptools is not installed here")
+def test_a_build_environment_too_old_is_one_sentence(tmp_path):
+    before = "import setuptools; setuptools.__version__ = '65.5.0'"
+    code = f"{before}\nimport runpy; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "lomacs_fast is built by setuptools 77 or later, the build environment has 65.5.0\n"
+    )
 
 
 def test_import_builds_and_loads_nothing(tmp_path):
