@@ -10,6 +10,7 @@ import sys
 import tarfile
 import threading
 import timeit
+import types
 import zipfile
 from pathlib import Path
 
@@ -451,6 +452,35 @@ def test_the_loss_goes_through_the_op(monkeypatch):
     module(x, x[0], x, x, 0.4, 0.3, 0.2, 0.1)
     functional.aeplus_loss(x, x[0], x, x, lam=0.1, w_energy=0.4, w_diag=0.3, w_match=0.2)
     assert [call[4:] for call in seen] == [(0.1, 0.4, 0.3, 0.2, "mean"), (0.1, 0.4, 0.3, 0.2, "norm")]
+
+
+@pytest.mark.parametrize("name", ["aeplus_loss", "low_rank_loss"])
+def test_a_device_without_the_library_takes_the_formula_with_one_line(name, caplog, monkeypatch):
+    """`csrc/cuda` was not built beside a CUDA torch: said once, whatever the number of calls."""
+    caplog.set_level(logging.INFO, "lomacs_fast")
+    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setenv("LOMACS_FAST_UNPROVED", "1")
+    asked = []
+    monkeypatch.setattr(native, "reasons", lambda kind: asked.append(kind) or ("library not built: no nvcc",))
+    op = dispatch.OPS[name]
+    served = op.backends[-1]._replace(run=lambda *_: "formula")
+    monkeypatch.setattr(op, "backends", (*op.backends[:-1], served))
+    x = types.SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.complex64, shape=(2, 4, 4), is_complex=lambda: True
+    )
+    rest = [None] * (len(op.arguments) - 3)
+    assert [op(x, x, x, *((x, *rest[1:]) if name == "aeplus_loss" else rest)) for _ in range(3)] == [
+        "formula"
+    ] * 3
+    assert set(asked) == {"cuda"}
+    words = [record.getMessage() for record in caplog.records]
+    assert words == [f"{name}: served by eager, because cpp: library not built: no nvcc"]
+
+
+@pytest.mark.parametrize("name", ["aeplus", "low_rank"])
+def test_autocast_is_registered_for_both_devices(name):
+    for device in ("CPU", "CUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lomacs::{name}", f"Autocast{device}")
 
 
 WHEEL = """
