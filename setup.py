@@ -5,9 +5,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools import __version__, find_packages, setup
 from setuptools.command.build_py import build_py
+
+# without isolation pip takes what is there, whatever pyproject.toml asks for
+if int(__version__.partition(".")[0]) < 77:
+    sys.exit(f"lomacs_fast is built by setuptools 77 or later, the build environment has {__version__}")
+
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 spec = importlib.util.spec_from_file_location("toolchain", ROOT / "lomacs_fast" / "ops" / "toolchain.py")

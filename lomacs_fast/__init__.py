@@ -17,7 +17,7 @@ from .nn import (
     NeuralOrthoRefiner,
     SpectralRefiner,
 )
-from .ops import BackendError, backend_table, load_ops, use_backend
+from .ops import BackendError, backend_table, library_states, load_ops, use_backend
 from .pretrained import load_pretrained
 
 __version__ = "0.1.0"
@@ -44,6 +44,7 @@ __all__ = [
     "export_onnx",
     "freeze",
     "functional",
+    "library_states",
     "load_ops",
     "load_pretrained",
     "neural_svd",

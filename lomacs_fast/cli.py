@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast, get_args, get_type_hints
 
 import torch
 
-from . import __version__, backend_table
+from . import __version__, backend_table, library_states
 
 if TYPE_CHECKING:
     from .data.layouts import ChannelSource
@@ -828,6 +828,7 @@ def _info(args: Any) -> None:
         "torch": torch.__version__,
         "numpy": version("numpy"),
         "cuda": torch.version.cuda,
+        "libraries": library_states(),
         "backends": backend_table(),
         "devices": devices,
         "extras": {extra: {p: version(p) for p in packages} for extra, packages in extras.items()},
@@ -838,6 +839,7 @@ def _info(args: Any) -> None:
         [row["op"], row["backend"], row["device"], "; ".join(row["reasons"]) or "yes"]
         for row in facts["backends"]
     ]
+    print("\n" + table([list(row) for row in facts["libraries"].items()], ["library", "state"]))
     print("\n" + table(states, ["op", "backend", "device", "serves"]))
     print("\n" + table([[d["device"], d["name"]] for d in devices], ["device", "name"]))
     rows = [

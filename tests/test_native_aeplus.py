@@ -171,12 +171,74 @@ def test_float32_error_is_at_most_twice_eager(op, size, kind, match):
         assert error <= bound, f"{name}: {error:.2e}, allowed {bound:.2e}"
 
 
+def relative_errors(scaled, scale, size, match, figures):
+    """Of every figure against float64, pooled, with some of the inputs scaled."""
+    want, got = [], []
+    for seed in range(3):
+        drawn = zip("USVH", problem(*size, 32, seed=seed), strict=True)
+        tensors = single([x * scale if name in scaled else x for name, x in drawn])
+        want.append(eager_figures(double(tensors), match))
+        got.append(figures(tensors, match))
+    pooled = (
+        [torch.cat([x.reshape(-1) for x in each]) for each in zip(*runs, strict=True)] for runs in (want, got)
+    )
+    return [((y - x).norm() / x.norm()).item() for x, y in zip(*pooled, strict=True)]
+
+
+def native_figures(op):
+    def figures(tensors, match):
+        alone = [run(op, [x[b : b + 1] for x in tensors], match, [False] * 4) for b in range(len(tensors[0]))]
+        values = torch.stack([torch.cat([x[0].reshape(1), x[1]]) for x in alone])
+        return [*values.double().T, *(x.double() for x in run(op, tensors, match)[2:])]
+
+    return figures
+
+
+@pytest.mark.parametrize("match", ["norm", "mean"])
+# where eager's squares leave its range, its error is that of a scale at which they do not
+@pytest.mark.parametrize(
+    ("scaled", "scale", "of_eager"),
+    [
+        ("SH", 1e-20, 1e-15),
+        ("SH", 1e-12, 1e-12),
+        ("SH", 1e18, 1e15),
+        ("UV", 1e-18, 1e-6),
+        ("UV", 1e-10, 1e-6),
+        ("UV", 1e9, 1e6),
+        ("S", 1e18, 1e15),
+        ("H", 1e18, 1e15),
+    ],
+)
+def test_any_scale_by_the_rule(op, isa, scaled, scale, of_eager, match):
+    names = ("loss", *reference.AEPlusTerms._fields, "gU", "gS", "gV", "gH")
+    ours = relative_errors(scaled, scale, (17, 23, 9), match, native_figures(op))
+    eager = relative_errors(scaled, of_eager, (17, 23, 9), match, eager_figures)
+    for name, mine, theirs in zip(names, ours, eager, strict=True):
+        assert mine <= 2 * theirs + 4 * EPS, f"{name}: {mine:.2e}, eager {theirs:.2e}"
+
+
 @pytest.mark.parametrize("match", ["norm", "mean"])
 @pytest.mark.parametrize("size", [(6, 5, 3), (63, 41, 11), (64, 64, 32)])
 def test_instruction_sets_agree(op, isa, size, match):
     tensors = single(near(problem(*size), 0.5))
     for name, got, want in zip(NAMES, run(op, tensors, match), expected(double(tensors), match), strict=True):
         assert (got.double() - want).norm() <= 3e-6 * want.norm(), name
+
+
+def test_the_widest_instruction_set_serves_unasked(op, monkeypatch):
+    tensors, found = single(problem(63, 41, 11)), []
+    for name in ISAS:
+        monkeypatch.setenv("LOMACS_FAST_ISA", name)
+        try:
+            found.append(run(op, tensors))
+        except RuntimeError as error:
+            if "lacks" not in str(error):
+                raise
+    monkeypatch.delenv("LOMACS_FAST_ISA")
+    unasked = run(op, tensors)
+    same = [all(torch.equal(a, b) for a, b in zip(unasked, each, strict=True)) for each in found]
+    # sums of other widths have other bits
+    assert same == [True, *[False] * (len(found) - 1)]
 
 
 def test_an_unknown_instruction_set_is_refused(op, monkeypatch):
@@ -250,15 +312,29 @@ def test_an_empty_batch(op, dtype):
     assert [tuple(g.shape) for g in gradients] == [(0, 4, 2, 2), (0, 2), (0, 3, 2, 2), (0, 4, 3, 2)]
 
 
-def test_nan_passes_through(op):
-    U, S, V, H = problem(4, 3, 2)
-    H[1, 2, 1] = float("nan")
-    loss, terms, *gradients = run(op, (U, S, V, H))
-    assert loss.isnan()
-    assert terms[[0, 2, 3, 4]].isnan().all()
-    for g in gradients:
-        assert g[1].isnan().all()
-        assert torch.isfinite(g[[0, 2]]).all()
+@pytest.mark.parametrize("match", ["norm", "mean"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("size", [(4, 3, 2), (33, 16, 40), (64, 64, 32)])
+def test_what_is_not_finite_stays_in_its_sample(op, isa, size, which, value, match):
+    """No scratch of a sample with NaN or infinity reaches the next: the others keep their bits."""
+    tensors = single(problem(*size))
+    clean = run(op, tensors, match)
+    tensors[which][1].view(-1)[min(5, tensors[which][1].numel() - 1)] = value
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        loss, terms, *gradients = run(op, tensors, match)
+    finally:
+        torch.set_num_threads(before)
+    assert not loss.isfinite()
+    assert not (terms if which == 3 else terms[[0, 4]]).isfinite()[0]
+    for g, other in zip(gradients, clean[2:], strict=True):
+        assert not torch.isfinite(g[1]).all()
+        assert torch.equal(g[[0, 2]], other[[0, 2]])
+    if which == 3 and value != value:
+        assert terms[[0, 2, 3, 4]].isnan().all()
+        assert all(g[1].isnan().all() for g in gradients)
 
 
 def test_bad_arguments_are_named(op):

@@ -228,16 +228,27 @@ def test_an_empty_batch(op, dtype):
     assert [tuple(g.shape) for g in gradients] == [(0, 3, 2, *pair), (0, 4, 2, *pair), (0, 4, 3, *pair)]
 
 
-@pytest.mark.parametrize("dtype", [torch.complex128, torch.float64])
-def test_nan_stays_in_its_matrix(op, dtype):
-    F, G, H = problem(4, 3, 2, 3, dtype)
-    H[1, 2, 1] = float("nan")
-    loss, gF, gG, _ = run(op, (F, G, H))
-    assert loss.isnan().tolist() == [False, True, False]
-    assert gF[1, 1].isnan().all()
-    assert gG[1, 2].isnan().all()
-    for g in (gF, gG):
-        assert torch.isfinite(g[[0, 2]]).all()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("size", [(63, 41, 11), (140, 150, 20)])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float32])
+def test_what_is_not_finite_stays_in_its_matrix(op, isa, dtype, size, which, value):
+    """No scratch of such a matrix reaches the next: the others keep their bits."""
+    tensors = problem(*size, 3, dtype)
+    clean = run(op, tensors, "joint")
+    tensors[which][1, 2, 1] = value
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        got = run(op, tensors, "joint")
+    finally:
+        torch.set_num_threads(before)
+    assert got[0].isfinite().tolist() == [True, False, True]
+    for x, y in zip(got, clean, strict=True):
+        assert torch.equal(x[[0, 2]], y[[0, 2]])
+    if which == 2 and value != value:
+        assert got[1][1, 1].isnan().all()
+        assert got[2][1, 2].isnan().all()
 
 
 def test_bad_arguments_are_named(op):

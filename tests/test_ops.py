@@ -1,6 +1,7 @@
 """Choice of backend, and the native library: found, built at first use, shared by processes, given up."""
 
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import tarfile
 import threading
 import timeit
+import types
 import zipfile
 from pathlib import Path
 
@@ -207,6 +209,42 @@ assert all(library.state is None for library in native.libraries.values())
 assert not torch.cuda.is_initialized()
 assert not os.path.exists(os.environ["LOMACS_FAST_CACHE"])
 """
+
+
+@pytest.mark.parametrize(
+    ("cache", "words"),
+    [
+        pytest.param(True, "built at first use: ", marks=needs_compiler),
+        (False, "not built: CXX=/nowhere/g++ is not there"),
+    ],
+)
+def test_info_says_how_the_libraries_are_served(tmp_path, cache, words):
+    ahead = ROOT / "lomacs_fast" / "_native" / toolchain.library_name("cpu")
+    if ahead.exists():
+        pytest.skip("a library was built ahead of time here")
+    variables = {} if cache else {"CXX": "/nowhere/g++", "LOMACS_FAST_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "lomacs_fast", "info", "--json", str(tmp_path / "info.json")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | variables, timeout=500, check=True
+    )
+    facts = json.loads((tmp_path / "info.json").read_text())
+    assert facts["libraries"]["cpu"].startswith(words)
+    assert set(facts["libraries"]) == {"cpu", "cuda"}
+    assert [line for line in done.stdout.splitlines() if words in line and line.startswith("| cpu ")]
+    # said once, by a warning where nothing serves
+    assert done.stderr.count(words) == (not cache)
+
+
+@needs_checkout
+@pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="setuptools is not installed here")
+def test_a_build_environment_too_old_is_one_sentence(tmp_path):
+    before = "import setuptools; setuptools.__version__ = '65.5.0'"
+    code = f"{before}\nimport runpy; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "lomacs_fast is built by setuptools 77 or later, the build environment has 65.5.0\n"
+    )
 
 
 def test_import_builds_and_loads_nothing(tmp_path):
@@ -414,6 +452,35 @@ def test_the_loss_goes_through_the_op(monkeypatch):
     module(x, x[0], x, x, 0.4, 0.3, 0.2, 0.1)
     functional.aeplus_loss(x, x[0], x, x, lam=0.1, w_energy=0.4, w_diag=0.3, w_match=0.2)
     assert [call[4:] for call in seen] == [(0.1, 0.4, 0.3, 0.2, "mean"), (0.1, 0.4, 0.3, 0.2, "norm")]
+
+
+@pytest.mark.parametrize("name", ["aeplus_loss", "low_rank_loss"])
+def test_a_device_without_the_library_takes_the_formula_with_one_line(name, caplog, monkeypatch):
+    """`csrc/cuda` was not built beside a CUDA torch: said once, whatever the number of calls."""
+    caplog.set_level(logging.INFO, "lomacs_fast")
+    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setenv("LOMACS_FAST_UNPROVED", "1")
+    asked = []
+    monkeypatch.setattr(native, "reasons", lambda kind: asked.append(kind) or ("library not built: no nvcc",))
+    op = dispatch.OPS[name]
+    served = op.backends[-1]._replace(run=lambda *_: "formula")
+    monkeypatch.setattr(op, "backends", (*op.backends[:-1], served))
+    x = types.SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.complex64, shape=(2, 4, 4), is_complex=lambda: True
+    )
+    rest = [None] * (len(op.arguments) - 3)
+    assert [op(x, x, x, *((x, *rest[1:]) if name == "aeplus_loss" else rest)) for _ in range(3)] == [
+        "formula"
+    ] * 3
+    assert set(asked) == {"cuda"}
+    words = [record.getMessage() for record in caplog.records]
+    assert words == [f"{name}: served by eager, because cpp: library not built: no nvcc"]
+
+
+@pytest.mark.parametrize("name", ["aeplus", "low_rank"])
+def test_autocast_is_registered_for_both_devices(name):
+    for device in ("CPU", "CUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lomacs::{name}", f"Autocast{device}")
 
 
 WHEEL = """

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from memory import extra_memory
 from torch.utils.flop_counter import FlopCounterMode
 
 from lomacs_fast import BackendError, functional, use_backend
@@ -234,6 +235,27 @@ def test_only_what_is_asked_for_is_computed(needs, monkeypatch):
     with torch.no_grad():
         loss_of(*args)
     assert [tuple(flags) for flags in asked] == [needs, (False,) * 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float32])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_large_matrix_is_not_copied(dtype, threads):
+    M, N, L = 2048, 1536, 32
+    # touched, since pages that nobody wrote are not resident
+    F, G, H = (torch.rand(s).to(dtype) for s in ((N, L), (M, L), (M, N)))
+    F.requires_grad_(), G.requires_grad_()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        # what the first call loads is not the op's
+        loss_of(F[:16], G[:16], H[:16, :16]).backward()
+        F.grad = G.grad = None
+        extra = extra_memory(lambda: loss_of(F, G, H).backward())
+    finally:
+        torch.set_num_threads(before)
+    # gradients, factors by panels, and strips of every thread; H itself is six times as large
+    assert extra <= 3 * (F.nbytes + G.nbytes) + 2**20 * threads, (extra, H.nbytes)
+    assert extra < H.nbytes / 2
 
 
 def test_a_gradient_that_was_not_asked_for_is_refused():

@@ -52,6 +52,29 @@ LOMACS_TARGET double square_sum(Panels<T> x, std::int64_t columns) {
   return sum<T>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
+// |x| out of the sum of its squares; where squares left the range in which T is precise, by parts of the largest
+template <typename T>
+double norm_of(double squares, const T* x, std::int64_t n) {
+  using Range = std::numeric_limits<T>;
+  // then what is 1e-4 of the mean number still has a square above the least normal one
+  const double least = 1e8 * static_cast<double>(Range::min()) * static_cast<double>(n);
+  if (squares > least && squares <= static_cast<double>(Range::max())) return std::sqrt(squares);
+  double largest = 0, total = 0;
+  for (std::int64_t i = 0; i < n; ++i) largest = std::max(largest, static_cast<double>(std::abs(x[i])));
+  // NaN has failed every comparison
+  if (largest == 0 || largest > static_cast<double>(Range::max())) return std::sqrt(squares);
+  for (std::int64_t i = 0; i < n; ++i) {
+    const double part = static_cast<double>(x[i]) / largest;
+    total += part * part;
+  }
+  return largest * std::sqrt(total);
+}
+
+template <typename T>
+LOMACS_TARGET double norm(Panels<T> x, std::int64_t columns) {
+  return norm_of(square_sum(x, columns), x.data, Panels<T>::size(x.rows, columns));
+}
+
 // to = scale from
 template <typename T>
 LOMACS_TARGET void scaled(Panels<T> from, std::int64_t columns, T scale, Panels<T> to) {
@@ -125,9 +148,9 @@ LOMACS_TARGET double gram(const T* x, Panels<T> planar, std::int64_t rows, std::
     g[0] = g[Panels<T>::imag] = 0;
     square += (diagonal[k] - 1.0) * (diagonal[k] - 1.0);
   }
-  square += square_sum(to, r);
+  const double off = norm(to, r);
   for (std::int64_t k = 0; k < r; ++k) *to.element(k, k) = diagonal[k];
-  return std::sqrt(square);
+  return std::sqrt(square + off * off);
 }
 
 // to += beta (X^H X - I), its diagonal in full precision
@@ -165,7 +188,7 @@ LOMACS_TARGET void aeplus_sample(const AEPlus<T>& job, std::int64_t b, const Scr
     const Term<T> terms[] = {{{x.US, r, 1}, x.Vh, r}};
     product<false>(terms, residual, M, N, ahead);
   }
-  const double h = std::sqrt(sum<T>(residual.hh)), e = std::sqrt(sum<T>(residual.ee));
+  const double h = norm_of(sum<T>(residual.hh), H, 2 * M * N), e = norm_of(sum<T>(residual.ee), x.E, 2 * M * N);
   const double inv = 1 / (h + 1e-8);
 
   // E V and E^H U where E is no larger than H, and H V, H^H U where it is: the other way round the parts that
@@ -208,8 +231,7 @@ LOMACS_TARGET void aeplus_sample(const AEPlus<T>& job, std::int64_t b, const Scr
     ss += s * s;
     mean_gap += std::abs(s - std::sqrt(re * re + im * im));
   }
-  const double off = square_sum(x.Mh, r);
-  const double m = std::sqrt(off + dd), o = std::sqrt(off), dn = std::sqrt(dd), sn = std::sqrt(ss);
+  const double o = norm(x.Mh, r), m = std::sqrt(o * o + dd), dn = std::sqrt(dd), sn = std::sqrt(ss);
   const double gap = job.mean ? mean_gap / static_cast<double>(r) : std::abs(sn - dn);
   double* terms = job.terms + 5 * b;
   terms[0] = e * inv;

@@ -8,7 +8,7 @@ from .freq_gate import freq_gate
 from .frozen import flat_weights, frozen_angular_svd, frozen_svd, frozen_svd_at_once
 from .gated_conv import gated_conv1d, gated_conv1d_at_once
 from .low_rank import low_rank_loss
-from .native import load_ops
+from .native import library_states, load_ops
 from .neural_svd import neural_svd_steps
 from .ortho import bjorck, ortho_refine
 from .projected_attention import projected_attention, projected_attention_at_once
@@ -31,6 +31,7 @@ __all__ = [
     "gate_project",
     "gated_conv1d",
     "gated_conv1d_at_once",
+    "library_states",
     "load_ops",
     "low_rank_loss",
     "neural_svd_steps",

@@ -175,6 +175,17 @@ def load_ops() -> None:
         reasons("cuda")
 
 
+def library_states() -> dict[str, str]:
+    """How the native library of each device type is served, or why it is not: a sentence each.
+
+    Asking loads the libraries, and builds them where it must; that of CUDA where there is a device alone.
+    """
+    reasons("cpu")
+    if torch.cuda.is_available():
+        reasons("cuda")
+    return {kind: library.state or "not asked for: no CUDA device" for kind, library in libraries.items()}
+
+
 # a library is there or not for the life of the process, so a graph may hold the answer as a constant
 @constant_in_graphs
 def reasons(kind: str) -> tuple[str, ...]:
