@@ -244,6 +244,8 @@ def sanitize(device: str, function: str) -> None:
             try:
                 with use_backend(name):
                     stems.call(case, functional, drawn, True, everything=True)
+                    # what takes another way where nothing asks for gradients
+                    stems.call(case, functional, drawn, False)
             except lomacs_fast.BackendError as refusal:
                 # a backend of the CPU
                 print(refusal, flush=True)

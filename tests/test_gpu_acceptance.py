@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lomacs_fast.benchmarks import gpu_acceptance
+from lomacs_fast.benchmarks import gpu_acceptance, stems
 
 
 def test_the_staged_package_imports_whole(tmp_path):
@@ -45,6 +45,11 @@ def test_results_are_not_overwritten(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         gpu_acceptance.main()
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_every_function_of_the_suite_is_accepted():
+    assert gpu_acceptance.functions() == [case.function for case in stems.CASES]
+    assert set(gpu_acceptance.names_of("backbone")) == {"triton"}
 
 
 def test_limits_leave_room_in_nine_minutes():
