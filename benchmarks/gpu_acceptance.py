@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PREBUILT = ROOT / "build" / "native"
 # seconds; together under nine minutes
 LIMITS = {"load": 30, "test": 110, "kernels": 140, "sanitize": 80, "bench": 180}
+# files of kernels' tests that compile more than one process could in time
+PROCESSES = {"test_kernels_projected_attention": 4}
 
 
 def build_ahead() -> None:
@@ -154,6 +156,13 @@ def functions() -> list[str]:
     return re.findall(r'^    Case\("\w+", "(\w+)"', text, re.MULTILINE)
 
 
+def parts(path: Path, count: int) -> dict[str, list[str]]:
+    """Tests of a file dealt out to processes: `{label: arguments of pytest}`."""
+    names = re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    dealt = [names[i::count] for i in range(count)]
+    return {f"{path.stem}-{i}": [f"{path}::{name}" for name in part] for i, part in enumerate(dealt) if part}
+
+
 def run_all(out: Path, dry: bool, environment: dict[str, str], wanted: Sequence[str]) -> int:
     python = sys.executable
     own = [python, __file__, str(out), *(["--dry-run"] if dry else []), "--step"]
@@ -173,9 +182,14 @@ def run_all(out: Path, dry: bool, environment: dict[str, str], wanted: Sequence[
     sanitizer = shutil.which("compute-sanitizer") if not dry else None
     watched = [sanitizer, "--error-exitcode", "9"] if sanitizer else []
     paths = [] if dry else sorted((ROOT / "tests").glob("test_kernels_*.py"))
+    kernels = {
+        label: [*pytest, *selected, "-k", "not ahead and not compiled"]
+        for path in paths
+        for label, selected in parts(path, PROCESSES.get(path.stem, 1)).items()
+    }
     groups = {
         "test": tests,
-        "kernels": {p.stem: [*pytest, str(p), "-k", "not ahead and not compiled"] for p in paths},
+        "kernels": kernels,
         "sanitize": {f: [*watched, *own, "sanitize", "--function", f] for f in names},
     }
     steps = [
@@ -244,6 +258,8 @@ def sanitize(device: str, function: str) -> None:
             try:
                 with use_backend(name):
                     stems.call(case, functional, drawn, True, everything=True)
+                    # what takes another way where nothing asks for gradients
+                    stems.call(case, functional, drawn, False)
             except lomacs_fast.BackendError as refusal:
                 # a backend of the CPU
                 print(refusal, flush=True)

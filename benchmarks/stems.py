@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lomacs_fast.functional import AttentionBlock, ConvBlock
+
 Drawn = dict[str, Tensor]
 
 
@@ -55,6 +57,8 @@ class Case(NamedTuple):
     keywords: dict[str, Any]
     # arguments that take no gradient here, as in the network's training step
     constant: Sequence[str] = ()
+    # the function's arguments from the tensors, where they do not go in by their names
+    arguments: Callable[[Drawn], dict[str, Any]] = dict
 
 
 def _gate(d: Draw, B: int, s: Size) -> Drawn:
@@ -142,6 +146,34 @@ def _refine(d: Draw, B: int, s: Size) -> Drawn:
     return {"H": H, "U": d.columns(B, s.M, s.r) + drawn["U"], "V": d.columns(B, s.N, s.r) + drawn["V"]}
 
 
+def _backbone(d: Draw, B: int, s: Size) -> Drawn:
+    """An attention block and a convolution block, as in the network, and the last norm."""
+    attention, conv = _attention(d, B, s), _conv(d, B, s)
+    x = attention.pop("x")
+    width = x.shape[-1]
+    norms = ("attention", "conv", "last")
+    return {
+        "x": x,
+        **attention,
+        **{name: w for name, w in conv.items() if name != "x"},
+        **{f"{name}_weight": 1 + d.real(width) / 10 for name in norms},
+        **{f"{name}_bias": d.real(width) / 10 for name in norms},
+    }
+
+
+def _blocks(drawn: Drawn) -> dict[str, Any]:
+    def block(kind: Any, norm: str) -> Any:
+        names = {"norm_weight": f"{norm}_weight", "norm_bias": f"{norm}_bias"}
+        return kind(*(drawn[names.get(field, field)] for field in kind._fields))
+
+    return {
+        "x": drawn["x"],
+        "blocks": (block(AttentionBlock, "attention"), block(ConvBlock, "conv")),
+        "norm_weight": drawn["last_weight"],
+        "norm_bias": drawn["last_bias"],
+    }
+
+
 WEIGHTS = {"lam": 0.2, "w_energy": 0.4, "w_diag": 0.3, "w_match": 0.3}
 CASES = (
     Case("freq_gate", "freq_gate", _gate, {"temperature": 0.2}, ("H",)),
@@ -149,6 +181,7 @@ CASES = (
     Case("dual_view", "gate_project", _front, {"temperature": 0.2}, ("H",)),
     Case("projected_attention", "projected_attention", _attention, {}),
     Case("gated_conv", "gated_conv1d", _conv, {}),
+    Case("backbone", "backbone", _backbone, {}, arguments=_blocks),
     Case("ortho", "ortho_refine", _factor, {"step": 0.1}),
     Case("ortho", "bjorck", _factor, {"steps": 5}),
     Case("spectral", "spectral_calibrate", _calibrate, {"tau": 0.8}),
@@ -181,7 +214,7 @@ def call(case: Case, functions: Any, drawn: Drawn, backward: bool, everything: b
         name: x.detach().requires_grad_() if name in wanted else x.detach() for name, x in drawn.items()
     }
     with torch.set_grad_enabled(backward):
-        out = fn(**arguments, **case.keywords)
+        out = fn(**case.arguments(arguments), **case.keywords)
         # a loss comes with its terms, detached
         outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
     if not backward:

@@ -75,7 +75,7 @@ def _attend(
         attend_group(
             p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, weights[FIRST], weights[FIRST + 1], p_stats, p_room, p_y,
             group * g, T, d, g, a, k, EPS, BLOCKS[AT][6], True, FOLDED, TYPE, PRECISION,
-            BLOCKS[AT][7], DB, BLOCKS[AT][8], BLOCKS[AT][9], BLOCKS[AT][10],
+            BLOCKS[AT][7], DB, BLOCKS[AT][8], BLOCKS[AT][9], BLOCKS[AT][10], BLOCKS[AT][11],
         )  # fmt: skip
 
 
@@ -181,13 +181,12 @@ def backbone_launch(
             listed, folded = kind > 0, kind == FOLDED
             G = kind if listed else own[0].shape[0]
             a, k = own[0].shape[-2], own[4 * G if listed else 2 if folded else 4].shape[-1]
-            sizes, _ = forward_blocks(T, d, d // G, a, k)
-            TT, GB, AB, KB = (sizes[name] for name in ("TT", "GB", "AB", "KB"))
-            if max(GB, AB) > 64:
-                warps = 8
+            sizes, own_warps = forward_blocks(T, d, d // G, a, k)
+            warps = max(warps, own_warps)
+            TT, GB, AB, KB, HELD = (sizes[name] for name in ("TT", "GB", "AB", "KB", "HELD"))
             if k > KB:
                 room = max(room, 2 * whole_chunks(k, KB) * GB)
-            blocks.append((first, G, listed, folded, a, k, 1.0 if folded else a**-0.5, TT, GB, AB, KB))
+            blocks.append((first, G, listed, folded, a, k, 1.0 if folded else a**-0.5, TT, GB, AB, KB, HELD))
         first += tensors(kind)
     scratch = {"p_tokens": (B, 2, T, d), "p_stats": (B, 2, T)} | ({"p_room": (B, room)} if room else {})
     return Launch(

@@ -55,11 +55,6 @@ def block(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def in_chunks(g: int, a: int, k: int) -> bool:
-    """Whether k_len rows of g channels, or queries a wide, are more than an attention's program holds."""
-    return block(k) * max(block(g), block(a)) > 4096
-
-
 def shift(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """The bias of a norm as kernels read it: zeros where a norm has none, nothing where there is no norm."""
     return torch.zeros_like(weight) if bias is None and weight is not None else bias

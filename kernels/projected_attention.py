@@ -3,6 +3,12 @@
 With X the g columns of a group (normalised where the norm is fused), reducing first and folding weights:
 `R_k = P_k^T X`, `R_v = P_v^T X`, `N = R_k W_k^T W_q`, `O = R_v W_v^T W_o^T`, all of k_len rows, and then
 `y = softmax(X N^T / sqrt(a)) O`: tokens meet k_len x g matrices alone, in tiles, twice.
+
+A program reads its tokens once and keeps them in registers: forward up to 64 numbers a thread, which is
+T = 256 of 64 channels, backward up to 32, T = 128 of 64 channels or of 16. A norm's statistics are those of
+whole rows: forward, a program reads the other groups' columns too, once. Backward, what else is read again
+lies in L1 or L2: the gradient of y once more; under a norm the rows, twice for the statistics and four times
+by the last program of a sample. Larger tokens go in tiles, read in every pass.
 """
 
 from __future__ import annotations
@@ -15,18 +21,69 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, block, in_chunks, precision, shift
+from .launch import Launch, block, precision, shift
 from .real import accumulate, norm_backward, normalised, product, statistics, store_tile, tile
 
 # programs of a backward launch, all groups together; fixed, so that sums over samples have one order
 PROGRAMS = 512
 # rows of k_len at once, where all of them are too many
 CHUNK = 32
+# numbers of a group's tokens that a thread keeps, forward and backward
+HELD, HELD_BACKWARD = 64, 32
+
+
+@triton.jit
+def _hold(
+    p_x,
+    p_stats,
+    c0,
+    T: tl.constexpr,
+    d: tl.constexpr,
+    g: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    TT: tl.constexpr,
+    GB: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """All tokens of one group, `[HELD, TT, GB]`, and the norm's statistics where memory has none; read once.
+
+    Tiles lie side by side in a thread's registers. The other groups' columns meet the statistics alone:
+    means and squares of equal parts add up (Chan), so that none is read twice.
+    """
+    t = tl.arange(0, HELD)[:, None] * TT + tl.arange(0, TT)[None, :]
+    c = tl.arange(0, GB)[None, None, :]
+    p = p_x + t[:, :, None] * d + c
+    inside = (t < T)[:, :, None] & (c < g)
+    x = tl.load(p + c0, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.zeros((HELD, TT), tl.float32)
+    rstd = tl.zeros((HELD, TT), tl.float32)
+    if NORM and p_stats is None:
+        mean = tl.sum(x, 2) / g
+        away = tl.where(c < g, x - mean[:, :, None], 0.0)
+        square = tl.sum(away * away, 2)
+        for i in tl.range(1, d // g, loop_unroll_factor=1, num_stages=1):
+            # those before the own group, then those after it
+            y = tl.load(p + tl.where(i * g <= c0, i - 1, i) * g, mask=inside, other=0.0).to(tl.float32)
+            own = tl.sum(y, 2) / g
+            away = tl.where(c < g, y - own[:, :, None], 0.0)
+            apart = own - mean
+            mean += apart / (i + 1)
+            square += tl.sum(away * away, 2) + apart * apart * (g * i / (i + 1))
+        rstd = 1.0 / tl.sqrt_rn(square / d + EPS)
+    return x, mean, rstd
+
+
+@triton.jit
+def _one_of(held, i, HELD: tl.constexpr):
+    """Tile i of those held, [TT, GB]."""
+    return tl.sum(tl.where((tl.arange(0, HELD) == i)[:, None, None], held, 0.0), 0)
 
 
 @triton.jit
 def _tokens(
     p_x,
+    held,
     p_nw,
     p_nb,
     t0,
@@ -40,19 +97,23 @@ def _tokens(
     TT: tl.constexpr,
     DB: tl.constexpr,
     GB: tl.constexpr,
+    HELD: tl.constexpr,
 ):
-    """Columns of one group of tokens t0 on, as attention takes them and, under a norm, before its weight."""
-    x = tile(p_x + c0, t0, 0, T, g, d, TT, GB)  # [TT, GB]
-    plain = x
+    """One group of tokens t0 on, [TT, GB]: as attention takes it; before the norm's weight; as it is."""
+    raw = _one_of(held[0], t0 // TT, HELD) if HELD else tile(p_x + c0, t0, 0, T, g, d, TT, GB)
+    x, plain = raw, raw
     if NORM:
-        if p_stats is None:
-            mean, rstd = statistics(p_x, t0, T, d, EPS, TT, DB)
-        else:
+        if p_stats is not None:
             t = t0 + tl.arange(0, TT)
             mean = tl.load(p_stats + t, mask=t < T, other=0.0)
             rstd = tl.load(p_stats + T + t, mask=t < T, other=0.0)
-        plain, x = normalised(x, mean, rstd, p_nw + c0, p_nb + c0, t0, 0, T, g, TT, GB)
-    return x, plain
+        elif HELD:
+            this = tl.arange(0, HELD)[:, None] == t0 // TT
+            mean, rstd = tl.sum(tl.where(this, held[1], 0.0), 0), tl.sum(tl.where(this, held[2], 0.0), 0)
+        else:
+            mean, rstd = statistics(p_x, t0, T, d, EPS, TT, DB)
+        plain, x = normalised(raw, mean, rstd, p_nw + c0, p_nb + c0, t0, 0, T, g, TT, GB)
+    return x, plain, raw
 
 
 @triton.jit
@@ -110,6 +171,7 @@ def projected_attention_fwd_kernel(
     GB: tl.constexpr,
     AB: tl.constexpr,
     KB: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     TYPE: tl.constexpr = p_x.dtype.element_ty
     group = tl.program_id(0) % G
@@ -119,7 +181,7 @@ def projected_attention_fwd_kernel(
     attend_group(
         p_x + at, p_wq + group * a * g, p_wk + group * a * g, p_wv + group * g * g, p_wo + group * g * g,
         p_pk + group * T * k, p_pv + group * T * k, p_nw, p_nb, None, p_room, p_y + at, group * g,
-        T, d, g, a, k, EPS, SCALE, NORM, False, TYPE, PRECISION, TT, DB, GB, AB, KB,
+        T, d, g, a, k, EPS, SCALE, NORM, False, TYPE, PRECISION, TT, DB, GB, AB, KB, HELD,
     )  # fmt: skip
 
 
@@ -146,6 +208,7 @@ def projected_attention_groups_fwd_kernel(
     GB: tl.constexpr,
     AB: tl.constexpr,
     KB: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     # weights lie apart, so each group is code of its own
     at = (tl.program_id(0) // G).to(tl.int64) * T * d
@@ -156,13 +219,15 @@ def projected_attention_groups_fwd_kernel(
             attend_group(
                 p_x + at, weights[i], weights[G + i], weights[2 * G + i], weights[3 * G + i],
                 weights[4 * G + i], weights[5 * G + i], p_nw, p_nb, None, p_room, p_y + at, i * g,
-                T, d, g, a, k, EPS, SCALE, NORM, False, p_x.dtype.element_ty, PRECISION, TT, DB, GB, AB, KB,
+                T, d, g, a, k, EPS, SCALE, NORM, False, p_x.dtype.element_ty, PRECISION,
+                TT, DB, GB, AB, KB, HELD,
             )  # fmt: skip
 
 
 @triton.jit
 def _reduced(
     p_x,
+    held,
     p_wq,
     p_wk,
     p_wv,
@@ -189,12 +254,13 @@ def _reduced(
     GB: tl.constexpr,
     AB: tl.constexpr,
     KB: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     """Rows k0 on of N and O; of weights that are folded already, `W_k^T W_q` is p_wq, `W_v^T W_o^T` p_wv."""
     rk = tl.zeros((KB, GB), tl.float32)
     rv = tl.zeros((KB, GB), tl.float32)
     for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
-        x, _ = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+        x, _, _ = _tokens(p_x, held, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB, HELD)
         rk += product(tl.trans(tile(p_pk, t0, k0, T, k, k, TT, KB)), x, TYPE, PRECISION)
         rv += product(tl.trans(tile(p_pv, t0, k0, T, k, k, TT, KB)), x, TYPE, PRECISION)
     if FOLDED:
@@ -239,15 +305,19 @@ def attend_group(
     GB: tl.constexpr,
     AB: tl.constexpr,
     KB: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     """Columns c0 to c0 + g of y of one sample, every pointer at the sample or the group.
 
     More than KB rows of k_len go in chunks, which wait in the program's room.
     """
+    held = None
+    if HELD:
+        held = _hold(p_x, p_stats, c0, T, d, g, EPS, NORM, TT, GB, HELD)
     if k <= KB:
         n, o = _reduced(
-            p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_stats, c0, 0,
-            T, d, g, a, k, EPS, NORM, FOLDED, TYPE, PRECISION, TT, DB, GB, AB, KB,
+            p_x, held, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_stats, c0, 0,
+            T, d, g, a, k, EPS, NORM, FOLDED, TYPE, PRECISION, TT, DB, GB, AB, KB, HELD,
         )  # fmt: skip
     else:
         p_o = p_room + (k + KB - 1) // KB * KB * GB
@@ -255,14 +325,14 @@ def attend_group(
         tl.debug_barrier()
         for k0 in tl.range(0, k, KB, loop_unroll_factor=1, num_stages=1):
             n, o = _reduced(
-                p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_stats, c0, k0,
-                T, d, g, a, k, EPS, NORM, FOLDED, TYPE, PRECISION, TT, DB, GB, AB, KB,
+                p_x, held, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_stats, c0, k0,
+                T, d, g, a, k, EPS, NORM, FOLDED, TYPE, PRECISION, TT, DB, GB, AB, KB, HELD,
             )  # fmt: skip
             _keep(p_room, n, k0, KB, GB)
             _keep(p_o, o, k0, KB, GB)
         tl.debug_barrier()
     for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
-        x, _ = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+        x, _, raw = _tokens(p_x, held, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB, HELD)
         if k <= KB:
             share = _softmax(x, n, k, SCALE, TYPE, PRECISION, KB)
             y = product(share, o, TYPE, PRECISION)  # [TT, GB]
@@ -280,13 +350,14 @@ def attend_group(
                 top = higher
             y = y / total[:, None]
         if NORM:
-            y += tile(p_x + c0, t0, 0, T, g, d, TT, GB).to(tl.float32)
+            y += raw.to(tl.float32)
         store_tile(p_y + c0, y, t0, 0, T, g, d, TT, GB)
 
 
 @triton.jit
 def _softmax_statistics(
     p_x,
+    held,
     p_gy,
     p_nw,
     p_nb,
@@ -307,10 +378,11 @@ def _softmax_statistics(
     DB: tl.constexpr,
     GB: tl.constexpr,
     KB: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     """Of every token, over all chunks of k_len: maximum, sum, and mean of the gradient of the weights."""
     for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
-        x, _ = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+        x, _, _ = _tokens(p_x, held, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB, HELD)
         gy = tile(p_gy + c0, t0, 0, T, g, d, TT, GB)
         top = tl.full((TT,), float("-inf"), tl.float32)
         total = tl.zeros((TT,), tl.float32)
@@ -403,6 +475,7 @@ def _backward_sample(
     GB: tl.constexpr,
     AB: tl.constexpr,
     KB: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     """One sample of one group: gradient in x, and what it adds to the program's sums for the weights.
 
@@ -439,11 +512,14 @@ def _backward_sample(
             tl.store(p_stats + t, mean, mask=t < T)
             tl.store(p_stats + T + t, rstd, mask=t < T)
         tl.debug_barrier()
+    held = None
+    if HELD:
+        held = _hold(p_x, p_stats, c0, T, d, g, EPS, NORM, TT, GB, HELD)
     for k0 in tl.range(0, k, KB, loop_unroll_factor=1, num_stages=1):
         rk = tl.zeros((KB, GB), tl.float32)
         rv = tl.zeros((KB, GB), tl.float32)
         for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
-            x, _ = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+            x, _, _ = _tokens(p_x, held, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB, HELD)
             rk += product(tl.trans(tile(p_pk, t0, k0, T, k, k, TT, KB)), x, TYPE, PRECISION)
             rv += product(tl.trans(tile(p_pv, t0, k0, T, k, k, TT, KB)), x, TYPE, PRECISION)
         keys = product(rk, tl.trans(tile(p_wk, 0, 0, a, g, g, AB, GB)), TYPE, PRECISION)  # [KB, AB]
@@ -462,15 +538,15 @@ def _backward_sample(
     tl.debug_barrier()
     if k > KB:
         _softmax_statistics(
-            p_x, p_gy, p_nw, p_nb, p_n, p_o, p_stats, c0,
-            T, d, g, k, EPS, SCALE, NORM, TYPE, PRECISION, TT, DB, GB, KB,
+            p_x, held, p_gy, p_nw, p_nb, p_n, p_o, p_stats, c0,
+            T, d, g, k, EPS, SCALE, NORM, TYPE, PRECISION, TT, DB, GB, KB, HELD,
         )  # fmt: skip
 
     for k0 in tl.range(0, k, KB, loop_unroll_factor=1, num_stages=1):
         go = tl.zeros((KB, GB), tl.float32)
         gn = tl.zeros((KB, GB), tl.float32)
         for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
-            x, _ = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+            x, _, _ = _tokens(p_x, held, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB, HELD)
             gy = tile(p_gy + c0, t0, 0, T, g, d, TT, GB)  # [TT, GB]
             n, o = _kept(p_n, k0, KB, GB), _kept(p_o, k0, KB, GB)
             share, gl = _weights_and_gradient(
@@ -507,13 +583,13 @@ def _backward_sample(
     gnw = tl.zeros((1, GB), tl.float32)
     gnb = tl.zeros((1, GB), tl.float32)
     for t0 in tl.range(0, T, TT, loop_unroll_factor=1, num_stages=1):
-        x, plain = _tokens(p_x, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB)
+        x, plain, _ = _tokens(p_x, held, p_nw, p_nb, t0, c0, T, d, g, p_stats, EPS, NORM, TT, DB, GB, HELD)
         gx = tl.zeros((TT, GB), tl.float32)
         for k0 in tl.range(0, k, KB, loop_unroll_factor=1, num_stages=1):
             if GX or NORM:
                 gy = tile(p_gy + c0, t0, 0, T, g, d, TT, GB)  # [TT, GB]
                 n, o = _kept(p_n, k0, KB, GB), _kept(p_o, k0, KB, GB)
-                _, gl = _weights_and_gradient(
+                share, gl = _weights_and_gradient(
                     x, gy, n, o, p_stats, t0, k0, T, k, SCALE, TYPE, PRECISION, TT, KB
                 )
                 gx += product(gl, n, TYPE, PRECISION)
@@ -589,19 +665,20 @@ def projected_attention_bwd_kernel(
     GB: tl.constexpr,
     AB: tl.constexpr,
     KB: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     for s in tl.range(tl.program_id(0) // G, B, P, loop_unroll_factor=1, num_stages=1):
         if SPLIT:
             _backward_sample(
                 s, p_gy, p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_gn,
                 p_stats, p_room, p_gwq, p_gwk, p_gwv, p_gwo, p_gpk, p_gpv, p_gnw, p_gnb,
-                T, d, G, g, a, k, EPS, SCALE, NORM, GX, GW, PRECISION, TT, DB, GB, AB, KB,
+                T, d, G, g, a, k, EPS, SCALE, NORM, GX, GW, PRECISION, TT, DB, GB, AB, KB, HELD,
             )  # fmt: skip
         else:
             _backward_sample_inline(
                 s, p_gy, p_x, p_wq, p_wk, p_wv, p_wo, p_pk, p_pv, p_nw, p_nb, p_gn,
                 p_stats, p_room, p_gwq, p_gwk, p_gwv, p_gwo, p_gpk, p_gpv, p_gnw, p_gnb,
-                T, d, G, g, a, k, EPS, SCALE, NORM, GX, GW, PRECISION, TT, DB, GB, AB, KB,
+                T, d, G, g, a, k, EPS, SCALE, NORM, GX, GW, PRECISION, TT, DB, GB, AB, KB, HELD,
             )  # fmt: skip
         if NORM and GX:
             at = tl.cast(s, tl.int64) * T * d
@@ -613,24 +690,34 @@ def whole_chunks(k: int, chunk: int) -> int:
     return -(-k // chunk) * chunk
 
 
+def _held(T: int, TT: int, GB: int, numbers: int) -> int:
+    """Tiles of a group's tokens that a program keeps where it has room for them; none where not."""
+    tiles = block(-(-T // TT), 1) if T else 0
+    return tiles if tiles * TT * GB <= numbers else 0
+
+
 def forward_blocks(T: int, d: int, g: int, a: int, k: int) -> tuple[dict[str, int], int]:
     """Tile sizes and warps of the forward.
 
-    32 tokens, so that no product unrolls more than 32 terms in registers; two warps, since with k_len and g
-    of 32 rows a third would repeat the others' work; more where k_len or widths are larger. Where k_len goes
-    in chunks, 16 tokens.
+    32 tokens, so that no product unrolls more than 32 terms in registers, 16 of wide groups; two warps, since
+    with k_len and g of 32 rows a third would repeat the others' work; more where widths, k_len or the tokens
+    that are kept are larger. k_len goes in chunks where its rows, of that width, would not stay in registers.
     """
-    GB, AB, chunks = block(g), block(a), in_chunks(g, a, k)
-    KB, TT = (min(block(k), CHUNK), 16) if chunks else (block(k), 32)
-    warps = 2 if max(KB, GB, AB) <= 32 else 8 if chunks else 4
-    return {"TT": min(block(T), TT), "DB": min(block(d), 32), "GB": GB, "AB": AB, "KB": KB}, warps
+    GB, AB = block(g), block(a)
+    wide = max(GB, AB) > 32
+    rows = max(CHUNK, 2048 // max(GB, AB // 2))
+    KB, TT = min(block(k), CHUNK) if block(k) > rows else block(k), 16 if wide else 32
+    warps = max(8 if wide else 2 if KB <= 32 else 4, min(8, T * GB // 1024))
+    sizes = {"TT": min(block(T), TT), "DB": min(block(d), 32), "GB": GB, "AB": AB, "KB": KB}
+    return sizes | {"HELD": _held(T, sizes["TT"], GB, 32 * warps * HELD)}, warps
 
 
-def _backward_blocks(d: int, g: int, a: int, k: int) -> tuple[dict[str, int], int]:
+def _backward_blocks(T: int, d: int, g: int, a: int, k: int) -> tuple[dict[str, int], int]:
     """Of the backward: chunks of k_len, and 16 tokens: for 32 of them a thread has too few registers."""
     GB, AB, KB = block(g), block(a), min(block(k), CHUNK)
     warps = 2 if max(GB, AB) <= 32 else 8
-    return {"TT": 16, "DB": min(block(d), 32), "GB": GB, "AB": AB, "KB": KB}, warps
+    sizes = {"TT": 16, "DB": min(block(d), 32), "GB": GB, "AB": AB, "KB": KB}
+    return sizes | {"HELD": _held(T, 16, GB, 32 * warps * HELD_BACKWARD)}, warps
 
 
 def projected_attention_launch(
@@ -737,7 +824,7 @@ def projected_attention_backward_launch(
     G, a, g = wq.shape
     k = pk.shape[-1]
     norm = norm_weight is not None
-    blocks, warps = _backward_blocks(d, g, a, k)
+    blocks, warps = _backward_blocks(T, d, g, a, k)
     P = min(B, max(1, PROGRAMS // G))
     shapes = [w.shape for w in (wq, wk, wv, wo, pk, pv)] + ([(G, g)] * 2 if norm else [])
     partial = [x.new_empty((P, *shape), dtype=torch.float32) for shape in shapes] if want else []
@@ -770,6 +857,7 @@ def projected_attention_backward_launch(
             **blocks,
         },
         num_warps=warps,
+        registers=255,
     )
     return launch, partial
 

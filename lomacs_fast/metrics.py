@@ -639,7 +639,27 @@ def _gated_conv_backward(gy: Tensor, x: Tensor, *rest: Any, out: Any) -> float:
     return (1 + gx + gw) * taps + (1 + gw) * product + 2 * gate
 
 
+def _backbone(x: Tensor, weights: Sequence[Tensor], kinds: Sequence[int], *_: Any, out: Any) -> float:
+    """Its blocks, whose kinds are 0 a convolution, n lists of n groups, -1 stacks, -2 folded stacks."""
+    B, T, d = x.shape
+    # the mean over tokens and the last norm
+    total, first = _macs(B * (T * d + 7 * d)), 2
+    for kind in kinds:
+        w = weights[first]
+        if kind == 0:
+            total += sum(_conv(x.shape, w.shape[-1], True))
+            first += 2 + 4
+            continue
+        G = kind if kind > 0 else w.shape[0]
+        projections, count = (2, 4) if kind == -2 else (4, 6) if kind == -1 else (4 * G, 6 * G)
+        k = weights[first + projections].shape[-1]
+        total += _attention(x.shape, k, G, True, False, False, False)
+        first += 2 + count
+    return total
+
+
 for _name, _formula in (
+    ("backbone", _backbone),
     ("projected_attention", _projected_attention),
     ("projected_attention_groups", _projected_attention),
     ("projected_attention_backward", _projected_attention_backward),

@@ -35,7 +35,7 @@ TYPES = {
 
 @functools.lru_cache(maxsize=8)
 def reports(file):
-    """`{launch: {target: {registers, spills, shared, tensor, loads, wide_loads, stores, wide_stores}}}`."""
+    """`{launch: {target: {registers, spills, shared, tensor, loads, wide_loads, stores, wide_stores, reads}}}`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, __file__, file], capture_output=True, text=True, env=environment, timeout=550
@@ -85,9 +85,31 @@ def _tool(*command):
     ).stdout
 
 
+def reads(text, pointer):
+    """Loads from a pointer, by name, that are left in Triton's last form: `{function: [[shape, loops around]]}`."""
+    found = {}
+    for function in re.split(r"\n  tt\.func ", text)[1:]:
+        name = re.search(r'@"?(?:\w+\.)*_*(\w+?)(?:__|["(])', function)[1]
+        comes_from, loops = {}, []
+        for line in function.splitlines():
+            indent = len(line) - len(line.lstrip())
+            loops = [start for start in loops if start < indent]
+            if "scf.for" in line:
+                loops.append(indent)
+            done = re.match(r"\s*(?:(%\w+)(?::\d+)? = )?([\w.]+) (%\w+)", line)
+            if not done:
+                continue
+            result, op, operand = done.groups()
+            comes_from[result] = comes_from.get(operand, operand)
+            if op == "tt.load" and comes_from[result] == f"%{pointer}":
+                shape = re.search(r"tensor<([\dx]+)x!tt", line)[1]
+                found.setdefault(name, []).append([shape, len(loops)])
+    return found
+
+
 def report(launch, target):
     done = compiled(launch, target)
-    found = {"shared": done.metadata.shared}
+    found = {"shared": done.metadata.shared, "reads": reads(done.asm["ttgir"], "p_x")}
     if target == "gfx942":
         text = done.asm["amdgcn"]
         numbers = dict(re.findall(r"\.(\w+_count):\s*(\d+)", text))
@@ -116,7 +138,7 @@ def report(launch, target):
             "stores": r"\bSTG\b",
             "wide_stores": r"\bSTG\b[.\w]*\.128",
         }
-    return found | {name: len(re.findall(pattern, text)) for name, pattern in patterns.items()}
+    return found | {key: len(re.findall(pattern, text)) for key, pattern in patterns.items()}
 
 
 def main(file):

@@ -1,12 +1,13 @@
 """The acceptance run on a device, as far as it needs none."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from lomacs_fast.benchmarks import gpu_acceptance
+from lomacs_fast.benchmarks import gpu_acceptance, stems
 
 
 def test_the_staged_package_imports_whole(tmp_path):
@@ -45,6 +46,20 @@ def test_results_are_not_overwritten(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         gpu_acceptance.main()
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_every_function_of_the_suite_is_accepted():
+    assert gpu_acceptance.functions() == [case.function for case in stems.CASES]
+    assert set(gpu_acceptance.names_of("backbone")) == {"triton"}
+
+
+def test_no_test_is_lost_between_processes():
+    path = gpu_acceptance.ROOT / "tests" / "test_kernels_projected_attention.py"
+    dealt = [test for part in gpu_acceptance.parts(path, 4).values() for test in part]
+    names = re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(dealt) == sorted(f"{path}::{name}" for name in names)
+    assert len(gpu_acceptance.parts(path, 4)) == 4
+    assert all((path.parent / f"{name}.py").is_file() for name in gpu_acceptance.PROCESSES)
 
 
 def test_limits_leave_room_in_nine_minutes():

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from aot import SHARED, reports
+from interpreted import counted
 
 from lomacs_fast import reference
 from lomacs_fast.kernels import backbone as kernels
@@ -145,6 +146,18 @@ def test_small_tokens_meet_the_epsilon_of_every_norm():
         for b in blocks
     ]
     held_to_the_rule([[x * 1e-3, small, *norm]], torch.float32)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="loads are counted where kernels are interpreted")
+@pytest.mark.parametrize("kind", ["lists", "stacked", "folded"])
+def test_attention_reads_its_tokens_once(kind):
+    """And the statistics of the block's norm once before it, whatever the number of groups."""
+    arguments = cast(problem(2, 40, 3, 12, 7, 11, depth=1, kind=kind), torch.float32)
+    found = counted(lambda: fused(arguments, kind == "lists"), arguments[0])
+    for sample in range(2):
+        want = torch.zeros_like(arguments[0], dtype=torch.int64)
+        want[sample] = 2
+        assert torch.equal(found[sample], want)
 
 
 def test_batch_of_none():

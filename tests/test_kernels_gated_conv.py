@@ -8,6 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from aot import SHARED, reports
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lomacs_fast import reference
 from lomacs_fast.kernels import gated_conv as kernels
@@ -91,6 +93,13 @@ def test_any_size(B, T, d, k, norm, monkeypatch):
     # programs that keep sums over several samples
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
     held_to_the_rule([problem(B, T, d, k, norm)], torch.float32)
+
+
+@given(T=st.integers(1, 80), d=st.integers(1, 40), half=st.integers(0, 4), norm=st.booleans())
+@settings(derandomize=True, deadline=None, max_examples=1 if DEVICE == "cuda" else 5)
+def test_random_sizes(T, d, half, norm):
+    draws = 32 if DEVICE == "cuda" else 1
+    held_to_the_rule([problem(1, T, d, 2 * half + 1, norm, seed) for seed in range(draws)], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

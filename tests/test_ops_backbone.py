@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lomacs_fast import BackendError, LoMACSSVDNet, freeze, functional, reference, use_backend
+from lomacs_fast import BackendError, LoMACSSVDNet, freeze, functional, metrics, reference, use_backend
 from lomacs_fast.functional import AttentionBlock, ConvBlock, FoldedAttention
 from lomacs_fast.ops import backbone as stem
 from lomacs_fast.ops import dispatch, frozen
@@ -150,6 +150,16 @@ def test_flop_formula(form):
             run(x, blocks, *norm)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_true_count_is_that_of_its_blocks(form):
+    sizes = {"B": 2, "T": 33, "g": 8, "k": 6, "depth": 3, "dtype": torch.float32}
+    x, blocks, *norm = problem(**sizes)
+    with torch.no_grad():
+        want = metrics.true_macs(lambda: functional.backbone(x, blocks, *norm), samples=1)
+        _, blocks, *_ = problem(form, **sizes)
+        assert metrics.true_macs(lambda: direct(x, blocks, *norm), samples=1) == pytest.approx(want, rel=1e-3)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -420,25 +420,15 @@ def test_triton_says_which_widths_have_no_room(g, a, k, words):
     assert [words in r for r in found] == ([True] if words else [])
 
 
-@pytest.mark.parametrize(
-    ("k", "leaf", "newer"),
-    [(32, None, False), (32, "x", True), (32, "pv", True), (32, "norm_bias", True), (256, None, True)],
-)
-def test_what_no_device_has_run_waits(k, leaf, newer, monkeypatch):
-    """The backward, and k_len in chunks; not the forward that a device has run."""
+def test_what_no_device_has_run_waits(monkeypatch):
+    """Forward and backward: both are newer than the last run on a device."""
     asked = []
     monkeypatch.setattr(stem.common, "triton_reasons", lambda device, proved: asked.append(proved) or [])
-    values = {"x": torch.empty(3, 5, 32)} | {n: [torch.empty(32, 16)] * 2 for n in ("wq", "wk", "wv", "wo")}
-    values |= {n: [torch.empty(5, k)] * 2 for n in ("pk", "pv")}
-    values |= {n: torch.empty(32) for n in ("norm_weight", "norm_bias")}
-    if leaf:
-        value = values[leaf]
-        (value[1] if isinstance(value, list) else value).requires_grad_()
-    assert stem._triton_reasons(*values.values(), 1e-5) == []
-    assert asked == [stem.common.NOWHERE if newer else stem.common.PROVED]
-    with torch.no_grad():
-        stem._triton_reasons(*values.values(), 1e-5)
-    assert asked[1] == (stem.common.NOWHERE if k == 256 else stem.common.PROVED)
+    x, wq, pk = torch.empty(3, 5, 32), torch.empty(2, 32, 16), torch.empty(2, 5, 32)
+    for leaf in (False, True):
+        arguments = x.clone().requires_grad_(leaf), wq, wq, wq, wq, pk, pk, None, None, 1e-5
+        assert stem._triton_reasons(*arguments) == []
+    assert asked == [stem.common.NOWHERE] * 2
 
 
 def test_a_device_reads_lists_where_they_lie_once_it_has_run_that(monkeypatch):

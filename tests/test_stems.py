@@ -48,6 +48,11 @@ def test_values_and_gradients_by_the_rule(case, device, size):
         single = stems.cast(drawn, device)
         eager = stems.call(case, reference, single, True, everything=True)
         fast = ours(case, single, device, backward=True, everything=True)
+        # inference may take another way: its outputs too
+        alone = ours(case, single, device, backward=False)
+        exact, eager, fast = (
+            [*found, *of[: len(alone)]] for found, of in ((exact, exact), (eager, eager), (fast, alone))
+        )
         runs = [
             [float((y.cpu() - x).abs().square().sum()) for y, x in zip(got, exact, strict=True)]
             for got in (eager, fast, [torch.zeros_like(x) for x in exact])

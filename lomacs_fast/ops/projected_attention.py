@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from ..kernels.launch import in_chunks
 from ..reference.projected_attention import Grouped
 from . import common, tokens
 from .common import library
@@ -262,13 +261,9 @@ def _triton_reasons(
     norm_bias: Tensor | None,
     eps: float,
 ) -> list[str]:
-    g, a, k = x.shape[-1] // len(wq), wq[0].shape[0], _shape(pk)[1]
-    # the backward, and a k_len in chunks, are newer than the last run on a device
-    weights = [norm_weight, norm_bias]
-    for w in (wq, wk, wv, wo, pk, pv):
-        weights += [w] if isinstance(w, Tensor) else w
-    newer = in_chunks(g, a, k) or common.records((x, *weights))
-    found = tokens.triton_reasons(x, common.NOWHERE if newer else common.PROVED)
+    g, a = x.shape[-1] // len(wq), wq[0].shape[0]
+    # newer than the last run on a device
+    found = tokens.triton_reasons(x, common.NOWHERE)
     for what, n in (("channels a group", g), ("wide queries", a)):
         if n > WIDEST:
             found.append(f"{n} {what} are more than the {WIDEST} that a program's shared memory holds")
