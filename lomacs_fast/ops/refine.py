@@ -83,7 +83,7 @@ def _fake_backward(
     return H.new_empty(H.shape), H.new_empty(U.shape), factor, H.new_empty(scalars.shape)
 
 
-@torch.library.impl("lomacs::refine_svd_backward", ("CPU", "CUDA"), lib=library)
+@torch.library.impl("lomacs::refine_svd_backward", "CUDA", lib=library)
 def _recomputed(gU: Tensor, gS: Tensor, gV: Tensor, H: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The gradients of the reference, computed anew with the columns in the order of the forward."""
     # on a thread of its own, where autograd records as it does outside of an op and no tracer looks on
