@@ -1,5 +1,8 @@
 // Gradients of the refinement of an SVD. Included inside isa.inl.
-// A sample's steps are made anew, each with a record of what its adjoint needs, and walked back from the last one.
+// A sample's steps are made anew, each with a record of what its adjoint needs, and walked back from the last one. Their
+// values are bit for bit those of the forward, by its own functions: what is handed in belongs to these, and where many
+// rotations of nearly equal values would come out otherwise by rounding alone, the gradient would be that of neither.
+// Iterations that the forward cut short, as they would not change its values, still count where they change gradients.
 // The gradient g of a complex X is such that the loss changes by the sum of Re(conj(g) dX). Where X is Hermitian or
 // skew-Hermitian whatever the input, so is what counts of its gradient: the other half is dropped, which makes one
 // product of two and halves others.
@@ -27,17 +30,6 @@ LOMACS_TARGET void columns_by(Planar<T> c, Index rows, Planar<T> a, const T* s, 
       const Vec<T> w = load(s + j), re = w * load(a.row(i) + j), im = w * load(a.imag(i) + j);
       store(c.row(i) + j, b == nullptr ? re : re + load(b->row(i) + j));
       store(c.imag(i) + j, b == nullptr ? im : im + load(b->imag(i) + j));
-    }
-}
-
-// rows of x times the numbers re_i + i im_i
-template <typename T>
-LOMACS_TARGET void turned_rows(Planar<T> x, Index rows, const T* re, const T* im) {
-  for (Index i = 0; i < rows; ++i)
-    for (Index j = 0; j < x.width; j += lanes<T>) {
-      const Vec<T> c = splat(re[i]), s = splat(im[i]), a = load(x.row(i) + j), b = load(x.imag(i) + j);
-      store(x.row(i) + j, a * c - b * s);
-      store(x.imag(i) + j, a * s + b * c);
     }
 }
 
@@ -168,151 +160,113 @@ struct Room {
 
 // `_inverse_root` with what its adjoint needs: the defects E_i and the factors F_i = F_{i-1} (I + E_i / 2).
 template <typename T>
-struct Root {
+struct Root : Squares<T> {
+  using Squares<T>::G;
+  using Squares<T>::n;
+  using Squares<T>::rows;
+  using Squares<T>::used;
+  using Squares<T>::by;
+  using Squares<T>::row;
   Room<T>* room;
-  Planar<T> G;
-  std::vector<Planar<T>> E, F;
-  int used;
-  double by, row, share;  // share: of the gradient of `by` that is the given square's
-  bool own;               // `by` is that of the row sums
+  int iterations;
+  double given;
 
-  void plan(Arena<T>& a, Room<T>& r, Index n, int iterations) {
-    room = &r;
+  void plan(Arena<T>& a, Room<T>& r, int count) {
+    room = &r, iterations = count, n = r.n, rows = r.rows;
     G = planar_square(a, n);
-    E.resize(static_cast<std::size_t>(iterations));
-    F.resize(E.size());
-    for (std::size_t i = 0; i < E.size(); ++i) E[i] = planar_square(a, n), F[i] = planar_square(a, n);
+    this->E2 = r.a, this->S = r.b, this->sums = r.sums;
+    this->keep(a, static_cast<std::size_t>(count), static_cast<std::size_t>(count));
   }
 
-  Planar<T> factor() const { return F[static_cast<std::size_t>(used)]; }
-  Planar<T> defect() const { return E[static_cast<std::size_t>(used)]; }
-
-  // of G; whether it came to its end early, where neither value nor gradient would change
   LOMACS_TARGET bool record(double square) {
-    Room<T>& r = *room;
-    const Index n = r.n;
-    const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
-    hermitian_times(r.a, G, G, n);
-    row = std::sqrt(static_cast<double>(largest_row(r.a, n, r.sums)));
-    const double safe = row <= 2.56 ? 1.0 : 2.56 / row;
-    own = safe < square;
-    by = own ? safe : row != row ? row : square;
-    share = own ? 0 : square == safe ? 0.5 : 1;
-    const T c = static_cast<T>(by), half = static_cast<T>(0.5 * std::sqrt(by));
-    blended(r.a, n, c * c, r.a, T(-2) * c, G, T(1));
-    shifted(E[0], n, -c, G, T(1));
-    shifted(F[0], n, half, E[0], 2 * half);
-    for (used = 0; used + 1 < static_cast<int>(E.size()); ++used) {
-      const std::size_t i = static_cast<std::size_t>(used);
-      if (energy_of(E[i], n, n, r.sums) < 0.0625 * eps * eps) return true;
-      if (i > 0) hermitian_times(r.a, E[i], E[i], n);
-      shifted(r.b, n, T(0.25), E[i], T(0.75));
-      hermitian_times(E[i + 1], r.a, r.b, n);
-      combined<false, T>(F[i + 1], r.rows, T(0.5), straight(F[i]), E[i + 1], n, &F[i], T(1), Part::upper);
-      mirror(F[i + 1]);
-    }
-    return energy_of(E.back(), n, n, r.sums) < 0.0625 * eps * eps;
+    given = square;
+    return this->inverse_root(iterations, square);
+  }
+
+  // gE_{i+1} from gF_{i+1}
+  LOMACS_TARGET void next_defect_gradient(int i, Planar<T> gF, Planar<T> gE, bool& begun) {
+    times(room->a, rows, gF, this->factor(i), n);
+    room->paired(gE, T(0.25), room->a, T(1), T(1), begun ? &gE : nullptr);
+    begun = true;
   }
 
   // from those of F, and of E where it is given, that of G into room.gG; returns that of the given square. F_i and E_i
   // commute and are Hermitian, so gF_{i-1} = gF_i + (gF_i E_i + E_i gF_i) / 4 and gE_i += (gF_i F_{i-1} + ...) / 4.
   LOMACS_TARGET double back(Planar<T> gF, const Planar<T>* of_defect = nullptr) {
     Room<T>& r = *room;
-    const Index n = r.n;
     const Planar<T> gE = of_defect == nullptr ? r.gG : *of_defect;
     bool begun = of_defect != nullptr;
-    for (std::size_t i = static_cast<std::size_t>(used); i > 0; --i) {
-      times(r.a, r.rows, gF, F[i - 1], n);
-      r.paired(gE, T(0.25), r.a, T(1), T(1), begun ? &gE : nullptr);
-      times(r.a, r.rows, gF, E[i], n);
+    if (this->early) {
+      // E_{used+1} is below rounding, its gradient is not
+      next_defect_gradient(used, gF, gE, begun);
+      r.cubic_gradient(this->defect(), gE);
+    }
+    for (int i = used; i > 0; --i) {
+      next_defect_gradient(i - 1, gF, gE, begun);
+      times(r.a, rows, gF, this->defect(i), n);
       r.paired(gF, T(0.25), r.a, T(1), T(1), &gF);
-      r.cubic_gradient(E[i - 1], gE);
-      begun = true;
+      r.cubic_gradient(this->defect(i - 1), gE);
     }
     mixed(gE, n, static_cast<T>(0.5 * std::sqrt(by)), gF, T(1), begun ? &gE : nullptr);
-    const double of_by = 0.5 * r.inner(F[0], gF) / by - r.inner(G, gE);
+    const double of_by = 0.5 * r.inner(this->factor(0), gF) / by - r.inner(G, gE);
     mixed(r.gG, n, static_cast<T>(-by), gE);
-    if (own) {
+    if (this->own) {
       hermitian_times(r.a, G, G, n);
       r.largest_row_gradient(r.a, -0.5 * of_by * by / (row * row));
-      times(r.a, r.rows, r.c, G, n);
+      times(r.a, rows, r.c, G, n);
       r.paired(r.gG, T(1), r.a, T(1), T(1), &r.gG);
+      return 0;
     }
-    return share * of_by;
+    // the smaller of two equal ones is both
+    return given == (row <= 2.56 ? 1.0 : 2.56 / row) ? 0.5 * of_by : of_by;
   }
 };
 
-// `_unitary` of a skew-Hermitian X, which is bounded in place: A = (I + X + X^2 / 2) (I - X^4 / 8 + c X^8).
+// `_unitary` of a skew-Hermitian X: A = (I + c X + c^2 X^2 / 2) (I - c^4 X^4 / 8 + ...), c^2 being `square`.
 template <typename T>
 struct Unitary {
-  Planar<T> X, X2, X4, first, second, A;
-  double square, row;
-  bool fourth, eighth;  // these powers count
+  Planar<T> X, A;
+  Powers<T> powers;
 
   void plan(Arena<T>& a, Index n) {
-    for (Planar<T>* x : {&X, &X2, &X4, &first, &second, &A}) *x = planar_square(a, n);
+    for (Planar<T>* x : {&X, &A, &powers.X2, &powers.X4, &powers.first, &powers.second}) *x = planar_square(a, n);
   }
 
-  LOMACS_TARGET void record(Room<T>& r) {
-    const Index n = r.n;
-    const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
-    hermitian_times(X2, X, X, n);
-    row = static_cast<double>(largest_row(X2, n, r.sums));
-    square = row <= largest_rotation ? 1.0 : largest_rotation / row;
-    if (square != 1) {
-      mixed(X, n, static_cast<T>(std::sqrt(square)), X);
-      mixed(X2, n, static_cast<T>(square), X2);
-    }
-    // |X|^2, and by it the sizes of the gradients of X^4 / 8 and of X^8: they must fall below rounding
-    const double size = row * square;
-    fourth = !(size * std::sqrt(size) < eps);
-    eighth = !(size * size * size < eps);
-    blended(first, n, T(1), X, T(0.5), X2, T(1));
-    if (!fourth) {
-      mixed(A, n, T(1), first);
-      return;
-    }
-    hermitian_times(X4, X2, X2, n);
-    if (eighth) {
-      hermitian_times(r.a, X4, X4, n);
-      blended(second, n, eighth_power, r.a, T(-0.125), X4, T(1));
-    } else {
-      shifted(second, n, T(-0.125), X4, T(1));
-    }
-    times(A, r.rows, first, second, n);
-  }
+  LOMACS_TARGET void record(Room<T>& r) { powers.unitary(X, r.a, A, r.n, r.sums); }
 
   // gX from gA. For a Hermitian Y and Y^2: gY = K + K^H with K = gY^2 Y; for a skew X: gX = -(K - K^H), K = gX^2 X.
   LOMACS_TARGET void back(Room<T>& r, Planar<T> gA, Planar<T> gX) {
     const Index n = r.n;
+    const Powers<T>& p = powers;
+    const double eps = static_cast<double>(std::numeric_limits<T>::epsilon()), size = p.size(), square = p.square;
+    const T c1 = static_cast<T>(std::sqrt(square)), c2 = static_cast<T>(square), e4 = static_cast<T>(square * square);
+    if (p.fourth) times(r.d, r.rows, gA, p.second, n);
+    else mixed(r.d, n, T(1), gA);
+    // the gradients of X^4 / 8 and of X^8 must be below rounding to be left out
+    const bool fourth = !(size * std::sqrt(size) < eps);
     if (fourth) {
-      adjoint_times(r.b, r.rows, first, gA, n);
+      if (p.fourth) adjoint_times(r.b, r.rows, p.first, gA, n);
+      else adjoint_times(r.b, r.rows, A, gA, n);
       r.paired(r.c, T(0.5), r.b, T(1));
-      if (eighth) {
-        times(r.b, r.rows, r.c, X4, n);
-        r.paired(r.d, eighth_power, r.b, T(1), T(-0.125), &r.c);
+      if (p.fourth && !(size * size * size < eps)) {
+        times(r.b, r.rows, r.c, p.X4, n);
+        r.paired(r.c, static_cast<T>(Powers<T>::eighth_power) * e4 * e4, r.b, T(1), T(-0.125) * e4, &r.c);
       } else {
-        mixed(r.d, n, T(-0.125), r.c);
+        mixed(r.c, n, T(-0.125) * e4, r.c);
       }
-      times(r.b, r.rows, r.d, X2, n);
+      times(r.b, r.rows, r.c, p.X2, n);
       r.paired(r.c, T(1), r.b, T(1));
-      times(r.a, r.rows, gA, second, n);
-      r.paired(r.c, T(0.25), r.a, T(1), T(1), &r.c);
-    } else {
-      mixed(r.a, n, T(1), gA);
-      r.paired(r.c, T(0.25), r.a, T(1));
     }
+    r.paired(r.c, T(0.25) * c2, r.d, T(1), T(1), fourth ? &r.c : nullptr);
     times(r.b, r.rows, r.c, X, n);
-    mixed(r.b, n, T(-1), r.b, T(0.5), &r.a);
+    mixed(r.b, n, T(-1), r.b, T(0.5) * c1, &r.d);
     r.paired(gX, T(1), r.b, T(-1));
     if (square == 1) return;
-    const double root = std::sqrt(square), of_square = 0.5 * r.inner(X, gX) / square;
-    r.largest_row_gradient(X2, -of_square * square / row);
+    const double of_square = 0.5 * r.inner(X, gX) / square;
+    r.largest_row_gradient(p.X2, -of_square * square / p.row);
     times(r.a, r.rows, r.c, X, n);
-    r.paired(gX, static_cast<T>(-1 / root), r.a, T(-1), static_cast<T>(root), &gX);
+    r.paired(gX, T(-1), r.a, T(-1), T(1), &gX);
   }
-
-  static constexpr T eighth_power = static_cast<T>(0.185 / 16);
 };
 
 // One of the sweeps of `_diagonalize`: rotations of D, and what they have come to.
@@ -320,12 +274,12 @@ template <typename T>
 struct Sweep {
   Planar<T> D, DH, C, P, Q, B;
   Unitary<T> left, right;
-  T *s, *off, *open, *re, *im;  // open: 1 where the energy off the diagonal is not cut off; the phases taken out
+  T *s, *off, *re, *im;  // diagonal, energy beside it, phases taken out
 
   void plan(Arena<T>& a, Index k, bool tied) {
     for (Planar<T>* x : {&D, &C, &P}) *x = planar_square(a, k);
     left.plan(a, k);
-    for (T** x : {&s, &off, &open, &re, &im}) *x = take_row(a, whole_vectors<T>(k));
+    for (T** x : {&s, &off, &re, &im}) *x = take_row(a, whole_vectors<T>(k));
     DH = D;
     if (tied) return;
     for (Planar<T>* x : {&DH, &Q, &B}) *x = planar_square(a, k);
@@ -356,24 +310,9 @@ struct Diagonal {
   Planar<T> P() const { return sweeps.back().P; }
   Planar<T> Q() const { return tied ? P() : sweeps.back().Q; }
 
-  LOMACS_TARGET void turn(Planar<T> D, T* c, T* d) {
-    for (Index j = 0; j < k; ++j) {
-      set_phase(D.row(j)[j], D.imag(j)[j], c[j], d[j]);
-      d[j] = -d[j];
-    }
-    turned_columns(D, k, c, d);
-  }
-
   LOMACS_TARGET void find_angles(Sweep<T>& x, T* other) {
     if (!tied) adjoint_of(x.D, k, x.DH);
-    column_energies(x.D, k, x.off);
-    column_energies(x.DH, k, other);
-    for (Index j = 0; j < whole_vectors<T>(k); ++j) {
-      x.s[j] = j < k ? x.D.row(j)[j] : T(0);
-      const T half = j < k ? T(0.5) * (x.off[j] + other[j]) - x.s[j] * x.s[j] : T(0);
-      x.open[j] = half < 0 ? T(0) : T(1);
-      x.off[j] = half < 0 ? T(0) : half;
-    }
+    measure(x.D, x.DH, k, x.s, x.off, other);
     const Angles<T> angles{x.s, x.off, index, soft};
     for (Index i = 0; i < k; ++i) {
       rotation_row(angles, x.D, x.DH, i, x.left.X);
@@ -384,7 +323,7 @@ struct Diagonal {
   LOMACS_TARGET void record(Room<T>& r, T softening, bool close) {
     soft = softening, closing = close;
     if (tied) r.paired(core(), T(0.5), core(), T(1));
-    else turn(core(), re, im);
+    else turned_to_real(core(), k, re, im);
     for (std::size_t n = 0; n < sweeps.size(); ++n) {
       Sweep<T>& x = sweeps[n];
       const bool end = n + 1 == sweeps.size();
@@ -403,7 +342,7 @@ struct Diagonal {
       if (tied) continue;
       mixed(x.B, k, T(1), x.right.A);
       if (!end || !closing) {
-        turn(next, x.re, x.im);
+        turned_to_real(next, k, x.re, x.im);
         turned_columns(x.B, k, x.re, x.im);
       }
       if (n > 0) {
@@ -513,15 +452,17 @@ struct Diagonal {
       rotation_gradient_row<false>(angles, x.D, x.DH, gP, i, k, gD, found);
       if (!tied) rotation_gradient_row<true>(angles, x.D, x.DH, gQ, i, k, gD, found);
     }
-    // off_i = (|D_i.|^2 + |D_.i|^2) / 2 - s_i^2
-    for (Index j = 0; j < width; ++j) of_off[j] *= x.open[j];
+    // off_i = (|D_i.|^2 + |D_.i|^2) / 2 - s_i^2, which does not depend on s_i; nothing where it was cut off
+    for (Index j = 0; j < k; ++j)
+      if (x.off[j] == 0) of_off[j] = 0;
     for (Index i = 0; i < k; ++i) {
+      const T before = gD.row(i)[i];
       for (Index j = 0; j < gD.width; j += lanes<T>) {
         const Vec<T> w = splat(of_off[i]) + load(of_off + j);
         store(gD.row(i) + j, load(gD.row(i) + j) + w * load(x.D.row(i) + j));
         store(gD.imag(i) + j, load(gD.imag(i) + j) + w * load(x.D.imag(i) + j));
       }
-      gD.row(i)[i] += of_s[i] - 2 * x.s[i] * of_off[i];
+      gD.row(i)[i] = before + of_s[i];
     }
     return found.soft;
   }
@@ -545,7 +486,7 @@ struct Expansion {
     n = size, rows = whole_blocks(size);
     for (Planar<T>* x : {&Y, &Z}) *x = planar(a, whole_vectors<T>(n), k);
     for (Planar<T>* x : {&AE, &C}) *x = planar_square(a, k);
-    root.plan(a, r, k, polish_iterations);
+    root.plan(a, r, polish_iterations);
     for (T** x : {&inverse, &weight, &left}) *x = take_row(a, whole_vectors<T>(k));
   }
 
@@ -564,7 +505,7 @@ struct Expansion {
       left[j] -= weight[j];
       one += static_cast<double>((left[j] < 0 ? T(0) : left[j]) * inverse[j] * inverse[j]);
     }
-    total = one * x.gain * x.gain;
+    total = one * (x.gain * x.gain);
     const double most = x.bound * x.bound;
     share = total <= most ? 1.0 : most / total;
     middle = 2 / (2 + total * share);
@@ -572,7 +513,7 @@ struct Expansion {
     for (Index j = 0; j < k; ++j) weight[j] = inverse[j] * by;
     times(AE, r.rows, A, E, k);
     columns_by(r.a, k, AE, weight);
-    mixed(C, k, T(1), A, T(-1), &r.a);
+    blended(C, k, T(-1), r.a, T(1), A, T(0));
     columns_by(other, n, Y, weight);
     combined<false, T>(Z, rows, T(1), straight(X), C, k, &other, T(1));
     hermitian_adjoint_times(root.G, Z, Z, n);
@@ -654,8 +595,13 @@ struct Straightened {
     Y = planar(a, whole_vectors<T>(n), k);
     G = planar_square(a, k);
   }
-  LOMACS_TARGET void record(Room<T>& r, Index n, Planar<T> out) {
+  // the square of the defect
+  LOMACS_TARGET double measure(Room<T>& r, Index n) {
     hermitian_product<true, T, false>(G, turned(Y), Y, n);
+    shifted(r.a, r.n, T(-1), G, T(1));
+    return energy_of(r.a, r.n, r.n, r.sums);
+  }
+  LOMACS_TARGET void record(Room<T>& r, Index n, Planar<T> out) {
     shifted(r.a, r.n, T(-0.5), G, T(1.5));
     combined<false, T, false>(out, whole_blocks(n), T(1), straight(Y), r.a, r.n);
   }
@@ -680,7 +626,7 @@ struct Round {
       : arena([&](Arena<T>& a) {
           for (Planar<T>* x : {&X, &made, &free_columns}) *x = planar(a, whole_vectors<T>(n), c);
           if (k > 0) cross = planar(a, whole_vectors<T>(k), c);
-          root.plan(a, r, c, fill_iterations);
+          root.plan(a, r, fill_iterations);
         }, true) {}
 };
 
@@ -689,6 +635,7 @@ template <typename T>
 struct Filling {
   Index n, c, k;
   int side, used;
+  bool gentle;  // the last part of the span is rounding and stays
   Room<T>* room;
   std::vector<std::unique_ptr<Round<T>>> rounds;
   Straightened<T> straight_ones[2];
@@ -736,12 +683,8 @@ struct Filling {
       hermitian_adjoint_times(x.root.G, x.X, x.X, n);
       const bool done = x.root.record(1.0);
       times(x.made, whole_blocks(n), x.X, x.root.factor(), c);
-      const Planar<T> to = done || used == 2 ? straight_ones[0].Y : round(used + 1).X;
-      if (done || used == 2) {
-        if (U != nullptr) outside(*U, x.made, x.cross, to);
-        else mixed(to, n, T(1), x.made);
-        break;
-      }
+      gentle = done && used == 0 && largest_row(x.root.factor(), c, r.sums) <= 2;
+      if (done || used == 2) break;
       const Planar<T> E = x.root.defect();
       hermitian_times(r.a, E, E, c);
       shifted(r.b, c, T(0.25), E, T(0.75));
@@ -751,11 +694,19 @@ struct Filling {
       base.add_energies(x.made, n, c, side, used + 1, transform(c));
       base.least_columns(n, c, side, used + 1, x.free_columns);
       combined<false, T>(x.made, whole_blocks(n), T(1), straight(x.free_columns), r.c, c, &x.made, T(1));
-      if (U != nullptr) outside(*U, x.made, x.cross, to);
-      else mixed(to, n, T(1), x.made);
+      hand_on(x, U, round(used + 1).X, false);
     }
+    hand_on(round(used), U, straight_ones[0].Y, gentle);
+    const bool once = straight_ones[0].measure(r, n) < 1e-6 && sizeof(T) == 4;
     straight_ones[0].record(r, n, straight_ones[1].Y);
-    straight_ones[1].record(r, n, out);
+    straight_ones[1].measure(r, n);
+    if (once) mixed(out, n, T(1), straight_ones[1].Y);
+    else straight_ones[1].record(r, n, out);
+  }
+
+  LOMACS_TARGET void hand_on(Round<T>& x, const Planar<T>* U, Planar<T> to, bool as_it_is) {
+    if (U != nullptr && !as_it_is) outside(*U, x.made, x.cross, to);
+    else mixed(to, n, T(1), x.made);
   }
 
   // g to the gradient of the source, in its place; that of U is added to gU; `by` as large as cross
@@ -765,8 +716,8 @@ struct Filling {
     straight_ones[0].back(r, n, other, g);
     for (int i = used; i >= 0; --i) {
       Round<T>& x = round(i);
-      if (U != nullptr) outside_back(*U, x.made, x.cross, g, gU, by);
       const bool filled = i < used;
+      if (U != nullptr && (filled || !gentle)) outside_back(*U, x.made, x.cross, g, gU, by);
       if (filled) {
         adjoint_times(r.a, r.rows, x.free_columns, g, n);
         r.paired(r.gG, T(0.5), r.a, T(1));
@@ -784,15 +735,15 @@ struct Filling {
 // One side of `refine_close`: A = P F((X P)^H X P) and X A straightened.
 template <typename T>
 struct ClosingSide {
-  Planar<T> gram, product, A;
+  Planar<T> gram, product, A, sorted;
   Root<T> root;
   Straightened<T> straightened;
   Index n, rows;
 
   void plan(Arena<T>& a, Room<T>& r, Index size, Index k) {
     n = size, rows = whole_blocks(size);
-    for (Planar<T>* x : {&gram, &product, &A}) *x = planar_square(a, k);
-    root.plan(a, r, k, close_iterations);
+    for (Planar<T>* x : {&gram, &product, &A, &sorted}) *x = planar_square(a, k);
+    root.plan(a, r, close_iterations);
     straightened.plan(a, n, k);
   }
 
@@ -804,15 +755,27 @@ struct ClosingSide {
     root.record(1.0);
     times(A, r.rows, P, root.factor(), k);
   }
-  LOMACS_TARGET void rotate(Room<T>& r, Planar<T> X, Planar<T> out) {
-    times(straightened.Y, rows, X, A, r.n);
+  LOMACS_TARGET void rotate(Room<T>& r, Planar<T> X, const std::int64_t* order, Planar<T> out) {
+    for (Index i = 0; i < r.n; ++i)
+      for (Index j = 0; j < r.n; ++j) {
+        sorted.row(i)[j] = A.row(i)[order[j]];
+        sorted.imag(i)[j] = A.imag(i)[order[j]];
+      }
+    times(straightened.Y, rows, X, sorted, r.n);
+    straightened.measure(r, n);
     straightened.record(r, n, out);
   }
   // g of what came out to gX in its place, and gA
-  LOMACS_TARGET void rotate_back(Room<T>& r, Planar<T> X, Planar<T> g, Planar<T> gA, Planar<T> other) {
+  LOMACS_TARGET void rotate_back(Room<T>& r, Planar<T> X, const std::int64_t* order, Planar<T> g, Planar<T> gA,
+                                 Planar<T> other) {
     straightened.back(r, n, g, other);
-    adjoint_times(gA, r.rows, X, other, n);
-    adjoint_of(A, r.n, r.over);
+    adjoint_times(r.a, r.rows, X, other, n);
+    for (Index i = 0; i < r.n; ++i)
+      for (Index j = 0; j < r.n; ++j) {
+        gA.row(i)[order[j]] = r.a.row(i)[j];
+        gA.imag(i)[order[j]] = r.a.imag(i)[j];
+      }
+    adjoint_of(sorted, r.n, r.over);
     times(g, rows, other, r.over, r.n);
   }
   // gA to gP; adds to gX
@@ -839,7 +802,7 @@ struct Record {
 };
 
 // bytes of records that are kept at once: the steps before them are made a second time
-constexpr Index kept_bytes = 1 << 20;
+constexpr Index kept_bytes = 4 << 20;
 
 // The gradient of `refine_svd`, sample by sample.
 template <typename T>
@@ -1075,9 +1038,9 @@ class RefinementGradient {
     const Planar<T> gA[] = {g_[0], g_[1]};
     for (int side = 0; side < sides(); ++side) {
       const Planar<T> X = state(steps, side);
-      closings_[side].rotate(r, X, work_[side]);
-      take_seeds(side, order);
-      closings_[side].rotate_back(r, X, grad_[side], gA[side], scratch(side));
+      closings_[side].rotate(r, X, order, work_[side]);
+      take_seeds(side);
+      closings_[side].rotate_back(r, X, order, grad_[side], gA[side], scratch(side));
     }
     if (tied_) {
       // gA += 2 D A diag(gs), gD = A diag(gs) A^H
@@ -1124,16 +1087,15 @@ class RefinementGradient {
     return total;
   }
 
-  // gradients of the active columns as they came out of the closing, into grad_; those of the completion come to them
-  LOMACS_TARGET void take_seeds(int side, const std::int64_t* order) {
+  // gradients of the active columns into grad_, and to them those of the completion beside them
+  LOMACS_TARGET void take_seeds(int side) {
     const Planar<T> from = seeds_[side], to = grad_[side];
     for (Index i = 0; i < rows(side); ++i)
       for (Index j = 0; j < k_; ++j) {
-        to.row(i)[order[j]] = from.row(i)[j];
-        to.imag(i)[order[j]] = from.imag(i)[j];
+        to.row(i)[j] = from.row(i)[j];
+        to.imag(i)[j] = from.imag(i)[j];
       }
     if (rest_ == 0) return;
-    // the completion does not see the order of the columns
     const Planar<T> U = work_[side];
     Filling<T>& x = completions_[side];
     base_.clear_bins();

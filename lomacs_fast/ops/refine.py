@@ -338,8 +338,7 @@ def _native_reasons(
 ) -> list[str]:
     M, N, r = *H.shape[-2:], U.shape[-1]
     found = native_reasons(M * N + 8 * (M + N) * r + 30 * r * r, H=H, U=U, V=V)
-    found = [reason.replace("U is", "H is") for reason in found]
-    return found + _gradient_reasons(H, U, V, scalars)
+    return [reason.replace("U is", "H is") for reason in found]
 
 
 def _triton_reasons(
