@@ -115,6 +115,19 @@ def test_gradients_of_more_steps_than_are_kept():
     close(got, gradients(reference, (H, U, V, SCALARS), 9, seeds_of), 1e-9)
 
 
+@pytest.mark.parametrize("hermitian", [False, True], ids=["general", "hermitian"])
+def test_gradients_count_iterations_that_values_do_not_need(hermitian):
+    H = channels(16, 16, 2, hermitian=hermitian)
+    P, _, Q = torch.linalg.svd(H)
+    # nothing turns, and a defect whose square is below rounding is not below it itself
+    U, V = (x[..., :6] + 2e-10 * normal(2, 16, 6, seed=9) for x in (P, Q.mH))
+    options = {"hermitian": hermitian, "orthonormal": True}
+    with use_backend("cpp"):
+        got = gradients(functional, (H, U, V, SCALARS), 0, seeds_of, **options)
+    want = gradients(reference, (H, U, V, SCALARS), 0, seeds_of, **options)
+    close(got, want, 1e-12)
+
+
 def near(n, k, seed, noise=1e-3):
     """Columns that are nearly orthonormal."""
     return torch.linalg.qr(normal(2, n, k, seed=seed))[0] + noise * normal(2, n, k, seed=seed + 1)
@@ -150,6 +163,16 @@ def test_gradients_of_degenerate_input_equal_those_of_the_reference(name):
             want = gradients(reference, tensors, 2, seeds_of, **options)
             for x, y in zip(got, want, strict=True):
                 assert (x - y).norm() <= 1e-6 * y.norm() + 1e-9
+
+
+def test_gradients_of_eigenvalues_of_both_signs():
+    H, U = normal(2, 12, 12), near(12, 6, 3)
+    H = H + H.mH
+    for active in (4, None):
+        options = {"hermitian": True, "active": active}
+        with use_backend("cpp"):
+            got = gradients(functional, (H, U, U, SCALARS), 3, seeds_of, **options)
+        close(got, gradients(reference, (H, U, U, SCALARS), 3, seeds_of, **options))
 
 
 def smooth_seeds(out):
