@@ -5,8 +5,8 @@ batch 256 and 1: the fused op, the eager formula, `torch.linalg.svd`, `eigh` and
 and a step of op and formula, forward and with its gradients. With `--trained` it times the network of
 `load_pretrained("64x64x32")`, frozen, at some numbers of columns and steps beside the decompositions, and
 prints the AE of each over that of the truncated SVD. The floor is the products that the formula counts, four
-real ones a complex product, over the measured rate of a float32 product; the kernel takes three and stops
-iterations early, and may be below it.
+real ones a complex product, over the measured rate of a float32 product, and thrice that with gradients; the
+kernel takes three, halves Hermitian ones and stops iterations early, and may be below it.
 `python benchmarks/bench_refine.py [--samples 8] [--json FILE]` takes the generator's noisy covariances and
 clean channels and, where Sionna is installed, 3GPP covariances and channels (UMi, UMa and RMa, TR 38.901).
 Errors are against the clean label. Multiply-adds are true real ones a sample, of everything that runs; the
@@ -198,6 +198,7 @@ def timed(seconds: float, rate: float) -> Iterator[dict[str, Any]]:
                 for t in (0, 4, 8)
             }
             floors["fused, a step"] = step
+            floors["fused, with gradients, a step"] = 3 * step
             for name, us in micro.items():
                 floor = 1e6 * floors[name] / rate if name in floors else None
                 yield row_of(kind, batch, name, us, micro["svd"], repeats, floor_us=floor)

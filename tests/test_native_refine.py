@@ -1,4 +1,4 @@
-"""The CPU kernels of `lomacs::refine_svd` and `lomacs::approx_svd`: accuracy, instruction sets, edges, bits."""
+"""The CPU kernels of `lomacs::refine_svd`, its gradient and `lomacs::approx_svd`: accuracy, instruction sets, edges."""
 
 import pytest
 import torch
@@ -70,6 +70,154 @@ def test_in_float64_equal_to_the_reference(isa, size, hermitian):
         with use_backend("cpp"):
             got = functional.refine_svd(H, U, V, steps, **options)
         close(got, reference.refine_svd(H, U, V, steps, **options))
+
+
+def gradients(module, tensors, steps, seeds, **options):
+    """Those of H, U, V and the scalars where U, S and V have the gradients `seeds`; None counts as zeros."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out = module.refine_svd(*leaves[:3], steps, scalars=leaves[3], **options)
+    seeds = seeds(out) if callable(seeds) else seeds
+    found = torch.autograd.grad(out, leaves, seeds, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+def seeds_of(out):
+    return [normal(*x.shape, seed=20 + i, dtype=x.dtype) for i, x in enumerate(out)]
+
+
+def rows(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+# turning both ways, bounded and not
+SCALARS = rows([0.5, 0.1, 1.0, 0.6], [0.3, 0.05, 0.8, 2.0], [0.01, 0.03, 1.1, 4.0])
+
+
+@pytest.mark.parametrize("hermitian", [False, True], ids=["general", "hermitian"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gradients_in_float64_equal_those_of_the_reference(isa, size, hermitian):
+    M, N, r, k = size
+    N, r, k = (M, r, k) if hermitian else (N, r, k)
+    H, U, V = channels(M, N, 2, hermitian=hermitian), normal(2, M, r, seed=7), normal(2, N, r, seed=8)
+    for steps, options in ((0, {}), (3, {"sweeps": 3}), (2, {"orthonormal": True, "sweeps": 1})):
+        if "orthonormal" in options:
+            U, V = (torch.linalg.qr(x)[0] for x in (U, V))
+        options |= {"active": k, "hermitian": hermitian}
+        with use_backend("cpp"):
+            got = gradients(functional, (H, U, V, SCALARS), steps, seeds_of, **options)
+        close(got, gradients(reference, (H, U, V, SCALARS), steps, seeds_of, **options), 1e-11)
+
+
+def test_gradients_of_more_steps_than_are_kept():
+    H, U, V = channels(41, 35, 1), normal(1, 41, 33, seed=7), normal(1, 35, 33, seed=8)
+    with use_backend("cpp"):
+        got = gradients(functional, (H, U, V, SCALARS), 9, seeds_of)
+    close(got, gradients(reference, (H, U, V, SCALARS), 9, seeds_of), 1e-9)
+
+
+@pytest.mark.parametrize("hermitian", [False, True], ids=["general", "hermitian"])
+def test_gradients_count_iterations_that_values_do_not_need(hermitian):
+    H = channels(16, 16, 2, hermitian=hermitian)
+    P, _, Q = torch.linalg.svd(H)
+    # nothing turns, and a defect whose square is below rounding is not below it itself
+    U, V = (x[..., :6] + 2e-10 * normal(2, 16, 6, seed=9) for x in (P, Q.mH))
+    options = {"hermitian": hermitian, "orthonormal": True}
+    with use_backend("cpp"):
+        got = gradients(functional, (H, U, V, SCALARS), 0, seeds_of, **options)
+    want = gradients(reference, (H, U, V, SCALARS), 0, seeds_of, **options)
+    close(got, want, 1e-12)
+
+
+def near(n, k, seed, noise=1e-3):
+    """Columns that are nearly orthonormal."""
+    return torch.linalg.qr(normal(2, n, k, seed=seed))[0] + noise * normal(2, n, k, seed=seed + 1)
+
+
+STARTS = {
+    "equal columns": (lambda: channels(12, 10, 2), lambda n: normal(2, n, 5)[..., [0, 1, 1, 2, 0]]),
+    "ill-conditioned": (
+        lambda: channels(12, 10, 2),
+        lambda n: near(n, 5, 3) @ normal(2, 5, 5) * torch.logspace(0, -2, 5),
+    ),
+    "diagonal": (
+        lambda: torch.eye(12, 10).to(torch.complex128) * torch.linspace(1, 0.1, 10) + 0 * channels(12, 10, 2),
+        lambda n: near(n, 5, 1, 0) * 3,
+    ),
+    # every pair of columns turns far: the rotations are bounded
+    "equal values": (lambda: near(12, 10, 5), lambda n: normal(2, n, 9, seed=n)),
+    "zero": (lambda: 0 * channels(12, 10, 2), lambda n: near(n, 5, 3)),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_gradients_of_degenerate_input_equal_those_of_the_reference(name):
+    channel, start = STARTS[name]
+    H = channel()
+    for hermitian in (False, True):
+        X = H @ H.mH if hermitian else H
+        tensors = X, start(12), start(X.shape[-1]), SCALARS
+        for active in (4, None):
+            options = {"hermitian": hermitian, "active": active}
+            with use_backend("cpp"):
+                got = gradients(functional, tensors, 2, seeds_of, **options)
+            want = gradients(reference, tensors, 2, seeds_of, **options)
+            for x, y in zip(got, want, strict=True):
+                assert (x - y).norm() <= 1e-6 * y.norm() + 1e-9
+
+
+def test_gradients_of_eigenvalues_of_both_signs():
+    H, U = normal(2, 12, 12), near(12, 6, 3)
+    H = H + H.mH
+    for active in (4, None):
+        options = {"hermitian": True, "active": active}
+        with use_backend("cpp"):
+            got = gradients(functional, (H, U, U, SCALARS), 3, seeds_of, **options)
+        close(got, gradients(reference, (H, U, U, SCALARS), 3, seeds_of, **options))
+
+
+def smooth_seeds(out):
+    """Gradients of products that no turn of a column changes, and of S."""
+    U, S, V = out
+    with torch.enable_grad():
+        leaves = [x.detach().to(torch.complex128 if x.is_complex() else torch.float64) for x in out]
+        u, s, v = (x.requires_grad_() for x in leaves)
+        terms = product(u, s, v), u @ u.mH, v @ v.mH, s
+        loss = sum((x * normal(*x.shape, seed=30 + i, dtype=x.dtype)).real.sum() for i, x in enumerate(terms))
+        found = torch.autograd.grad(loss, (u, s, v))
+    return [g.to(x.dtype) for g, x in zip(found, (U, S, V), strict=True)]
+
+
+@pytest.mark.parametrize("hermitian", [False, True], ids=["general", "hermitian"])
+@pytest.mark.parametrize(
+    ("size", "steps"), [((64, 32, 16, 8), 4), ((63, 41, 11, 11), 6), ((20, 14, 1, 1), 2)], ids=str
+)
+def test_gradients_in_float32_by_the_rule(size, steps, hermitian):
+    M, N, r, k = size
+    N = M if hermitian else N
+    errors = {"ours": [0.0] * 4, "eager": [0.0] * 4}
+    norms = [0.0] * 4
+    scalars = rows([0.5, 0.07, 1.0, 0.8]).float()
+    options = {"hermitian": hermitian, "active": k}
+    for seed in range(3):
+        H, U, V = (
+            channels(M, N, 11, seed, hermitian),
+            normal(11, M, r, seed=seed + 5),
+            normal(11, N, r, seed=seed + 6),
+        )
+        single = [x.to(torch.complex64) for x in (H, U, V)] + [scalars]
+        double = [x.to(torch.complex128) for x in single[:3]] + [scalars.double()]
+        want = gradients(reference, double, steps, smooth_seeds, **options)
+        for name, module in (("ours", functional), ("eager", reference)):
+            with use_backend("cpp"):
+                got = gradients(module, single, steps, smooth_seeds, **options)
+            for i in range(4):
+                errors[name][i] += float((got[i] - want[i]).abs().square().sum())
+        for i in range(4):
+            norms[i] += float(want[i].abs().square().sum())
+    for i in range(4):
+        if norms[i] > 0:
+            ours, eager = ((errors[name][i] / norms[i]) ** 0.5 for name in ("ours", "eager"))
+            assert ours <= 2 * eager + 4 * EPS, "HUVs"[i]
 
 
 def covariances(n=2):
@@ -175,6 +323,49 @@ def test_a_sample_does_not_depend_on_its_batch():
     assert all(torch.equal(x[0], y[4]) for x, y in zip(alone, whole, strict=True))
 
 
+def test_gradients_do_not_depend_on_threads_batch_or_repetition():
+    H, U, V = (
+        x.to(torch.complex64) for x in (channels(33, 21, 9), normal(9, 33, 8), normal(9, 21, 8, seed=1))
+    )
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(gradients(functional, (H, U, V, SCALARS.float()), 3, seeds_of, active=5))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+    alone = gradients(
+        functional,
+        (H[4:5], U[4:5], V[4:5], SCALARS.float()),
+        3,
+        lambda _: [
+            x[4:5] for x in seeds_of(functional.refine_svd(H, U, V, 3, scalars=SCALARS.float(), active=5))
+        ],
+        active=5,
+    )
+    assert all(torch.equal(x[0], y[4]) for x, y in zip(alone[:3], results[0][:3], strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_of_nan_and_inf_stay_in_their_sample(bad):
+    H, U = channels(12, 10).to(torch.complex64), normal(3, 12, 6, dtype=torch.complex64)
+    want = gradients(functional, (H, U, U[:, :10], SCALARS.float()), 2, seeds_of, active=4)
+    H[1, 3, 4] = bad
+    got = gradients(functional, (H, U, U[:, :10], SCALARS.float()), 2, seeds_of, active=4)
+    for x, y in zip(got[:3], want[:3], strict=True):
+        assert torch.equal(x[[0, 2]], y[[0, 2]])
+    assert not got[0][1].isfinite().all()
+
+
+def test_no_samples_have_gradients():
+    H, U, V = normal(0, 6, 5), normal(0, 6, 3), normal(0, 5, 3)
+    found = gradients(functional, (H, U, V, SCALARS), 3, seeds_of, active=2)
+    assert [tuple(x.shape) for x in found] == [(0, 6, 5), (0, 6, 3), (0, 5, 3), (3, 4)]
+    assert not found[3].any()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf(isa, bad):
     H = channels(12, 10).to(torch.complex64)
@@ -204,3 +395,16 @@ def test_raw_ops_refuse_what_they_cannot_take():
     for args, words in [((H, scalars, 5, 0, -1, True), "rank"), ((H, scalars, 2, 3, -1, True), "active")]:
         with pytest.raises(RuntimeError, match=words):
             approximate(*args)
+    out = call(H, U, V, scalars, 2, 2, False)
+    order = out[3]
+    backward = torch.ops.lomacs.refine_svd_backward
+    for args, words in [
+        ((*out[:3], H, U, None, scalars, order, 2, False), "square"),
+        ((out[0][:1], *out[1:3], H, U, V, scalars, order, 2, False), "gU must have shape"),
+        ((*out[:3], H, U, V, scalars, order[:, :0], 2, False), "order must hold 1 to r"),
+        ((*out[:3], H, U, V, scalars, order[:1], 2, False), "order must be a contiguous"),
+        ((*out[:3], H, U, V, scalars, order + 1, 2, False), "every active column once"),
+        ((*out[:3], H, U, V, scalars, order * 0, 2, False), "every active column once"),
+    ]:
+        with pytest.raises(RuntimeError, match=words):
+            backward(*args)

@@ -119,36 +119,125 @@ void set_phase(T re, T im, T& c, T& s) {
 template <typename T>
 struct Squares {
   Index n, rows;
-  Planar<T> G, E, E2, S, F, F2;
+  Planar<T> G, E2, S;
+  // of every iteration, or of the last one: what a gradient is made of
+  std::vector<Planar<T>> E, F;
   T* sums;
+  // of the last inverse root: iterations done, scale, the root of the row sums' bound, and whether that decided
+  int used;
+  double by, row;
+  bool own, early;
 
   void plan(Arena<T>& a, Index size) {
     n = size, rows = whole_blocks(size);
-    for (Planar<T>* x : {&G, &E, &E2, &S, &F, &F2}) *x = planar_square(a, n);
+    for (Planar<T>* x : {&G, &E2, &S}) *x = planar_square(a, n);
     sums = take_row(a, whole_vectors<T>(n));
+    keep(a, 1, 2);
+  }
+  void keep(Arena<T>& a, std::size_t defects, std::size_t factors) {
+    E.resize(defects), F.resize(factors);
+    for (Planar<T>& x : E) x = planar_square(a, n);
+    for (Planar<T>& x : F) x = planar_square(a, n);
   }
 
-  // `_inverse_root` of x.G into x.F, the last defect in x.E; whether X F is orthonormal to rounding
+  Planar<T> defect(int i) const { return E[static_cast<std::size_t>(i) % E.size()]; }
+  Planar<T> factor(int i) const { return F[static_cast<std::size_t>(i) % F.size()]; }
+  Planar<T> defect() const { return defect(used); }
+  Planar<T> factor() const { return factor(used); }
+
+  // `_inverse_root` of G; whether X times the factor is orthonormal to rounding
   LOMACS_TARGET bool inverse_root(int iterations, double square) {
     hermitian_times(E2, G, G, n);
-    const double row = std::sqrt(static_cast<double>(largest_row(E2, n, sums)));
-    const double safe = row <= 2.56 ? 1.0 : 2.56 / row, by = safe < square ? safe : row != row ? row : square;
+    row = std::sqrt(static_cast<double>(largest_row(E2, n, sums)));
+    const double safe = row <= 2.56 ? 1.0 : 2.56 / row;
+    own = safe < square, by = own ? safe : row != row ? row : square;
     const T c = static_cast<T>(by), half = static_cast<T>(0.5 * std::sqrt(by));
     blended(E2, n, c * c, E2, T(-2) * c, G, T(1));
-    shifted(E, n, -c, G, T(1));
-    shifted(F, n, half, E, 2 * half);
-    for (int i = 1; i < iterations; ++i) {
-      if (energy_of(E, n, n, sums) < negligible<T>) return true;
-      if (i > 1) hermitian_times(E2, E, E, n);
-      shifted(S, n, T(0.25), E, T(0.75));
-      hermitian_times(E, E2, S, n);
-      combined<false, T>(F2, rows, T(0.5), straight(F), E, n, &F, T(1), Part::upper);
-      mirror(F2);
-      std::swap(F, F2);
+    shifted(defect(0), n, -c, G, T(1));
+    shifted(factor(0), n, half, defect(0), 2 * half);
+    for (used = 0; used + 1 < iterations; ++used) {
+      const Planar<T> before = defect(used), next = defect(used + 1), to = factor(used + 1), from = factor(used);
+      early = energy_of(before, n, n, sums) < negligible<T>;
+      if (early) return true;
+      if (used > 0) hermitian_times(E2, before, before, n);
+      shifted(S, n, T(0.25), before, T(0.75));
+      hermitian_times(next, E2, S, n);
+      combined<false, T>(to, rows, T(0.5), straight(from), next, n, &from, T(1), Part::upper);
+      mirror(to);
     }
-    return energy_of(E, n, n, sums) < negligible<T>;
+    early = false;
+    return energy_of(defect(), n, n, sums) < negligible<T>;
   }
 };
+
+// Powers of a skew-Hermitian X of row sum `row` in its square, which is bounded by the factor `square`:
+// (I + X + X^2 / 2) (I - X^4 / 8 + c X^8), where the fourth and the eighth count.
+template <typename T>
+struct Powers {
+  Planar<T> X2, X4, first, second;  // the factors may lie on X2 and on an eighth power
+  double row, square;
+  bool fourth, eighth;
+
+  double size() const { return row * square; }
+  static constexpr double eighth_power = 0.185 / 16;
+
+  // `_unitary` of x by way of X8
+  LOMACS_TARGET void unitary(Planar<T> x, Planar<T> X8, Planar<T> out, Index k, T* sums) {
+    const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
+    hermitian_times(X2, x, x, k);
+    row = static_cast<double>(largest_row(X2, k, sums));
+    square = row <= largest_rotation ? 1.0 : largest_rotation / row;
+    const double most = size() * size();
+    fourth = !(most < eps), eighth = !(most * most < 8 * eps);
+    const T c2 = static_cast<T>(square), c1 = static_cast<T>(std::sqrt(square)), e4 = static_cast<T>(square * square);
+    if (!fourth) {
+      blended(out, k, c1, x, T(0.5) * c2, X2, T(1));
+      return;
+    }
+    hermitian_times(X4, X2, X2, k);
+    if (eighth) {
+      hermitian_times(X8, X4, X4, k);
+      blended(second, k, static_cast<T>(eighth_power) * e4 * e4, X8, T(-0.125) * e4, X4, T(1));
+    } else {
+      shifted(second, k, T(-0.125) * e4, X4, T(1));
+    }
+    blended(first, k, c1, x, T(0.5) * c2, X2, T(1));
+    times(out, whole_blocks(k), first, second, k);
+  }
+};
+
+// the diagonal of D, and the energy beside it of its rows and columns
+template <typename T>
+LOMACS_TARGET void measure(Planar<T> D, Planar<T> DH, Index k, T* s, T* off, T* other) {
+  column_energies(D, k, off);
+  column_energies(DH, k, other);
+  for (Index j = 0; j < whole_vectors<T>(k); ++j) {
+    s[j] = j < k ? D.row(j)[j] : T(0);
+    const T half = T(0.5) * (off[j] + other[j]) - s[j] * s[j];
+    off[j] = half < 0 || j >= k ? T(0) : half;
+  }
+}
+
+// row i of x times the number re_i + i im_i
+template <typename T>
+LOMACS_TARGET void turned_rows(Planar<T> x, Index rows, const T* re, const T* im) {
+  for (Index i = 0; i < rows; ++i)
+    for (Index j = 0; j < x.width; j += lanes<T>) {
+      const Vec<T> c = splat(re[i]), d = splat(im[i]), a = load(x.row(i) + j), b = load(x.imag(i) + j);
+      store(x.row(i) + j, c * a - d * b);
+      store(x.imag(i) + j, c * b + d * a);
+    }
+}
+
+// conjugate phases of the diagonal of D, into its columns and out
+template <typename T>
+LOMACS_TARGET void turned_to_real(Planar<T> D, Index k, T* re, T* im) {
+  for (Index j = 0; j < k; ++j) {
+    set_phase(D.row(j)[j], D.imag(j)[j], re[j], im[j]);
+    im[j] = -im[j];
+  }
+  turned_columns(D, k, re, im);
+}
 
 // Factors of one side: its rows, its columns and their product with H.
 template <typename T>
@@ -256,13 +345,7 @@ struct Refinement {
   LOMACS_TARGET void rotations(T soft) {
     const Planar<T> turned_over = hermitian ? D : DH;
     if (!hermitian) adjoint_of(D, k, DH);
-    column_energies(D, k, off);
-    column_energies(turned_over, k, off2);
-    for (Index j = 0; j < index_width(); ++j) {
-      s[j] = j < k ? D.row(j)[j] : T(0);
-      const T half = T(0.5) * (off[j] + off2[j]) - s[j] * s[j];
-      off[j] = half < 0 ? T(0) : half;
-    }
+    measure(D, turned_over, k, s, off, off2);
     const Angles<T> angles{s, off, index, soft};
     for (Index i = 0; i < k; ++i) {
       rotation_row(angles, D, turned_over, i, X);
@@ -273,36 +356,8 @@ struct Refinement {
   }
 
   LOMACS_TARGET void unitary(Planar<T> x, Planar<T> out) {
-    hermitian_times(X2, x, x, k);
-    const double row = static_cast<double>(largest_row(X2, k, root.sums));
-    const double square = row <= largest_rotation ? 1.0 : largest_rotation / row, size = row * square;
-    const double eps = static_cast<double>(std::numeric_limits<T>::epsilon());
-    const T c2 = static_cast<T>(square), c1 = static_cast<T>(std::sqrt(square));
-    const T e4 = static_cast<T>(square * square);
-    if (size * size < eps) {
-      blended(out, k, c1, x, T(0.5) * c2, X2, T(1));
-      return;
-    }
-    hermitian_times(X4, X2, X2, k);
-    if (size * size * size * size < 8 * eps) {
-      shifted(X8, k, T(-0.125) * e4, X4, T(1));
-    } else {
-      hermitian_times(X8, X4, X4, k);
-      blended(X8, k, static_cast<T>(0.185 / 16) * e4 * e4, X8, T(-0.125) * e4, X4, T(1));
-    }
-    blended(X2, k, c1, x, T(0.5) * c2, X2, T(1));
-    times(out, krows, X2, X8, k);
-  }
-
-  // conjugate phases of the diagonal of D, into its columns and out
-  LOMACS_TARGET void turn_diagonal() {
-    for (Index j = 0; j < k; ++j) {
-      T c, d;
-      set_phase(D.row(j)[j], D.imag(j)[j], c, d);
-      turn_re[j] = c;
-      turn_im[j] = -d;
-    }
-    turned_columns(D, k, turn_re, turn_im);
+    Powers<T> powers{X2, X4, X2, X8, 0, 0, false, false};
+    powers.unitary(x, X8, out, k, root.sums);
   }
 
   // D = (D + D^H) / 2
@@ -329,25 +384,18 @@ struct Refinement {
       }
       return;
     }
-    turn_diagonal();
+    turned_to_real(D, k, turn_re, turn_im);
     // the first turn is the left part of Q
     for (Index j = 0; j < k; ++j) scale[j] = turn_re[j], energy[j] = turn_im[j];
     for (Index n = 0; n < job.sweeps; ++n) {
       rotations(soft);
       if (!closing || n + 1 < job.sweeps) {
         transform(A, B);
-        turn_diagonal();
+        turned_to_real(D, k, turn_re, turn_im);
         turned_columns(B, k, turn_re, turn_im);
       }
       gather(n, P, P2, A);
-      if (n == 0) {
-        for (Index i = 0; i < k; ++i)
-          for (Index j = 0; j < B.width; j += lanes<T>) {
-            const Vec<T> c = splat(scale[i]), d = splat(energy[i]), re = load(B.row(i) + j), im = load(B.imag(i) + j);
-            store(B.row(i) + j, c * re - d * im);
-            store(B.imag(i) + j, c * im + d * re);
-          }
-      }
+      if (n == 0) turned_rows(B, k, scale, energy);
       gather(n, Q, Q2, B);
     }
   }
@@ -386,7 +434,7 @@ struct Refinement {
     combined<false, T>(x.W, x.rows, T(1), straight(x.U), C, k, &x.Y, T(1));
     hermitian_adjoint_times(root.G, x.W, x.W, x.n);
     root.inverse_root(polish_iterations, 2 / (2 + total * share));
-    times(x.U, x.rows, x.W, root.F, k);
+    times(x.U, x.rows, x.W, root.factor(), k);
   }
 
   // W = H V, Z = H^H U, D = U^H W
@@ -416,14 +464,14 @@ struct Refinement {
     times(C, krows, root.S, a, k);
     hermitian_adjoint_times(root.G, a, C, k);
     root.inverse_root(close_iterations, 1.0);
-    times(out, krows, a, root.F, k);
+    times(out, krows, a, root.factor(), k);
   }
 
   // one iteration of Björck on x.U by way of y; the defect that it found
   LOMACS_TARGET double straighten(Squares<T>& q, Index n, Index rows, Planar<T>& x, Planar<T>& y) {
     hermitian_product<true, T, false>(q.G, turned(x), x, n);
-    shifted(q.E, q.n, T(-1), q.G, T(1));
-    const double found = energy_of(q.E, q.n, q.n, q.sums);
+    shifted(q.S, q.n, T(-1), q.G, T(1));
+    const double found = energy_of(q.S, q.n, q.n, q.sums);
     shifted(q.S, q.n, T(-0.5), q.G, T(1.5));
     combined<false, T, false>(y, rows, T(1), straight(x), q.S, q.n);
     std::swap(x, y);
@@ -622,13 +670,14 @@ struct Refinement {
     for (int turn = 0; turn < 2 && !done; ++turn) {
       hermitian_adjoint_times(q.G, x.U, x.U, x.n);
       done = q.inverse_root(fill_iterations, 1.0);
-      times(x.Y, x.rows, x.U, q.F, q.n);
+      times(x.Y, x.rows, x.U, q.factor(), q.n);
       std::swap(x.U, x.Y);
       // what a small factor adds of the span is rounding
-      gentle = done && turn == 0 && largest_row(q.F, q.n, q.sums) <= 2;
+      gentle = done && turn == 0 && largest_row(q.factor(), q.n, q.sums) <= 2;
       if (done) break;
-      hermitian_times(q.E2, q.E, q.E, q.n);
-      shifted(q.S, q.n, T(0.25), q.E, T(0.75));
+      const Planar<T> E = q.defect();
+      hermitian_times(q.E2, E, E, q.n);
+      shifted(q.S, q.n, T(0.25), E, T(0.75));
       hermitian_times(q.G, q.E2, q.S, q.n);
       clear_bins();
       if (span != nullptr) add_energies(span->U, x.n, k, side, turn + 1, start_freq[side]);
@@ -641,7 +690,7 @@ struct Refinement {
     if (!done) {
       hermitian_adjoint_times(q.G, x.U, x.U, x.n);
       q.inverse_root(fill_iterations, 1.0);
-      times(x.Y, x.rows, x.U, q.F, q.n);
+      times(x.Y, x.rows, x.U, q.factor(), q.n);
       std::swap(x.U, x.Y);
     }
     if (span != nullptr && !gentle) outside(*span, x, x.U);
