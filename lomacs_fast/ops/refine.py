@@ -83,16 +83,21 @@ def _fake_backward(
     return H.new_empty(H.shape), H.new_empty(U.shape), factor, H.new_empty(scalars.shape)
 
 
-@torch.library.impl("lomacs::refine_svd_backward", ("CPU", "CUDA"), lib=library)
+@torch.library.impl("lomacs::refine_svd_backward", "CPU", lib=library)
 def _recomputed(gU: Tensor, gS: Tensor, gV: Tensor, H: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The gradients of the reference, computed anew with the columns in the order of the forward."""
-    # on a thread of its own, where autograd records as it does outside of an op and no tracer looks on
+    return _aside(_recompute, gU, gS, gV, H, *rest)
+
+
+def _aside(function: Any, gU: Tensor, gS: Tensor, gV: Tensor, H: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """A call on a thread of its own, where autograd records as outside of an op and no tracer looks on."""
     stream = torch.cuda.current_stream(H.device) if H.is_cuda else None
 
     def follow() -> tuple[Tensor, ...]:
         # a new thread has a stream of its own
         with nullcontext() if stream is None else torch.cuda.stream(stream):
-            return _recompute(gU, gS, gV, H, *rest)
+            found: tuple[Tensor, ...] = function(gU, gS, gV, H, *rest)
+            return found
 
     with ThreadPoolExecutor(1) as aside:
         return aside.submit(follow).result()
@@ -125,23 +130,70 @@ def _recompute(
     return made[0], made[1], made[2], made[3]
 
 
+def _started(X: Tensor, active: int, orthonormal: bool) -> Tensor:
+    """The active columns, orthonormal, as the kernels take them."""
+    columns = torch.view_as_complex(X)[..., :active]
+    columns = columns if orthonormal else formula.orthonormal_fill(columns)
+    return torch.view_as_real(columns.contiguous())
+
+
+def _finished(u: Tensor, S: Tensor, v: Tensor | None, norm: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Completion, scale and signs around what the kernels found; v None in the Hermitian form."""
+    left = torch.view_as_complex(u)
+    right = left if v is None else torch.view_as_complex(v)
+    return formula.finish(left, S, right, norm[:, None, None], r, v is None)
+
+
 def launched(
     H: Tensor, U: Tensor, V: Tensor | None, scalars: Tensor, active: int, sweeps: int, orthonormal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Steps and closing in one Triton launch; start and completion are the reference's, around it."""
     from ..kernels.refine import refine
 
-    r = U.shape[2]
-    starts = []
-    for X in (U,) if V is None else (U, V):
-        columns = torch.view_as_complex(X)[..., :active]
-        columns = columns if orthonormal else formula.orthonormal_fill(columns)
-        starts.append(torch.view_as_real(columns.contiguous()))
-    u, S, v, order, norm = refine(H, starts[0], None if V is None else starts[1], scalars, sweeps)
-    left = torch.view_as_complex(u)
-    right = left if V is None else torch.view_as_complex(v)
-    left, S, right = formula.finish(left, S, right, norm[:, None, None], r, V is None)
+    starts = [None if X is None else _started(X, active, orthonormal) for X in (U, V)]
+    u, S, v, order, norm = refine(H, starts[0], starts[1], scalars, sweeps)
+    left, S, right = _finished(u, S, None if V is None else v, norm, U.shape[2])
     return torch.view_as_real(left.contiguous()), S, torch.view_as_real(right.contiguous()), order
+
+
+def relaunched(
+    gU: Tensor,
+    gS: Tensor,
+    gV: Tensor,
+    H: Tensor,
+    U: Tensor,
+    V: Tensor | None,
+    scalars: Tensor,
+    order: Tensor,
+    sweeps: int,
+    orthonormal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Back through steps and closing in one Triton launch; through start and completion by the reference."""
+    from ..kernels.refine import refine
+    from ..kernels.refine_gradient import refine_backward
+
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (U, V) if x is not None]
+        starts = [_started(x, order.shape[1], orthonormal) for x in leaves]
+        u, v, *_ = *(x.detach() for x in starts), None
+        # what the completion starts from: cheaper to find again than to keep
+        ends = [
+            x.detach().requires_grad_() for x in refine(H, u, v, scalars, sweeps) if x.is_floating_point()
+        ]
+        out = _finished(ends[0], ends[1], None if V is None else ends[2], ends[3], U.shape[2])
+        grads = torch.view_as_complex(gU), gS, torch.view_as_complex(gV)
+        found = torch.autograd.grad(out, ends, grads, allow_unused=True, materialize_grads=True)
+        gu, gs, gv, gnorm = (x.contiguous() for x in found)
+        gH, gu, gv, gscalars = refine_backward(
+            gu, gs, None if V is None else gv, gnorm, H, u, v, scalars, order, sweeps
+        )
+        made = torch.autograd.grad(starts, leaves, (gu,) if V is None else (gu, gv))
+    return gH, made[0], H.new_empty(0) if V is None else made[1], gscalars
+
+
+@torch.library.impl("lomacs::refine_svd_backward", "CUDA", lib=library)
+def _relaunched(gU: Tensor, gS: Tensor, gV: Tensor, H: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _aside(relaunched, gU, gS, gV, H, *rest)
 
 
 torch.library.impl("lomacs::refine_svd", "CUDA", launched, lib=library)
@@ -358,7 +410,7 @@ def _triton_reasons(
     from ..kernels.refine import limit
 
     k = U.shape[-1] if active is None else active
-    return limit(*H.shape[-2:], k) + common.transform_reasons() + _gradient_reasons(H, U, V, scalars)
+    return limit(*H.shape[-2:], k) + common.transform_reasons()
 
 
 def _eager(
