@@ -743,6 +743,8 @@ def refine_fwd_kernel(
     p_w = p_su + factors
     p_z = p_w + left
     p_x = p_w + factors
+    # not a constant, which would make the function anew
+    unscaled = tl.full((), 1.0, tl.float32)
     soft = tl.load(p_scalars + 4 * tl.maximum(steps - 1, 0), mask=steps > 0, other=SOFT)
     for b in tl.range(pid, B, tl.num_programs(0), loop_unroll_factor=1):
         _first, _second, norm = load_unit(p_h + b * (2 * M * N), p_x, M, N, ROWS, CHUNK)
@@ -764,7 +766,7 @@ def refine_fwd_kernel(
                 p_in, p_a, rows = p_sv, p_chain + 2 * square, N
             project(p_in, p_in, p_g, rows, K, CHUNK, PRECISION)
             congruent(p_g, p_a, p_g, K, PRECISION)
-            take_root(p_g, p_f, 1.0, k, K, PRECISION)
+            take_root(p_g, p_f, unscaled, k, K, PRECISION)
             multiply_squares(p_a, p_f, p_a, False, K, PRECISION)
         measure(
             p_raw, p_chain + square, p_chain + sides * square, p_chain + sides * square,

@@ -78,57 +78,122 @@ def row_gradient(re, im, k: tl.constexpr, K: tl.constexpr):
     return top, re * share, im * share
 
 
+# What follows is cut into pieces of two or three products: longer ones keep more operands than there are
+# registers. p_t are matrices of scratch side by side, which a gradient uses as it likes.
+
+
 @triton.jit
-def cubic_gradient(gr, gi, er, ei, PRECISION: tl.constexpr):
-    """Of E from that of `E^2 (3 I + E) / 4`, all Hermitian."""
-    ar, ai = cdot(gr, gi, er, ei, PRECISION)
-    cr, ci = cdot(er, ei, ar, ai, PRECISION)
-    dr, di = cdot(ar, ai, er, ei, PRECISION)
-    ar, ai = hermitian_part(1.5 * ar + 0.5 * dr, 1.5 * ai + 0.5 * di)
-    return ar + 0.25 * cr, ai + 0.25 * ci
+def factor(er, ei, root, one):
+    """The first factor of `inverse_root`, `root (I + E / 2)`."""
+    return root * (one + 0.5 * er), root * (0.5 * ei)
 
 
 @triton.jit(noinline=True)
-def root_gradient(p_g, p_gf, p_gg, square, k: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
-    """Of G to p_gg from that of `inverse_root` at p_gf; returns that of `square`."""
+def root_defects(p_g, p_t, square, k: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    """The defects before the first and the second iteration, and the gradient of the largest row of G^2.
+
+    Returns the scaling by the bound, and the root of that row.
+    """
+    one = identity(k, K)
     gr, gi = square_of(p_g, K)
     hr, hi = cdot(gr, gi, gr, gi, PRECISION)
     top, ur, ui = row_gradient(hr, hi, k, K)
     row = tl.sqrt(top)
     safe = 1.0 / tl.maximum(row / (SAFE * SAFE), 1.0)
     scale = tl.minimum(square, safe)
-    root = tl.sqrt(scale)
-    one = identity(k, K)
     er, ei = one - gr * scale, -gi * scale
     hr, hi = one - (2 * gr - hr * scale) * scale, -(2 * gi - hi * scale) * scale
-    fr, fi = root * (one + 0.5 * er), root * (0.5 * ei)
-    ar, ai = cdot(hr, hi, 0.75 * one + 0.25 * er, 0.25 * ei, PRECISION)
-    # of the last factor, (I + E / 2) with E of the iteration before
-    hr, hi = cdot(ar, ai, ar, ai, PRECISION)
-    hr, hi = cdot(hr, hi, 0.75 * one + 0.25 * ar, 0.25 * ai, PRECISION)
+    keep(p_t, er, ei, K)
+    keep(p_t + 4 * K * K, ur, ui, K)
+    er, ei = cdot(hr, hi, 0.75 * one + 0.25 * er, 0.25 * ei, PRECISION)
+    keep(p_t + 2 * K * K, er, ei, K)
+    tl.debug_barrier()
+    return safe, row
+
+
+@triton.jit(noinline=True)
+def last_defect_gradient(
+    p_gf, p_t, p_b, p_w, root, k: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Of the last defect, to p_b, and the Hermitian part of that of F, to p_w."""
+    er, ei = square_of(p_t, K)
+    fr, fi = factor(er, ei, root, identity(k, K))
+    ar, ai = square_of(p_t + 2 * K * K, K)
+    br, bi = cdot(fr, fi, ar, ai, PRECISION)
     wr, wi = square_of(p_gf, K)
     wr, wi = hermitian_part(wr, wi)
-    br, bi = cdot(fr, fi, ar, ai, PRECISION)
+    keep(p_w, wr, wi, K)
     br, bi = cdot(fr + 0.5 * br, fi + 0.5 * bi, wr, wi, PRECISION)
     br, bi = hermitian_part(0.5 * br, 0.5 * bi)
-    br, bi = cubic_gradient(br, bi, ar, ai, PRECISION)
+    keep(p_b, br, bi, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def last_factor_gradient(p_t, p_w, k: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of the factor before the last, in the place of that of F."""
+    ar, ai = square_of(p_t + 2 * K * K, K)
+    hr, hi = cdot(ar, ai, ar, ai, PRECISION)
+    hr, hi = cdot(hr, hi, 0.75 * identity(k, K) + 0.25 * ar, 0.25 * ai, PRECISION)
+    wr, wi = square_of(p_w, K)
     hr, hi = cdot(wr, wi, hr, hi, PRECISION)
     hr, hi = hermitian_part(0.5 * hr, 0.5 * hi)
-    wr, wi = wr + hr, wi + hi
-    # of the factor before it
+    tl.debug_barrier()
+    keep(p_w, wr + hr, wi + hi, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def defect_gradient(p_b, p_e, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of E from that of `E^2 (3 I + E) / 4`, in its place, all Hermitian."""
+    gr, gi = square_of(p_b, K)
+    er, ei = square_of(p_e, K)
+    ar, ai = cdot(gr, gi, er, ei, PRECISION)
+    cr, ci = cdot(er, ei, ar, ai, PRECISION)
+    dr, di = cdot(ar, ai, er, ei, PRECISION)
+    ar, ai = hermitian_part(1.5 * ar + 0.5 * dr, 1.5 * ai + 0.5 * di)
+    tl.debug_barrier()
+    keep(p_b, ar + 0.25 * cr, ai + 0.25 * ci, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def first_factor_gradient(p_t, p_b, p_w, root, k: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of the defect and of the factor before the second iteration, in their places."""
+    er, ei = square_of(p_t, K)
+    fr, fi = factor(er, ei, root, identity(k, K))
+    wr, wi = square_of(p_w, K)
     hr, hi = cdot(fr, fi, wr, wi, PRECISION)
     hr, hi = hermitian_part(0.5 * hr, 0.5 * hi)
-    br, bi = br + hr, bi + hi
+    br, bi = square_of(p_b, K)
+    tl.debug_barrier()
+    keep(p_b, br + hr, bi + hi, K)
+    ar, ai = square_of(p_t + 2 * K * K, K)
     hr, hi = cdot(wr, wi, ar, ai, PRECISION)
     hr, hi = hermitian_part(0.5 * hr, 0.5 * hi)
-    wr, wi = wr + hr, wi + hi
-    br, bi = cubic_gradient(br, bi, er, ei, PRECISION)
+    tl.debug_barrier()
+    keep(p_w, wr + hr, wi + hi, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def gram_gradient(
+    p_g, p_t, p_b, p_w, p_gg, square, safe, row, k: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Of G, and of `square`, from those of the first defect and the first factor."""
+    scale = tl.minimum(square, safe)
+    root = tl.sqrt(scale)
+    er, ei = square_of(p_t, K)
+    wr, wi = square_of(p_w, K)
+    br, bi = square_of(p_b, K)
     br, bi = br + 0.5 * root * wr, bi + 0.5 * root * wi
-    along = (wr * (one + 0.5 * er) + wi * (0.5 * ei)) * (0.5 / root) - (br * gr + bi * gi)
-    whole = tl.sum(tl.sum(along, 0), 0)
+    gr, gi = square_of(p_g, K)
+    along = (wr * (identity(k, K) + 0.5 * er) + wi * (0.5 * ei)) * (0.5 / root) - (br * gr + bi * gi)
+    whole = tl.sum(tl.sum(along, 1), 0)
     given = tl.where(square < safe, whole, tl.where(square == safe, 0.5 * whole, 0.0))
-    # the root of the largest row: d safe / d row is -SAFE^2 / row^2
+    # of the largest row, the square of `row`; safe is SAFE^2 / row where that is below 1
     slope = tl.where(row >= SAFE * SAFE, (given - whole) * (0.5 * SAFE * SAFE) / (row * row * row), 0.0)
+    ur, ui = square_of(p_t + 4 * K * K, K)
     ur, ui = hermitian_part(ur * slope, ui * slope)
     ur, ui = cdot(ur, ui, gr, gi, PRECISION)
     ur, ui = hermitian_part(2 * ur, 2 * ui)
@@ -137,40 +202,93 @@ def root_gradient(p_g, p_gf, p_gg, square, k: tl.constexpr, K: tl.constexpr, PRE
     return given
 
 
+@triton.jit
+def root_gradient(p_g, p_gf, p_gg, p_t, square, k: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of G to p_gg from that of `inverse_root` at p_gf; returns that of `square`."""
+    p_b = p_t + 6 * K * K
+    p_w = p_t + 8 * K * K
+    safe, row = root_defects(p_g, p_t, square, k, K, PRECISION)
+    root = tl.sqrt(tl.minimum(square, safe))
+    last_defect_gradient(p_gf, p_t, p_b, p_w, root, k, K, PRECISION)
+    last_factor_gradient(p_t, p_w, k, K, PRECISION)
+    defect_gradient(p_b, p_t + 2 * K * K, K, PRECISION)
+    first_factor_gradient(p_t, p_b, p_w, root, k, K, PRECISION)
+    defect_gradient(p_b, p_t, K, PRECISION)
+    return gram_gradient(p_g, p_t, p_b, p_w, p_gg, square, safe, row, k, K, PRECISION)
+
+
 @triton.jit(noinline=True)
-def unitary_gradient(p_x, p_g, k: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
-    """Of the skew-Hermitian X from that of `unitary`, in its place."""
+def unitary_factors(p_x, p_t, k: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    """X^2, the gradient of its largest row, X^4 as scaled, and the right factor of `unitary`; that row."""
     xr, xi = square_of(p_x, K)
     sr, si = cdot(xr, xi, xr, xi, PRECISION)
     row, ur, ui = row_gradient(sr, si, k, K)
     square = 1.0 / tl.maximum(row / (ROTATION * ROTATION), 1.0)
-    root = tl.sqrt(square)
-    hr, hi = sr * square, si * square
-    fr, fi = cdot(hr, hi, hr, hi, PRECISION)
-    er, ei = cdot(fr, fi, fr, fi, PRECISION)
-    one = identity(k, K)
-    er, ei = one - 0.125 * fr + (0.185 / 16) * er, -0.125 * fi + (0.185 / 16) * ei
+    keep(p_t, sr, si, K)
+    keep(p_t + 2 * K * K, ur, ui, K)
+    sr, si = sr * square, si * square
+    sr, si = cdot(sr, si, sr, si, PRECISION)
+    keep(p_t + 4 * K * K, sr, si, K)
+    er, ei = cdot(sr, si, sr, si, PRECISION)
+    er, ei = identity(k, K) - 0.125 * sr + (0.185 / 16) * er, -0.125 * si + (0.185 / 16) * ei
+    keep(p_t + 6 * K * K, er, ei, K)
+    tl.debug_barrier()
+    return row
+
+
+@triton.jit(noinline=True)
+def factors_gradient(p_x, p_g, p_t, square, k: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of the factors of `unitary`: of the right one to the place of both's, of the left one beside it."""
     gr, gi = square_of(p_g, K)
-    # of the left factor, and of the right one
+    er, ei = square_of(p_t + 6 * K * K, K)
     ar, ai = cdot(gr, gi, er, ei, PRECISION)
-    er, ei = adjoint(one + xr * root + 0.5 * hr, xi * root + 0.5 * hi)
-    gr, gi = cdot(er, ei, gr, gi, PRECISION)
+    root = tl.sqrt(square)
+    xr, xi = square_of(p_x, K)
+    sr, si = square_of(p_t, K)
+    xr = identity(k, K) + xr * root + 0.5 * square * sr
+    xr, xi = adjoint(xr, xi * root + 0.5 * square * si)
+    gr, gi = cdot(xr, xi, gr, gi, PRECISION)
     gr, gi = hermitian_part(gr, gi)
+    tl.debug_barrier()
+    keep(p_t + 6 * K * K, ar, ai, K)
+    keep(p_g, gr, gi, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def argument_gradient(p_x, p_g, p_t, row, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of X from those of the factors."""
+    square = 1.0 / tl.maximum(row / (ROTATION * ROTATION), 1.0)
+    root = tl.sqrt(square)
+    gr, gi = square_of(p_g, K)
+    fr, fi = square_of(p_t + 4 * K * K, K)
     er, ei = cdot(fr, fi, gr, gi, PRECISION)
     er, ei = hermitian_part((0.37 / 16) * er, (0.37 / 16) * ei)
     er, ei = er - 0.125 * gr, ei - 0.125 * gi
     # of the square of X, and of X, both scaled
-    er, ei = cdot(hr, hi, er, ei, PRECISION)
-    er, ei = hermitian_part(0.5 * ar + 2 * er, 0.5 * ai + 2 * ei)
+    sr, si = square_of(p_t, K)
+    er, ei = cdot(2 * square * sr, 2 * square * si, er, ei, PRECISION)
+    ar, ai = square_of(p_t + 6 * K * K, K)
+    er, ei = hermitian_part(0.5 * ar + er, 0.5 * ai + ei)
     ar, ai = skew_part(ar, ai)
-    whole = tl.sum(tl.sum((ar * xr + ai * xi) * (0.5 / root) + (er * sr + ei * si), 0), 0)
+    xr, xi = square_of(p_x, K)
+    whole = tl.sum(tl.sum((ar * xr + ai * xi) * (0.5 / root) + (er * sr + ei * si), 1), 0)
     slope = tl.where(row >= ROTATION * ROTATION, -whole * (ROTATION * ROTATION) / (row * row), 0.0)
+    ur, ui = square_of(p_t + 2 * K * K, K)
     ur, ui = hermitian_part(ur * slope, ui * slope)
     er, ei = cdot(er * square + ur, ei * square + ui, xr, xi, PRECISION)
     er, ei = skew_part(2 * er, 2 * ei)
     tl.debug_barrier()
     keep(p_g, ar * root - er, ai * root - ei, K)
     tl.debug_barrier()
+
+
+@triton.jit
+def unitary_gradient(p_x, p_g, p_t, k: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of the skew-Hermitian X from that of `unitary`, in its place."""
+    row = unitary_factors(p_x, p_t, k, K, PRECISION)
+    factors_gradient(p_x, p_g, p_t, 1.0 / tl.maximum(row / (ROTATION * ROTATION), 1.0), k, K, PRECISION)
+    argument_gradient(p_x, p_g, p_t, row, K, PRECISION)
 
 
 @triton.jit
@@ -194,66 +312,134 @@ def on_diagonal(re, im, dr, di, K: tl.constexpr):
 
 
 @triton.jit(noinline=True)
-def turn_gradient(
-    p_link, p_gd, p_gp, p_gq, p_ga, p_gb, HERMITIAN: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Of D, P and Q from those after `turn`, in their place; of A and B to p_ga and p_gb."""
-    square: tl.constexpr = 2 * K * K
+def tied_turn_gradient(p_link, p_gd, p_ga, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of D, in place, and of A, from that of `A^H D A`; all Hermitian but A."""
     dr, di = square_of(p_link, K)
-    ar, ai = square_of(p_link + 3 * square, K)
+    ar, ai = square_of(p_link + 6 * K * K, K)
     gr, gi = square_of(p_gd, K)
-    if HERMITIAN:
-        gr, gi = hermitian_part(gr, gi)
-        nr, ni = cdot(dr, di, ar, ai, PRECISION)
-        nr, ni = cdot(2 * nr, 2 * ni, gr, gi, PRECISION)
-        gr, gi = cdot(ar, ai, gr, gi, PRECISION)
-        tr, ti = adjoint(ar, ai)
-        gr, gi = cdot(gr, gi, tr, ti, PRECISION)
-    else:
-        br, bi = square_of(p_link + 4 * square, K)
-        mr, mi = cdot(dr, di, br, bi, PRECISION)
-        tr, ti = adjoint(ar, ai)
-        nr, ni = cdot(tr, ti, mr, mi, PRECISION)
-        # the phases of the columns, of which p_ga holds the core
-        keep(p_ga, nr, ni, K)
-        qr, qi = square_of(p_link + 2 * square, K)
-        hr, hi = square_of(p_gq, K)
-        qr, qi = adjoint(qr, qi)
-        qr, qi = cdot(qr, qi, hr, hi, PRECISION)
-        tl.debug_barrier()
-        zr, zi = diagonal_of(p_ga, K)
-        ur, ui = phase(zr, zi)
-        along = tl.sum(nr * gr + ni * gi + br * qr + bi * qi, 0)
-        across = tl.sum(nr * gi - ni * gr + br * qi - bi * qr, 0)
-        zr, zi = phase_gradient(zr, zi, along, across)
-        # columns of Q B diag(conj u)
-        tr, ti = times(br, bi, ur, -ui, 1.0)
-        tr, ti = adjoint(tr, ti)
-        hr, hi = cdot(hr, hi, tr, ti, PRECISION)
-        qr, qi = times(qr, qi, ur, ui, 1.0)
-        gr, gi = times(gr, gi, ur, ui, 1.0)
-        gr, gi = on_diagonal(gr, gi, zr, zi, K)
-        tr, ti = adjoint(gr, gi)
-        nr, ni = cdot(mr, mi, tr, ti, PRECISION)
-        gr, gi = cdot(ar, ai, gr, gi, PRECISION)
-        tr, ti = adjoint(dr, di)
-        qr, qi = cdot_add(tr, ti, gr, gi, qr, qi, PRECISION)
-        tr, ti = adjoint(br, bi)
-        gr, gi = cdot(gr, gi, tr, ti, PRECISION)
-        tl.debug_barrier()
-        keep(p_gq, hr, hi, K)
-        keep(p_gb, qr, qi, K)
-    pr, pi = square_of(p_link + square, K)
-    hr, hi = square_of(p_gp, K)
-    pr, pi = adjoint(pr, pi)
-    nr, ni = cdot_add(pr, pi, hr, hi, nr, ni, PRECISION)
-    tr, ti = adjoint(ar, ai)
-    hr, hi = cdot(hr, hi, tr, ti, PRECISION)
-    tl.debug_barrier()
+    gr, gi = hermitian_part(gr, gi)
+    nr, ni = cdot(dr, di, ar, ai, PRECISION)
+    nr, ni = cdot(2 * nr, 2 * ni, gr, gi, PRECISION)
     keep(p_ga, nr, ni, K)
-    keep(p_gp, hr, hi, K)
+    gr, gi = cdot(ar, ai, gr, gi, PRECISION)
+    ar, ai = adjoint(ar, ai)
+    gr, gi = cdot(gr, gi, ar, ai, PRECISION)
+    tl.debug_barrier()
     keep(p_gd, gr, gi, K)
     tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def turned_core(p_link, p_t, K: tl.constexpr, PRECISION: tl.constexpr):
+    """D B, and A^H D B."""
+    dr, di = square_of(p_link, K)
+    br, bi = square_of(p_link + 8 * K * K, K)
+    dr, di = cdot(dr, di, br, bi, PRECISION)
+    keep(p_t, dr, di, K)
+    ar, ai = square_of(p_link + 6 * K * K, K)
+    ar, ai = adjoint(ar, ai)
+    dr, di = cdot(ar, ai, dr, di, PRECISION)
+    keep(p_t + 2 * K * K, dr, di, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def phases_gradient(p_link, p_t, p_gd, p_gq, p_gb, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of `A^H D B`, of Q and, through Q B, of B, from those of the first and the last by their phases."""
+    qr, qi = square_of(p_link + 4 * K * K, K)
+    hr, hi = square_of(p_gq, K)
+    qr, qi = adjoint(qr, qi)
+    qr, qi = cdot(qr, qi, hr, hi, PRECISION)
+    br, bi = square_of(p_link + 8 * K * K, K)
+    nr, ni = square_of(p_t + 2 * K * K, K)
+    zr, zi = diagonal_of(p_t + 2 * K * K, K)
+    ur, ui = phase(zr, zi)
+    gr, gi = square_of(p_gd, K)
+    along = tl.sum(nr * gr + ni * gi + br * qr + bi * qi, 0)
+    across = tl.sum(nr * gi - ni * gr + br * qi - bi * qr, 0)
+    zr, zi = phase_gradient(zr, zi, along, across)
+    gr, gi = times(gr, gi, ur, ui, 1.0)
+    gr, gi = on_diagonal(gr, gi, zr, zi, K)
+    qr, qi = times(qr, qi, ur, ui, 1.0)
+    br, bi = times(br, bi, ur, -ui, 1.0)
+    br, bi = adjoint(br, bi)
+    hr, hi = cdot(hr, hi, br, bi, PRECISION)
+    tl.debug_barrier()
+    keep(p_gd, gr, gi, K)
+    keep(p_gb, qr, qi, K)
+    keep(p_gq, hr, hi, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def left_turn_gradient(p_t, p_gd, p_ga, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of A from that of `A^H D B`."""
+    gr, gi = square_of(p_gd, K)
+    gr, gi = adjoint(gr, gi)
+    nr, ni = square_of(p_t, K)
+    nr, ni = cdot(nr, ni, gr, gi, PRECISION)
+    keep(p_ga, nr, ni, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def right_turn_gradient(p_link, p_gd, p_gb, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of D, in place, and of B, added, from that of `A^H D B`."""
+    ar, ai = square_of(p_link + 6 * K * K, K)
+    gr, gi = square_of(p_gd, K)
+    gr, gi = cdot(ar, ai, gr, gi, PRECISION)
+    ar, ai = square_of(p_link, K)
+    ar, ai = adjoint(ar, ai)
+    br, bi = square_of(p_gb, K)
+    ar, ai = cdot_add(ar, ai, gr, gi, br, bi, PRECISION)
+    br, bi = square_of(p_link + 8 * K * K, K)
+    br, bi = adjoint(br, bi)
+    gr, gi = cdot(gr, gi, br, bi, PRECISION)
+    tl.debug_barrier()
+    keep(p_gb, ar, ai, K)
+    keep(p_gd, gr, gi, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def product_gradient(p_p, p_a, p_gp, p_ga, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of P, in place, and of A, added, from that of P A."""
+    pr, pi = square_of(p_p, K)
+    gr, gi = square_of(p_gp, K)
+    hr, hi = square_of(p_ga, K)
+    pr, pi = adjoint(pr, pi)
+    hr, hi = cdot_add(pr, pi, gr, gi, hr, hi, PRECISION)
+    pr, pi = square_of(p_a, K)
+    pr, pi = adjoint(pr, pi)
+    gr, gi = cdot(gr, gi, pr, pi, PRECISION)
+    tl.debug_barrier()
+    keep(p_ga, hr, hi, K)
+    keep(p_gp, gr, gi, K)
+    tl.debug_barrier()
+
+
+@triton.jit
+def turn_gradient(
+    p_link,
+    p_gd,
+    p_gp,
+    p_gq,
+    p_ga,
+    p_gb,
+    p_t,
+    HERMITIAN: tl.constexpr,
+    K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of D, P and Q from those after `turn`, in their place; of A and B to p_ga and p_gb."""
+    if HERMITIAN:
+        tied_turn_gradient(p_link, p_gd, p_ga, K, PRECISION)
+    else:
+        turned_core(p_link, p_t, K, PRECISION)
+        phases_gradient(p_link, p_t, p_gd, p_gq, p_gb, K, PRECISION)
+        left_turn_gradient(p_t, p_gd, p_ga, K, PRECISION)
+        right_turn_gradient(p_link, p_gd, p_gb, K, PRECISION)
+    product_gradient(p_link + 2 * K * K, p_link + 6 * K * K, p_gp, p_ga, K, PRECISION)
 
 
 @triton.jit
@@ -334,19 +520,33 @@ def begin_gradient(p_raw, p_gd, p_gq, p_graw, ADD: tl.constexpr, HERMITIAN: tl.c
     tl.debug_barrier()
 
 
-@triton.jit
+# The places of K x K matrices in a program's scratch, after the core. GRAM to RIGHT are two each, one a side;
+# those of P, Q and D lie side by side, to be cleared together.
+GRAM = tl.constexpr(1)
+ROOT = tl.constexpr(3)
+NORMS = tl.constexpr(5)
+RIGHT = tl.constexpr(7)
+PHASED = tl.constexpr(9)
+OF_P = tl.constexpr(10)
+OF_Q = tl.constexpr(11)
+OF_D = tl.constexpr(12)
+OF_A = tl.constexpr(13)
+OF_B = tl.constexpr(14)
+OF_ROOT = tl.constexpr(15)
+OF_GRAM = tl.constexpr(16)
+OF_C = tl.constexpr(17)
+OF_NORMS = tl.constexpr(18)
+OF_CORE = tl.constexpr(19)
+VECTORS = tl.constexpr(20)
+TEMPORARY = tl.constexpr(21)
+WORK = tl.constexpr(26)
+
+
+@triton.jit(noinline=True)
 def diagonalize_gradient(
     p_raw,
     p_chain,
     link,
-    p_gp,
-    p_gq,
-    p_gd,
-    p_ga,
-    p_gb,
-    p_xa,
-    p_xb,
-    p_graw,
     soft,
     sweeps,
     ADD: tl.constexpr,
@@ -356,16 +556,24 @@ def diagonalize_gradient(
     PRECISION: tl.constexpr,
 ):
     """Of the core from those of what `diagonalize` left, p_chain its last link; returns that of soft."""
+    square: tl.constexpr = 2 * K * K
+    p_ga = p_raw + OF_A * square
+    p_gb = p_raw + OF_B * square
+    p_gd = p_raw + OF_D * square
+    p_gq = p_raw + OF_Q * square
+    p_t = p_raw + TEMPORARY * square
+    p_xa = p_raw + OF_NORMS * square
+    p_xb = p_raw + OF_ROOT * square
     of_soft = 0.0
     for _ in tl.range(0, sweeps, loop_unroll_factor=1):
         p_chain -= link
-        turn_gradient(p_chain, p_gd, p_gp, p_gq, p_ga, p_gb, HERMITIAN, K, PRECISION)
+        turn_gradient(p_chain, p_gd, p_raw + OF_P * square, p_gq, p_ga, p_gb, p_t, HERMITIAN, K, PRECISION)
         generators(p_chain, p_xa, p_xb, soft, HERMITIAN, K)
-        unitary_gradient(p_xa, p_ga, k, K, PRECISION)
+        unitary_gradient(p_xa, p_ga, p_t, k, K, PRECISION)
         if not HERMITIAN:
-            unitary_gradient(p_xb, p_gb, k, K, PRECISION)
+            unitary_gradient(p_xb, p_gb, p_t, k, K, PRECISION)
         of_soft += generators_gradient(p_chain, p_ga, p_gb, p_gd, soft, HERMITIAN, K)
-    begin_gradient(p_raw, p_gd, p_gq, p_graw, ADD, HERMITIAN, K)
+    begin_gradient(p_raw, p_gd, p_gq, p_raw + OF_CORE * square, ADD, HERMITIAN, K)
     return of_soft
 
 
@@ -624,21 +832,20 @@ def load_columns(p, i, place, rows, k: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit(noinline=True)
-def straighten_gradient(
+def straighten_products(
     p_x,
     p_y,
     p_a,
     p_g,
     p_place,
-    p_gx,
-    p_ga,
+    p_t,
     rows,
     k: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of X and of A from that of `Z + Z (I - Z^H Z) / 2`, Z = X A, columns in their order; Y is scratch."""
+    """Z = X A to Y; what its gradient takes of that of `Z + Z (I - Z^H Z) / 2` and of Z itself."""
     ar, ai = square_of(p_a, K)
     place = tl.load(p_place + tl.arange(0, K)).to(tl.int32)
     hr = tl.zeros((K, K), tl.float32)
@@ -653,24 +860,65 @@ def straighten_gradient(
         tr, ti = adjoint(xr, xi)
         hr, hi = cdot_add(tr, ti, xr, xi, hr, hi, PRECISION)
         cr, ci = cdot_add(tr, ti, gr, gi, cr, ci, PRECISION)
-    hr, hi = 1.5 * identity(k, K) - 0.5 * hr, -0.5 * hi
+    keep(p_t, 1.5 * identity(k, K) - 0.5 * hr, -0.5 * hi, K)
     cr, ci = hermitian_part(-cr, -ci)
-    ar, ai = adjoint(ar, ai)
-    br = tl.zeros((K, K), tl.float32)
-    bi = tl.zeros((K, K), tl.float32)
+    keep(p_t + 2 * K * K, cr, ci, K)
     tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def straighten_columns(
+    p_y,
+    p_a,
+    p_g,
+    p_place,
+    p_t,
+    p_gx,
+    rows,
+    k: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of Z = X A, in its place, and of X."""
+    place = tl.load(p_place + tl.arange(0, K)).to(tl.int32)
+    hr, hi = square_of(p_t, K)
+    cr, ci = square_of(p_t + 2 * K * K, K)
+    ar, ai = square_of(p_a, K)
+    ar, ai = adjoint(ar, ai)
     for i0 in tl.range(0, rows, ROWS, loop_unroll_factor=1):
         gr, gi = load_columns(p_g, i0 + tl.arange(0, ROWS), place, rows, k, K)
         gr, gi = cdot(gr, gi, hr, hi, PRECISION)
         xr, xi = load_tile(p_y, rows, K, i0, 0, ROWS, K)
         gr, gi = cdot_add(xr, xi, cr, ci, gr, gi, PRECISION)
-        xr, xi = cdot(gr, gi, ar, ai, PRECISION)
-        store_tile(p_gx, xr, xi, rows, K, i0, 0, ROWS, K)
-        xr, xi = load_tile(p_x, rows, K, i0, 0, ROWS, K)
-        xr, xi = adjoint(xr, xi)
-        br, bi = cdot_add(xr, xi, gr, gi, br, bi, PRECISION)
-    keep(p_ga, br, bi, K)
+        tl.debug_barrier()
+        store_tile(p_y, gr, gi, rows, K, i0, 0, ROWS, K)
+        gr, gi = cdot(gr, gi, ar, ai, PRECISION)
+        store_tile(p_gx, gr, gi, rows, K, i0, 0, ROWS, K)
     tl.debug_barrier()
+
+
+@triton.jit
+def straighten_gradient(
+    p_x,
+    p_y,
+    p_a,
+    p_g,
+    p_place,
+    p_t,
+    p_gx,
+    p_ga,
+    rows,
+    k: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of X and of A from that of `Z + Z (I - Z^H Z) / 2`, Z = X A, columns in their order; Y is scratch."""
+    straighten_products(p_x, p_y, p_a, p_g, p_place, p_t, rows, k, K, ROWS, PRECISION)
+    straighten_columns(p_y, p_a, p_g, p_place, p_t, p_gx, rows, k, K, ROWS, PRECISION)
+    project(p_x, p_y, p_ga, rows, K, CHUNK, PRECISION)
 
 
 @triton.jit(noinline=True)
@@ -784,8 +1032,260 @@ def unpad(p_x, p_y, rows, k: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
     tl.debug_barrier()
 
 
-# K x K matrices of a backward program's scratch, beside the chain
-WORK = tl.constexpr(21)
+# The parts of the kernel are functions too: each finds its own addresses, which together fill the registers.
+
+
+@triton.jit(noinline=True)
+def step_again(
+    p_x,
+    p_u,
+    p_v,
+    p_u_out,
+    p_v_out,
+    p_w,
+    p_raw,
+    p_chain,
+    p_row,
+    sweeps,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    k: tl.constexpr,
+    HERMITIAN: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The factors after a step."""
+    square: tl.constexpr = 2 * K * K
+    step_forward(
+        p_x, p_u, p_v, p_u_out, p_v_out, p_w, p_w + M * (2 * K), p_raw, p_chain,
+        p_raw + GRAM * square, p_raw + ROOT * square, p_row, sweeps,
+        M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def core_again(
+    p_x,
+    p_u,
+    p_v,
+    p_w,
+    p_raw,
+    p_chain,
+    soft,
+    sweeps,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    k: tl.constexpr,
+    HERMITIAN: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """H V, the core, and the whole chain that makes it diagonal."""
+    through(p_x, p_v, p_w, M, N, False, K, ROWS, CHUNK, PRECISION)
+    project(p_u, p_w, p_raw, M, K, CHUNK, PRECISION)
+    diagonalize(p_raw, p_chain, LINK * 2 * K * K, soft, sweeps, k, HERMITIAN, K, PRECISION)
+
+
+@triton.jit(noinline=True)
+def closing_again(
+    p_raw,
+    p_end,
+    p_u,
+    p_v,
+    unscaled,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    k: tl.constexpr,
+    HERMITIAN: tl.constexpr,
+    K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What the closing makes of the rotations, each matrix kept."""
+    square: tl.constexpr = 2 * K * K
+    sides: tl.constexpr = 1 if HERMITIAN else 2
+    for side in tl.range(0, sides, loop_unroll_factor=1):
+        p_in, rows = p_u, M
+        if side == 1:
+            p_in, rows = p_v, N
+        p_r = p_end + (1 + side) * square
+        p_side = p_raw + side * square
+        project(p_in, p_in, p_side + NORMS * square, rows, K, CHUNK, PRECISION)
+        congruent(p_side + NORMS * square, p_r, p_side + GRAM * square, K, PRECISION)
+        take_root(p_side + GRAM * square, p_side + ROOT * square, unscaled, k, K, PRECISION)
+        multiply_squares(p_r, p_side + ROOT * square, p_side + RIGHT * square, False, K, PRECISION)
+    if not HERMITIAN:
+        p_a = p_raw + RIGHT * square
+        phase_columns(p_raw, p_a, p_a + square, p_raw + PHASED * square, K, PRECISION)
+
+
+@triton.jit(noinline=True)
+def columns_gradient(
+    p_raw,
+    p_y,
+    p_u,
+    p_v,
+    p_gu,
+    p_gs,
+    p_gv,
+    p_gx,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    k: tl.constexpr,
+    HERMITIAN: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of the factors before the closing and of the rotations, from those of its columns and S."""
+    square: tl.constexpr = 2 * K * K
+    sides: tl.constexpr = 1 if HERMITIAN else 2
+    p_place = p_raw + VECTORS * square + 2 * K
+    p_t = p_raw + TEMPORARY * square
+    for side in tl.range(0, sides, loop_unroll_factor=1):
+        p_in, p_r, p_o, p_gi, p_gm, rows = p_u, RIGHT * square, p_gu, p_gx, OF_A * square, M
+        if side == 1:
+            p_in, p_r, p_o, p_gi, p_gm, rows = (
+                p_v, PHASED * square, p_gv, p_gx + M * (2 * K), OF_B * square, N
+            )  # fmt: skip
+        straighten_gradient(
+            p_in, p_y, p_raw + p_r, p_o, p_place, p_t, p_gi, p_raw + p_gm, rows, k, K, ROWS, CHUNK, PRECISION
+        )
+    p_a = p_raw + RIGHT * square
+    measure_gradient(
+        p_raw, p_a, p_a + (sides - 1) * square, p_gs, p_place, p_raw + OF_A * square, p_raw + OF_B * square,
+        p_raw + OF_CORE * square, k, HERMITIAN, K, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def closing_gradient(
+    p_raw,
+    p_end,
+    p_u,
+    p_v,
+    p_gx,
+    unscaled,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    k: tl.constexpr,
+    HERMITIAN: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of the factors, added, and of P and Q, through what made the columns orthonormal."""
+    square: tl.constexpr = 2 * K * K
+    sides: tl.constexpr = 1 if HERMITIAN else 2
+    clear(p_raw + OF_D * square, 1, K)
+    for side in tl.range(0, sides, loop_unroll_factor=1):
+        p_in, p_gi, rows = p_u, p_gx, M
+        if side == 1:
+            p_in, p_gi, rows = p_v, p_gx + M * (2 * K), N
+        p_r = p_end + (1 + side) * square
+        p_side = p_raw + side * square
+        multiply_squares(p_r, p_side + OF_A * square, p_raw + OF_ROOT * square, True, K, PRECISION)
+        root_gradient(
+            p_side + GRAM * square, p_raw + OF_ROOT * square, p_raw + OF_GRAM * square,
+            p_raw + TEMPORARY * square, unscaled, k, K, PRECISION,
+        )  # fmt: skip
+        congruent_gradient(
+            p_side + OF_A * square, p_side + ROOT * square, p_side + NORMS * square, p_r,
+            p_raw + OF_GRAM * square, p_side + OF_P * square, p_raw + OF_NORMS * square, K, PRECISION,
+        )  # fmt: skip
+        apply(p_in, p_raw + OF_NORMS * square, p_gi, rows, True, K, ROWS, PRECISION)
+
+
+@triton.jit(noinline=True)
+def side_gradient(
+    p_raw,
+    p_end,
+    p_row,
+    p_grow,
+    p_in,
+    p_product,
+    p_y,
+    p_o,
+    p_gi,
+    p_gproduct,
+    rows,
+    side,
+    longest: tl.constexpr,
+    k: tl.constexpr,
+    HERMITIAN: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of a factor and of its product with H, of P, Q, D and scalars, from that of the factor after a step."""
+    square: tl.constexpr = 2 * K * K
+    p_t = p_y + longest
+    p_gt = p_t + longest
+    p_vectors = p_raw + VECTORS * square
+    p_g = p_raw + GRAM * square
+    p_f = p_raw + ROOT * square
+    p_r = p_end + (1 + side) * square
+    # in the Hermitian form P serves for Q
+    other = 0 if HERMITIAN else 1 - side
+    p_q = p_end + (1 + other) * square
+    scaling = expand(
+        p_in, p_product, p_y, p_t, p_r, p_q, p_end, p_row, p_g, p_vectors, rows, side,
+        HERMITIAN, K, ROWS, PRECISION,
+    )  # fmt: skip
+    take_root(p_g, p_f, scaling, k, K, PRECISION)
+    project(p_t, p_o, p_raw + OF_ROOT * square, rows, K, CHUNK, PRECISION)
+    of_scaling = root_gradient(
+        p_g, p_raw + OF_ROOT * square, p_raw + OF_GRAM * square, p_raw + TEMPORARY * square, scaling,
+        k, K, PRECISION,
+    )  # fmt: skip
+    expand_gradient(
+        p_in, p_y, p_t, p_o, p_f, p_raw + OF_GRAM * square, p_gt, p_raw + OF_C * square, p_vectors + K, rows,
+        K, ROWS, PRECISION,
+    )  # fmt: skip
+    weights_gradient(
+        p_r, p_end, p_row, p_vectors, p_raw + OF_C * square, p_raw + (OF_P + side) * square,
+        p_raw + OF_D * square, p_grow, of_scaling, side, HERMITIAN, K, PRECISION,
+    )  # fmt: skip
+    rotated_gradient(
+        p_product, p_y, p_gt, p_q, p_raw + OF_C * square, p_vectors, p_gi, p_gproduct,
+        p_raw + (OF_P + other) * square, rows, K, ROWS, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def products_gradient(
+    p_x,
+    p_u,
+    p_v,
+    p_w,
+    p_gcore,
+    p_gw,
+    p_gf,
+    p_gx,
+    CLOSING: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    HERMITIAN: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of the factors and of H, added, from those of the core and of products with H; the closing has one."""
+    left: tl.constexpr = M * (2 * K)
+    both: tl.constexpr = not (HERMITIAN or CLOSING)
+    p_gv = p_gf if HERMITIAN else p_gf + left
+    project_gradient(p_u, p_w, p_gcore, p_gf, p_gw, M, not CLOSING, K, ROWS, PRECISION)
+    back_through(p_x, p_gw, p_gv, M, N, True, K, ROWS, CHUNK, PRECISION)
+    if both:
+        through(p_x, p_gw + left, p_gf, M, N, True, K, ROWS, CHUNK, PRECISION)
+    outer(p_gw, p_v, p_u, p_gw + left, p_gx, M, N, both, not CLOSING, K, ROWS, CHUNK, PRECISION)
 
 
 @triton.jit
@@ -825,170 +1325,82 @@ def refine_bwd_kernel(
     factors: tl.constexpr = left if HERMITIAN else (M + N) * (2 * K)
     longest: tl.constexpr = (M if M > N else N) * (2 * K)
     p_raw = p_scratch + pid * size
-    # two each, one a side
-    p_g = p_raw + square
-    p_f = p_raw + 3 * square
-    p_n = p_raw + 5 * square
-    p_a = p_raw + 7 * square
-    p_qc = p_raw + 9 * square
-    # side by side, to be cleared together
-    p_gp = p_raw + 10 * square
-    p_gq = p_raw + 11 * square
-    p_gd = p_raw + 12 * square
-    p_ga = p_raw + 13 * square
-    p_gb = p_raw + 14 * square
-    p_gf = p_raw + 15 * square
-    p_gg = p_raw + 16 * square
-    p_gc = p_raw + 17 * square
-    p_gn = p_raw + 18 * square
-    p_graw = p_raw + 19 * square
-    p_vectors = p_raw + 20 * square
-    p_place = p_vectors + 2 * K
     p_w = p_raw + WORK * square
-    p_z = p_w + left
     p_y = p_w + factors
-    p_t = p_y + longest
-    p_gt = p_t + longest
-    p_gw = p_gt + longest
-    p_gz = p_gw + left
+    p_gw = p_y + 3 * longest
     p_x = p_gw + 3 * factors
     p_chain = p_x + (2 * M * N + 3) // 4 * 4
-    p_states = p_chain + (sweeps + 1) * link
-    p_last = p_states + steps * factors
-    closing = tl.load(p_scalars + 4 * tl.maximum(steps - 1, 0), mask=steps > 0, other=SOFT)
+    p_end = p_chain + sweeps * link
+    p_states = p_end + link
+    # not a constant, which would make the functions anew
+    unscaled = tl.full((), 1.0, tl.float32)
     for b in tl.range(pid, B, tl.num_programs(0), loop_unroll_factor=1):
         first, second, _norm = load_unit(p_h + b * (2 * M * N), p_x, M, N, ROWS, CHUNK)
         pad(p_u + b * (2 * M * k), p_states, M, k, ROWS, K)
         if not HERMITIAN:
             pad(p_v + b * (2 * N * k), p_states + left, N, k, ROWS, K)
-        for t in tl.range(0, steps, loop_unroll_factor=1):
-            p_su = p_states + t * factors
-            p_sv = p_su if HERMITIAN else p_su + left
-            step_forward(
-                p_x, p_su, p_sv, p_su + factors, p_sv + factors, p_w, p_z, p_raw, p_chain, p_g, p_f,
-                p_scalars + 4 * t, sweeps, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION,
-            )  # fmt: skip
-        # the closing, and back through it
-        p_su = p_last
+        p_su = p_states
         p_sv = p_su if HERMITIAN else p_su + left
-        through(p_x, p_sv, p_w, M, N, False, K, ROWS, CHUNK, PRECISION)
-        project(p_su, p_w, p_raw, M, K, CHUNK, PRECISION)
-        p_end = diagonalize(p_raw, p_chain, link, closing, sweeps, k, HERMITIAN, K, PRECISION)
-        for side in tl.range(0, sides, loop_unroll_factor=1):
-            p_in, p_r, rows = p_su, p_end + square, M
-            if side == 1:
-                p_in, p_r, rows = p_sv, p_end + 2 * square, N
-            at = side * square
-            project(p_in, p_in, p_n + at, rows, K, CHUNK, PRECISION)
-            congruent(p_n + at, p_r, p_g + at, K, PRECISION)
-            take_root(p_g + at, p_f + at, 1.0, k, K, PRECISION)
-            multiply_squares(p_r, p_f + at, p_a + at, False, K, PRECISION)
-        p_second = p_a if HERMITIAN else p_a + square
-        if not HERMITIAN:
-            phase_columns(p_raw, p_a, p_second, p_qc, K, PRECISION)
-        place_columns(p_order + b * k, p_place, k, K)
+        for t in tl.range(0, steps, loop_unroll_factor=1):
+            step_again(
+                p_x, p_su, p_sv, p_su + factors, p_sv + factors, p_w, p_raw, p_chain, p_scalars + 4 * t,
+                sweeps, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION,
+            )  # fmt: skip
+            p_su += factors
+            p_sv += factors
+        # the closing, and back through it
+        soft = tl.load(p_scalars + 4 * tl.maximum(steps - 1, 0), mask=steps > 0, other=SOFT)
+        core_again(
+            p_x, p_su, p_sv, p_w, p_raw, p_chain, soft, sweeps, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION
+        )
+        closing_again(p_raw, p_end, p_su, p_sv, unscaled, M, N, k, HERMITIAN, K, CHUNK, PRECISION)
+        place_columns(p_order + b * k, p_raw + VECTORS * square + 2 * K, k, K)
         p_now = p_gw + factors
         p_next = p_now + factors
-        for side in tl.range(0, sides, loop_unroll_factor=1):
-            p_in, p_r, p_o, p_gi, p_gm, rows = p_su, p_a, p_gu + b * (2 * M * k), p_now, p_ga, M
-            if side == 1:
-                p_in, p_r, p_o, p_gi, p_gm, rows = p_sv, p_qc, p_gv + b * (2 * N * k), p_now + left, p_gb, N
-            straighten_gradient(p_in, p_y, p_r, p_o, p_place, p_gi, p_gm, rows, k, K, ROWS, PRECISION)
-        measure_gradient(
-            p_raw, p_a, p_second, p_gs + b * k, p_place, p_ga, p_gb, p_graw, k, HERMITIAN, K, PRECISION
-        )
-        clear(p_gd, 1, K)
-        for side in tl.range(0, sides, loop_unroll_factor=1):
-            p_in, p_r, p_gi, p_gm, p_to, rows = p_su, p_end + square, p_now, p_ga, p_gp, M
-            if side == 1:
-                p_in, p_r, p_gi, p_gm, p_to, rows = p_sv, p_end + 2 * square, p_now + left, p_gb, p_gq, N
-            at = side * square
-            multiply_squares(p_r, p_gm, p_gf, True, K, PRECISION)
-            root_gradient(p_g + at, p_gf, p_gg, 1.0, k, K, PRECISION)
-            congruent_gradient(p_gm, p_f + at, p_n + at, p_r, p_gg, p_to, p_gn, K, PRECISION)
-            apply(p_in, p_gn, p_gi, rows, True, K, ROWS, PRECISION)
-        of_soft = diagonalize_gradient(
-            p_raw, p_end, link, p_gp, p_gq, p_gd, p_ga, p_gb, p_gn, p_gf, p_graw, closing, sweeps,
-            True, k, HERMITIAN, K, PRECISION,
+        columns_gradient(
+            p_raw, p_y, p_su, p_sv, p_gu + b * (2 * M * k), p_gs + b * k,
+            p_gu if HERMITIAN else p_gv + b * (2 * N * k), p_now,
+            M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION,
         )  # fmt: skip
-        project_gradient(p_su, p_w, p_graw, p_now, p_gw, M, False, K, ROWS, PRECISION)
+        closing_gradient(p_raw, p_end, p_su, p_sv, p_now, unscaled, M, N, k, HERMITIAN, K, ROWS, PRECISION)
+        of_soft = diagonalize_gradient(p_raw, p_end, link, soft, sweeps, True, k, HERMITIAN, K, PRECISION)
         p_gx = p_gh_out + b * (2 * M * N)
-        back_through(p_x, p_gw, p_now if HERMITIAN else p_now + left, M, N, True, K, ROWS, CHUNK, PRECISION)
-        outer(p_gw, p_sv, p_su, p_gz, p_gx, M, N, False, False, K, ROWS, CHUNK, PRECISION)
+        products_gradient(
+            p_x, p_su, p_sv, p_w, p_raw + OF_CORE * square, p_gw, p_now, p_gx, True,
+            M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION,
+        )  # fmt: skip
         for back in tl.range(0, steps, loop_unroll_factor=1):
             t = steps - 1 - back
             p_row = p_scalars + 4 * t
             p_grow = p_gscalars + (b * steps + t) * 4
             soft = tl.load(p_row)
-            p_su = p_states + t * factors
-            p_sv = p_su if HERMITIAN else p_su + left
-            through(p_x, p_sv, p_w, M, N, False, K, ROWS, CHUNK, PRECISION)
-            project(p_su, p_w, p_raw, M, K, CHUNK, PRECISION)
-            p_end = diagonalize(p_raw, p_chain, link, soft, sweeps, k, HERMITIAN, K, PRECISION)
-            if not HERMITIAN:
-                back_through(p_x, p_su, p_z, M, N, False, K, ROWS, CHUNK, PRECISION)
-            clear(p_gp, 3, K)
-            for side in tl.range(0, sides, loop_unroll_factor=1):
-                p_in, p_product, p_o, p_gi, p_gp_in, rows = p_su, p_w, p_now, p_next, p_gw, M
-                p_r, p_q, p_gm, p_gn_side = (
-                    p_end + square,
-                    p_end + sides * square,
-                    p_gp,
-                    p_gp + (sides - 1) * square,
-                )
-                if side == 1:
-                    p_in, p_product, p_o, p_gi, p_gp_in, rows = (
-                        p_sv,
-                        p_z,
-                        p_now + left,
-                        p_next + left,
-                        p_gz,
-                        N,
-                    )
-                    p_r, p_q, p_gm, p_gn_side = p_end + 2 * square, p_end + square, p_gq, p_gp
-                scaling = expand(
-                    p_in, p_product, p_y, p_t, p_r, p_q, p_end, p_row, p_g, p_vectors, rows, side,
-                    HERMITIAN, K, ROWS, PRECISION,
-                )  # fmt: skip
-                take_root(p_g, p_f, scaling, k, K, PRECISION)
-                project(p_t, p_o, p_gf, rows, K, CHUNK, PRECISION)
-                of_scaling = root_gradient(p_g, p_gf, p_gg, scaling, k, K, PRECISION)
-                expand_gradient(
-                    p_in, p_y, p_t, p_o, p_f, p_gg, p_gt, p_gc, p_vectors + K, rows, K, ROWS, PRECISION
-                )
-                weights_gradient(
-                    p_r, p_end, p_row, p_vectors, p_gc, p_gm, p_gd, p_grow, of_scaling, side,
-                    HERMITIAN, K, PRECISION,
-                )  # fmt: skip
-                rotated_gradient(
-                    p_product,
-                    p_y,
-                    p_gt,
-                    p_q,
-                    p_gc,
-                    p_vectors,
-                    p_gi,
-                    p_gp_in,
-                    p_gn_side,
-                    rows,
-                    K,
-                    ROWS,
-                    PRECISION,
-                )
-            of_soft += diagonalize_gradient(
-                p_raw, p_end, link, p_gp, p_gq, p_gd, p_ga, p_gb, p_gn, p_gf, p_graw, soft, sweeps,
-                False, k, HERMITIAN, K, PRECISION,
+            p_su -= factors
+            p_sv -= factors
+            core_again(
+                p_x, p_su, p_sv, p_w, p_raw, p_chain, soft, sweeps,
+                M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION,
             )  # fmt: skip
-            # the closing has the scalars of the last step
+            if not HERMITIAN:
+                back_through(p_x, p_su, p_w + left, M, N, False, K, ROWS, CHUNK, PRECISION)
+            clear(p_raw + OF_P * square, 3, K)
+            for side in tl.range(0, sides, loop_unroll_factor=1):
+                p_in, at, rows = p_su, 0, M
+                if side == 1:
+                    p_in, at, rows = p_sv, left, N
+                side_gradient(
+                    p_raw, p_end, p_row, p_grow, p_in, p_w + at, p_y, p_now + at, p_next + at, p_gw + at,
+                    rows, side, longest, k, HERMITIAN, K, ROWS, CHUNK, PRECISION,
+                )  # fmt: skip
+            of_soft += diagonalize_gradient(
+                p_raw, p_end, link, soft, sweeps, False, k, HERMITIAN, K, PRECISION
+            )
+            # the closing has the softening of the last step
             tl.store(p_grow, of_soft)
             of_soft = 0.0
-            project_gradient(p_su, p_w, p_graw, p_next, p_gw, M, True, K, ROWS, PRECISION)
-            back_through(
-                p_x, p_gw, p_next if HERMITIAN else p_next + left, M, N, True, K, ROWS, CHUNK, PRECISION
-            )
-            if not HERMITIAN:
-                through(p_x, p_gz, p_next, M, N, True, K, ROWS, CHUNK, PRECISION)
-            outer(p_gw, p_sv, p_su, p_gz, p_gx, M, N, not HERMITIAN, True, K, ROWS, CHUNK, PRECISION)
+            products_gradient(
+                p_x, p_su, p_sv, p_w, p_raw + OF_CORE * square, p_gw, p_next, p_gx, False,
+                M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION,
+            )  # fmt: skip
             p_now, p_next = p_next, p_now
         unpad(p_now, p_gu_out + b * (2 * M * k), M, k, ROWS, K)
         if not HERMITIAN:

@@ -293,6 +293,43 @@ def launched_order(H, U, V, scalars, orthonormal):
     return launched(H, U, V, scalars, 3, 1, orthonormal)[3]
 
 
+@pytest.mark.gpu
+@FORMS
+def test_on_a_device_at_the_main_size(hermitian):
+    """Values and gradients of the op, 16 of 32 columns active, by the rule."""
+    from lomacs_fast import functional, reference, use_backend
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    errors = Errors()
+    for seed in range(3):
+        H, U, V = (
+            channels(64, 64, seed, hermitian, 12),
+            start(64, 32, seed + 7, 12),
+            start(64, 32, seed + 8, 12),
+        )
+        scalars = formula.default_scalars(4, H)
+        given = [H, U, scalars] if hermitian else [H, U, V, scalars]
+        grads = draw(12, 64, 64, seed=seed + 9), draw(12, 32, seed=seed + 10).real.contiguous()
+
+        def run(H, U, *rest, module=reference):
+            V, scalars = (U, *rest)[-2:]
+            U, S, V = module.refine_svd(H, U, V, 4, active=16, hermitian=hermitian, scalars=scalars)
+            return (U * S[:, None]) @ V.mH, S
+
+        def ours(*given):
+            with use_backend("triton"):
+                return run(*given, module=functional)
+
+        single_ = [single(x).cuda() for x in given], [single(x).cuda() for x in grads]
+        exact = with_gradients(run, given, grads)
+        eager, found = (with_gradients(f, *single_) for f in (run, ours))
+        errors.add(
+            [torch.view_as_real(x) if x.is_complex() else x for x in found], [x.cpu() for x in eager], exact
+        )
+    errors.check()
+
+
 def gradient_launch(B, M, N, k, steps, hermitian, sweeps=2, device="meta"):
     H, U, V = (torch.zeros(B, *shape, 2, device=device) for shape in ((M, N), (M, k), (N, k)))
     S, norm, scalars = (torch.zeros(shape, device=device) for shape in ((B, k), (B,), (steps, 4)))
