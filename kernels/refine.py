@@ -557,22 +557,25 @@ def power_of_two(exponent):
 @triton.jit(noinline=True)
 def load_unit(p_h, p_x, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """`X = H / |H|` to p_x at any scale; the factors of which X is H times both, and |H|, 0 at H = 0."""
-    peak = 0.0
+    # summed once: every sum over the threads of a program takes a register for good
+    largest = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i0 in tl.range(0, M, ROWS, loop_unroll_factor=1):
         for j0 in tl.range(0, N, COLUMNS, loop_unroll_factor=1):
             hr, hi = load_tile(p_h, M, N, i0, j0, ROWS, COLUMNS)
-            peak = tl.maximum(peak, tl.max(tl.max(tl.maximum(tl.abs(hr), tl.abs(hi)), 1), 0))
+            largest = tl.maximum(largest, tl.maximum(tl.abs(hr), tl.abs(hi)))
+    peak = tl.max(largest)
     exponent = ((tl.cast(peak, tl.int32, bitcast=True) >> 23) & 255) - 127
     exponent = tl.where(peak > 0.0, exponent, 0)
     half = exponent >> 1
     # in two halves, which are numbers both
     first, second = power_of_two(-half), power_of_two(half - exponent)
-    square = 0.0
+    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i0 in tl.range(0, M, ROWS, loop_unroll_factor=1):
         for j0 in tl.range(0, N, COLUMNS, loop_unroll_factor=1):
             hr, hi = load_tile(p_h, M, N, i0, j0, ROWS, COLUMNS)
             hr, hi = hr * first * second, hi * first * second
-            square += tl.sum(tl.sum(hr * hr + hi * hi, 1), 0)
+            squares += hr * hr + hi * hi
+    square = tl.sum(squares)
     norm = tl.sqrt(tl.where(square == 0.0, 1.0, square))
     second = second / norm
     for i0 in tl.range(0, M, ROWS, loop_unroll_factor=1):

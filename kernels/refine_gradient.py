@@ -189,7 +189,7 @@ def gram_gradient(
     br, bi = br + 0.5 * root * wr, bi + 0.5 * root * wi
     gr, gi = square_of(p_g, K)
     along = (wr * (identity(k, K) + 0.5 * er) + wi * (0.5 * ei)) * (0.5 / root) - (br * gr + bi * gi)
-    whole = tl.sum(tl.sum(along, 1), 0)
+    whole = tl.sum(along)
     given = tl.where(square < safe, whole, tl.where(square == safe, 0.5 * whole, 0.0))
     # of the largest row, the square of `row`; safe is SAFE^2 / row where that is below 1
     slope = tl.where(row >= SAFE * SAFE, (given - whole) * (0.5 * SAFE * SAFE) / (row * row * row), 0.0)
@@ -272,7 +272,7 @@ def argument_gradient(p_x, p_g, p_t, row, K: tl.constexpr, PRECISION: tl.constex
     er, ei = hermitian_part(0.5 * ar + er, 0.5 * ai + ei)
     ar, ai = skew_part(ar, ai)
     xr, xi = square_of(p_x, K)
-    whole = tl.sum(tl.sum((ar * xr + ai * xi) * (0.5 / root) + (er * sr + ei * si), 1), 0)
+    whole = tl.sum((ar * xr + ai * xi) * (0.5 / root) + (er * sr + ei * si))
     slope = tl.where(row >= ROTATION * ROTATION, -whole * (ROTATION * ROTATION) / (row * row), 0.0)
     ur, ui = square_of(p_t + 2 * K * K, K)
     ur, ui = hermitian_part(ur * slope, ui * slope)
@@ -489,7 +489,7 @@ def generators_gradient(p_d, p_ga, p_gb, p_gd, soft, HERMITIAN: tl.constexpr, K:
     gr, gi = gr + zr + dr * both, gi + zi + di * both
     alone = tl.sum(moved, 0) - 2 * s * shared
     gr, gi = on_diagonal(gr, gi, alone, tl.zeros((K,), tl.float32), K)
-    of_soft = tl.sum(tl.sum(wide * root, 0), 0)
+    of_soft = tl.sum(wide * root)
     tl.debug_barrier()
     keep(p_gd, gr, gi, K)
     tl.debug_barrier()
@@ -543,41 +543,6 @@ WORK = tl.constexpr(26)
 
 
 @triton.jit(noinline=True)
-def diagonalize_gradient(
-    p_raw,
-    p_chain,
-    link,
-    soft,
-    sweeps,
-    ADD: tl.constexpr,
-    k: tl.constexpr,
-    HERMITIAN: tl.constexpr,
-    K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Of the core from those of what `diagonalize` left, p_chain its last link; returns that of soft."""
-    square: tl.constexpr = 2 * K * K
-    p_ga = p_raw + OF_A * square
-    p_gb = p_raw + OF_B * square
-    p_gd = p_raw + OF_D * square
-    p_gq = p_raw + OF_Q * square
-    p_t = p_raw + TEMPORARY * square
-    p_xa = p_raw + OF_NORMS * square
-    p_xb = p_raw + OF_ROOT * square
-    of_soft = 0.0
-    for _ in tl.range(0, sweeps, loop_unroll_factor=1):
-        p_chain -= link
-        turn_gradient(p_chain, p_gd, p_raw + OF_P * square, p_gq, p_ga, p_gb, p_t, HERMITIAN, K, PRECISION)
-        generators(p_chain, p_xa, p_xb, soft, HERMITIAN, K)
-        unitary_gradient(p_xa, p_ga, p_t, k, K, PRECISION)
-        if not HERMITIAN:
-            unitary_gradient(p_xb, p_gb, p_t, k, K, PRECISION)
-        of_soft += generators_gradient(p_chain, p_ga, p_gb, p_gd, soft, HERMITIAN, K)
-    begin_gradient(p_raw, p_gd, p_gq, p_raw + OF_CORE * square, ADD, HERMITIAN, K)
-    return of_soft
-
-
-@triton.jit(noinline=True)
 def clear(p, COUNT: tl.constexpr, K: tl.constexpr):
     """Zeros in matrices of scratch that lie side by side."""
     nothing = tl.zeros((K, K), tl.float32)
@@ -588,40 +553,32 @@ def clear(p, COUNT: tl.constexpr, K: tl.constexpr):
 
 @triton.jit(noinline=True)
 def expand_gradient(
-    p_x,
     p_y,
     p_t,
     p_g,
     p_f,
     p_gg,
     p_gt,
-    p_gc,
     p_along,
     rows,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of T from that of `T F` and of its Gram matrix; of C in `T = X C + Y diag(w)`, and part of w's."""
+    """Of `T = X C + Y diag(w)` from those of `T F` and of its Gram matrix, and what w has of it by Y."""
     fr, fi = square_of(p_f, K)
     hr, hi = square_of(p_gg, K)
     hr, hi = 2 * hr, 2 * hi
-    cr = tl.zeros((K, K), tl.float32)
-    ci = tl.zeros((K, K), tl.float32)
-    along = tl.zeros((K,), tl.float32)
+    products = tl.zeros((ROWS, K), tl.float32)
     for i0 in tl.range(0, rows, ROWS, loop_unroll_factor=1):
         gr, gi = load_tile(p_g, rows, K, i0, 0, ROWS, K)
         tr, ti = load_tile(p_t, rows, K, i0, 0, ROWS, K)
         gr, gi = cdot(gr, gi, fr, fi, PRECISION)
         gr, gi = cdot_add(tr, ti, hr, hi, gr, gi, PRECISION)
         store_tile(p_gt, gr, gi, rows, K, i0, 0, ROWS, K)
-        xr, xi = load_tile(p_x, rows, K, i0, 0, ROWS, K)
-        xr, xi = adjoint(xr, xi)
-        cr, ci = cdot_add(xr, xi, gr, gi, cr, ci, PRECISION)
         yr, yi = load_tile(p_y, rows, K, i0, 0, ROWS, K)
-        along += tl.sum(yr * gr + yi * gi, 0)
-    keep(p_gc, cr, ci, K)
-    tl.store(p_along + tl.arange(0, K), along)
+        products += yr * gr + yi * gi
+    tl.store(p_along + tl.arange(0, K), tl.sum(products, 0))
     tl.debug_barrier()
 
 
@@ -706,14 +663,24 @@ def weights_gradient(
 
 
 @triton.jit(noinline=True)
+def apply_adjoint(p_x, p_b, p_y, rows, K: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr):
+    """`Y = X B^H` of K columns."""
+    br, bi = square_of(p_b, K)
+    br, bi = adjoint(br, bi)
+    for i0 in tl.range(0, rows, ROWS, loop_unroll_factor=1):
+        xr, xi = load_tile(p_x, rows, K, i0, 0, ROWS, K)
+        xr, xi = cdot(xr, xi, br, bi, PRECISION)
+        store_tile(p_y, xr, xi, rows, K, i0, 0, ROWS, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
 def rotated_gradient(
     p_raw,
     p_y,
     p_gt,
     p_b,
-    p_c,
     p_vectors,
-    p_gx,
     p_graw,
     p_gb,
     rows,
@@ -721,19 +688,15 @@ def rotated_gradient(
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of X and of raw in `T = X C + raw B diag(w)` and the energies, from that of T; that of B is added."""
+    """Of raw in `T = X C + raw B diag(w)` and the energies, from that of T; that of B is added."""
     j = tl.arange(0, K)
     of_energy = tl.load(p_vectors + j)[None, :]
     weight = tl.load(p_vectors + K + j)[None, :]
     br, bi = square_of(p_b, K)
     br, bi = adjoint(br, bi)
-    cr, ci = square_of(p_c, K)
-    cr, ci = adjoint(cr, ci)
     hr, hi = square_of(p_gb, K)
     for i0 in tl.range(0, rows, ROWS, loop_unroll_factor=1):
         gr, gi = load_tile(p_gt, rows, K, i0, 0, ROWS, K)
-        tr, ti = cdot(gr, gi, cr, ci, PRECISION)
-        store_tile(p_gx, tr, ti, rows, K, i0, 0, ROWS, K)
         yr, yi = load_tile(p_y, rows, K, i0, 0, ROWS, K)
         gr, gi = gr * weight + yr * of_energy, gi * weight + yi * of_energy
         tr, ti = cdot(gr, gi, br, bi, PRECISION)
@@ -833,9 +796,7 @@ def load_columns(p, i, place, rows, k: tl.constexpr, K: tl.constexpr):
 
 @triton.jit(noinline=True)
 def straighten_products(
-    p_x,
     p_y,
-    p_a,
     p_g,
     p_place,
     p_t,
@@ -845,17 +806,14 @@ def straighten_products(
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Z = X A to Y; what its gradient takes of that of `Z + Z (I - Z^H Z) / 2` and of Z itself."""
-    ar, ai = square_of(p_a, K)
+    """What the gradient of Z takes of that of `Z + Z (I - Z^H Z) / 2` and of Z itself."""
     place = tl.load(p_place + tl.arange(0, K)).to(tl.int32)
     hr = tl.zeros((K, K), tl.float32)
     hi = tl.zeros((K, K), tl.float32)
     cr = tl.zeros((K, K), tl.float32)
     ci = tl.zeros((K, K), tl.float32)
     for i0 in tl.range(0, rows, ROWS, loop_unroll_factor=1):
-        xr, xi = load_tile(p_x, rows, K, i0, 0, ROWS, K)
-        xr, xi = cdot(xr, xi, ar, ai, PRECISION)
-        store_tile(p_y, xr, xi, rows, K, i0, 0, ROWS, K)
+        xr, xi = load_tile(p_y, rows, K, i0, 0, ROWS, K)
         gr, gi = load_columns(p_g, i0 + tl.arange(0, ROWS), place, rows, k, K)
         tr, ti = adjoint(xr, xi)
         hr, hi = cdot_add(tr, ti, xr, xi, hr, hi, PRECISION)
@@ -916,7 +874,8 @@ def straighten_gradient(
     PRECISION: tl.constexpr,
 ):
     """Of X and of A from that of `Z + Z (I - Z^H Z) / 2`, Z = X A, columns in their order; Y is scratch."""
-    straighten_products(p_x, p_y, p_a, p_g, p_place, p_t, rows, k, K, ROWS, PRECISION)
+    apply(p_x, p_a, p_y, rows, False, K, ROWS, PRECISION)
+    straighten_products(p_y, p_g, p_place, p_t, rows, k, K, ROWS, PRECISION)
     straighten_columns(p_y, p_a, p_g, p_place, p_t, p_gx, rows, k, K, ROWS, PRECISION)
     project(p_x, p_y, p_ga, rows, K, CHUNK, PRECISION)
 
@@ -982,20 +941,28 @@ def measure_gradient(
 
 
 @triton.jit(noinline=True)
-def congruent_gradient(p_ga, p_f, p_n, p_a, p_gg, p_out, p_gn, K: tl.constexpr, PRECISION: tl.constexpr):
-    """Of A from those of A F and of `A^H N A`, and the factor of X in that of X, `N = X^H X`."""
-    gr, gi = square_of(p_ga, K)
-    fr, fi = square_of(p_f, K)
-    gr, gi = cdot(gr, gi, fr, fi, PRECISION)
+def congruent_factors(p_a, p_gg, p_t, p_gn, K: tl.constexpr, PRECISION: tl.constexpr):
+    """From that of `A^H N A`, `N = X^H X`: what of N A there is in that of A, and of X in that of X."""
     ar, ai = square_of(p_a, K)
     hr, hi = square_of(p_gg, K)
     hr, hi = cdot(2 * ar, 2 * ai, hr, hi, PRECISION)
-    fr, fi = square_of(p_n, K)
-    gr, gi = cdot_add(fr, fi, hr, hi, gr, gi, PRECISION)
+    keep(p_t, hr, hi, K)
     ar, ai = adjoint(ar, ai)
     hr, hi = cdot(hr, hi, ar, ai, PRECISION)
-    keep(p_out, gr, gi, K)
     keep(p_gn, hr, hi, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def congruent_gradient(p_ga, p_f, p_n, p_t, p_out, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of A from those of A F and of `A^H N A`."""
+    gr, gi = square_of(p_ga, K)
+    fr, fi = square_of(p_f, K)
+    gr, gi = cdot(gr, gi, fr, fi, PRECISION)
+    fr, fi = square_of(p_n, K)
+    hr, hi = square_of(p_t, K)
+    gr, gi = cdot_add(fr, fi, hr, hi, gr, gi, PRECISION)
+    keep(p_out, gr, gi, K)
     tl.debug_barrier()
 
 
@@ -1004,12 +971,13 @@ def unit_gradient(
     p_x, p_g, first, second, of_norm, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr
 ):
     """Of H from that of `X = H / |H|` in its place, and from that of |H|; X is H times both factors."""
-    along = 0.0
+    products = tl.zeros((ROWS, C), tl.float32)
     for i0 in tl.range(0, M, ROWS, loop_unroll_factor=1):
         for j0 in tl.range(0, N, C, loop_unroll_factor=1):
             gr, gi = load_tile(p_g, M, N, i0, j0, ROWS, C)
             xr, xi = load_tile(p_x, M, N, i0, j0, ROWS, C)
-            along += tl.sum(tl.sum(gr * xr + gi * xi, 1), 0)
+            products += gr * xr + gi * xi
+    along = tl.sum(products)
     for i0 in tl.range(0, M, ROWS, loop_unroll_factor=1):
         for j0 in tl.range(0, N, C, loop_unroll_factor=1):
             gr, gi = load_tile(p_g, M, N, i0, j0, ROWS, C)
@@ -1032,21 +1000,86 @@ def unpad(p_x, p_y, rows, k: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
     tl.debug_barrier()
 
 
-# The parts of the kernel are functions too: each finds its own addresses, which together fill the registers.
+# The parts of the kernel are functions too, each with its own addresses, which together would fill the
+# registers: all of a program's scratch lies at distances from its core that a step and constants make.
+
+
+@triton.jit
+def products_at(K: tl.constexpr):
+    """H V, and H^H U after it."""
+    return WORK * (2 * K * K)
+
+
+@triton.jit
+def tall_at(M: tl.constexpr, N: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr):
+    """Three matrices of the longer side's rows, one after another."""
+    return products_at(K) + (M if HERMITIAN else M + N) * (2 * K)
+
+
+@triton.jit
+def gradients_at(M: tl.constexpr, N: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr):
+    """Those of the products with H; of the factors, before and after a step in turns, behind it."""
+    return tall_at(M, N, HERMITIAN, K) + (M if M > N else N) * (6 * K)
+
+
+@triton.jit
+def unit_at(M: tl.constexpr, N: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr):
+    """`H / |H|`."""
+    return gradients_at(M, N, HERMITIAN, K) + (M if HERMITIAN else M + N) * (6 * K)
+
+
+@triton.jit
+def chain_at(M: tl.constexpr, N: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr):
+    """The chain that makes a core diagonal."""
+    return unit_at(M, N, HERMITIAN, K) + (2 * M * N + 3) // 4 * 4
+
+
+@triton.jit
+def factors_at(
+    t, SWEEPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr
+):
+    """U and V after t steps."""
+    states: tl.constexpr = chain_at(M, N, HERMITIAN, K) + (SWEEPS + 1) * LINK * (2 * K * K)
+    return states + t * ((M if HERMITIAN else M + N) * (2 * K))
+
+
+@triton.jit
+def of_factors_at(t, M: tl.constexpr, N: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr):
+    """The gradients of U and V after t steps."""
+    both: tl.constexpr = (M if HERMITIAN else M + N) * (2 * K)
+    return gradients_at(M, N, HERMITIAN, K) + both + (t % 2) * both
+
+
+@triton.jit(noinline=True)
+def start_again(
+    p_h,
+    p_u,
+    p_v,
+    p_raw,
+    SWEEPS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    k: tl.constexpr,
+    HERMITIAN: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """`H / |H|` and the first factors; the numbers of which the first is H times both."""
+    p_su = p_raw + factors_at(0, SWEEPS, M, N, HERMITIAN, K)
+    pad(p_u, p_su, M, k, ROWS, K)
+    if not HERMITIAN:
+        pad(p_v, p_su + M * (2 * K), N, k, ROWS, K)
+    first, second, _norm = load_unit(p_h, p_raw + unit_at(M, N, HERMITIAN, K), M, N, ROWS, CHUNK)
+    return first, second
 
 
 @triton.jit(noinline=True)
 def step_again(
-    p_x,
-    p_u,
-    p_v,
-    p_u_out,
-    p_v_out,
-    p_w,
     p_raw,
-    p_chain,
     p_row,
-    sweeps,
+    t,
+    SWEEPS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     k: tl.constexpr,
@@ -1058,23 +1091,25 @@ def step_again(
 ):
     """The factors after a step."""
     square: tl.constexpr = 2 * K * K
+    left: tl.constexpr = M * (2 * K)
+    factors: tl.constexpr = left if HERMITIAN else (M + N) * (2 * K)
+    p_u = p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K)
+    p_v = p_u if HERMITIAN else p_u + left
+    p_w = p_raw + products_at(K)
     step_forward(
-        p_x, p_u, p_v, p_u_out, p_v_out, p_w, p_w + M * (2 * K), p_raw, p_chain,
-        p_raw + GRAM * square, p_raw + ROOT * square, p_row, sweeps,
+        p_raw + unit_at(M, N, HERMITIAN, K), p_u, p_v, p_u + factors, p_v + factors, p_w, p_w + left, p_raw,
+        p_raw + chain_at(M, N, HERMITIAN, K), p_raw + GRAM * square, p_raw + ROOT * square, p_row, SWEEPS,
         M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit(noinline=True)
 def core_again(
-    p_x,
-    p_u,
-    p_v,
-    p_w,
     p_raw,
-    p_chain,
+    t,
     soft,
-    sweeps,
+    CLOSING: tl.constexpr,
+    SWEEPS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     k: tl.constexpr,
@@ -1084,19 +1119,67 @@ def core_again(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """H V, the core, and the whole chain that makes it diagonal."""
-    through(p_x, p_v, p_w, M, N, False, K, ROWS, CHUNK, PRECISION)
+    """Products with H, the core, and the whole chain that makes it diagonal; room for its gradients."""
+    p_u = p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K)
+    p_v = p_u if HERMITIAN else p_u + M * (2 * K)
+    p_w = p_raw + products_at(K)
+    through(p_raw + unit_at(M, N, HERMITIAN, K), p_v, p_w, M, N, False, K, ROWS, CHUNK, PRECISION)
     project(p_u, p_w, p_raw, M, K, CHUNK, PRECISION)
-    diagonalize(p_raw, p_chain, LINK * 2 * K * K, soft, sweeps, k, HERMITIAN, K, PRECISION)
+    p_chain = p_raw + chain_at(M, N, HERMITIAN, K)
+    diagonalize(p_raw, p_chain, LINK * (2 * K * K), soft, SWEEPS, k, HERMITIAN, K, PRECISION)
+    if CLOSING:
+        clear(p_raw + OF_D * (2 * K * K), 1, K)
+    else:
+        clear(p_raw + OF_P * (2 * K * K), 3, K)
+        if not HERMITIAN:
+            left: tl.constexpr = M * (2 * K)
+            p_x = p_raw + unit_at(M, N, HERMITIAN, K)
+            back_through(p_x, p_u, p_w + left, M, N, False, K, ROWS, CHUNK, PRECISION)
+
+
+@triton.jit(noinline=True)
+def diagonalize_gradient(
+    p_raw,
+    soft,
+    ADD: tl.constexpr,
+    SWEEPS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    k: tl.constexpr,
+    HERMITIAN: tl.constexpr,
+    K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of the core from those of what `diagonalize` left; returns that of soft."""
+    square: tl.constexpr = 2 * K * K
+    p_ga = p_raw + OF_A * square
+    p_gb = p_raw + OF_B * square
+    p_gd = p_raw + OF_D * square
+    p_gq = p_raw + OF_Q * square
+    p_t = p_raw + TEMPORARY * square
+    p_xa = p_raw + OF_NORMS * square
+    p_xb = p_raw + OF_ROOT * square
+    of_soft = 0.0
+    p_chain = p_raw + chain_at(M, N, HERMITIAN, K) + SWEEPS * LINK * square
+    for _ in tl.range(0, SWEEPS, loop_unroll_factor=1):
+        p_chain -= LINK * square
+        turn_gradient(p_chain, p_gd, p_raw + OF_P * square, p_gq, p_ga, p_gb, p_t, HERMITIAN, K, PRECISION)
+        generators(p_chain, p_xa, p_xb, soft, HERMITIAN, K)
+        unitary_gradient(p_xa, p_ga, p_t, k, K, PRECISION)
+        if not HERMITIAN:
+            unitary_gradient(p_xb, p_gb, p_t, k, K, PRECISION)
+        of_soft += generators_gradient(p_chain, p_ga, p_gb, p_gd, soft, HERMITIAN, K)
+    begin_gradient(p_raw, p_gd, p_gq, p_raw + OF_CORE * square, ADD, HERMITIAN, K)
+    return of_soft
 
 
 @triton.jit(noinline=True)
 def closing_again(
     p_raw,
-    p_end,
-    p_u,
-    p_v,
+    t,
+    side,
     unscaled,
+    SWEEPS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     k: tl.constexpr,
@@ -1105,34 +1188,50 @@ def closing_again(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What the closing makes of the rotations, each matrix kept."""
+    """What the closing makes of the rotations of a side, each matrix kept."""
     square: tl.constexpr = 2 * K * K
-    sides: tl.constexpr = 1 if HERMITIAN else 2
-    for side in tl.range(0, sides, loop_unroll_factor=1):
-        p_in, rows = p_u, M
-        if side == 1:
-            p_in, rows = p_v, N
-        p_r = p_end + (1 + side) * square
-        p_side = p_raw + side * square
-        project(p_in, p_in, p_side + NORMS * square, rows, K, CHUNK, PRECISION)
-        congruent(p_side + NORMS * square, p_r, p_side + GRAM * square, K, PRECISION)
-        take_root(p_side + GRAM * square, p_side + ROOT * square, unscaled, k, K, PRECISION)
-        multiply_squares(p_r, p_side + ROOT * square, p_side + RIGHT * square, False, K, PRECISION)
+    p_x = p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K) + side * (M * (2 * K))
+    p_r = p_raw + chain_at(M, N, HERMITIAN, K) + (SWEEPS * LINK + 1 + side) * square
+    p_side = p_raw + side * square
+    project(p_x, p_x, p_side + NORMS * square, tl.where(side == 1, N, M), K, CHUNK, PRECISION)
+    congruent(p_side + NORMS * square, p_r, p_side + GRAM * square, K, PRECISION)
+    take_root(p_side + GRAM * square, p_side + ROOT * square, unscaled, k, K, PRECISION)
+    multiply_squares(p_r, p_side + ROOT * square, p_side + RIGHT * square, False, K, PRECISION)
+
+
+@triton.jit(noinline=True)
+def ends_again(
+    p_raw, p_order, k: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The places of the columns, and what makes those of V."""
+    square: tl.constexpr = 2 * K * K
+    place_columns(p_order, p_raw + VECTORS * square + 2 * K, k, K)
     if not HERMITIAN:
         p_a = p_raw + RIGHT * square
         phase_columns(p_raw, p_a, p_a + square, p_raw + PHASED * square, K, PRECISION)
 
 
 @triton.jit(noinline=True)
+def spectrum_gradient(
+    p_raw, p_gs, k: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Of the rotations, and of the core, from those of S and of the phases."""
+    square: tl.constexpr = 2 * K * K
+    p_a = p_raw + RIGHT * square
+    measure_gradient(
+        p_raw, p_a, p_a if HERMITIAN else p_a + square, p_gs, p_raw + VECTORS * square + 2 * K,
+        p_raw + OF_A * square, p_raw + OF_B * square, p_raw + OF_CORE * square,
+        k, HERMITIAN, K, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(noinline=True)
 def columns_gradient(
     p_raw,
-    p_y,
-    p_u,
-    p_v,
-    p_gu,
-    p_gs,
-    p_gv,
-    p_gx,
+    t,
+    side,
+    p_g,
+    SWEEPS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     k: tl.constexpr,
@@ -1142,35 +1241,24 @@ def columns_gradient(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of the factors before the closing and of the rotations, from those of its columns and S."""
+    """Of a factor before the closing and of its rotation, from that of its columns."""
     square: tl.constexpr = 2 * K * K
-    sides: tl.constexpr = 1 if HERMITIAN else 2
-    p_place = p_raw + VECTORS * square + 2 * K
-    p_t = p_raw + TEMPORARY * square
-    for side in tl.range(0, sides, loop_unroll_factor=1):
-        p_in, p_r, p_o, p_gi, p_gm, rows = p_u, RIGHT * square, p_gu, p_gx, OF_A * square, M
-        if side == 1:
-            p_in, p_r, p_o, p_gi, p_gm, rows = (
-                p_v, PHASED * square, p_gv, p_gx + M * (2 * K), OF_B * square, N
-            )  # fmt: skip
-        straighten_gradient(
-            p_in, p_y, p_raw + p_r, p_o, p_place, p_t, p_gi, p_raw + p_gm, rows, k, K, ROWS, CHUNK, PRECISION
-        )
-    p_a = p_raw + RIGHT * square
-    measure_gradient(
-        p_raw, p_a, p_a + (sides - 1) * square, p_gs, p_place, p_raw + OF_A * square, p_raw + OF_B * square,
-        p_raw + OF_CORE * square, k, HERMITIAN, K, PRECISION,
+    at = side * (M * (2 * K))
+    straighten_gradient(
+        p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K) + at, p_raw + tall_at(M, N, HERMITIAN, K),
+        p_raw + (RIGHT + (PHASED - RIGHT) * side) * square, p_g, p_raw + VECTORS * square + 2 * K,
+        p_raw + TEMPORARY * square, p_raw + of_factors_at(t, M, N, HERMITIAN, K) + at,
+        p_raw + (OF_A + side) * square, tl.where(side == 1, N, M), k, K, ROWS, CHUNK, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit(noinline=True)
 def closing_gradient(
     p_raw,
-    p_end,
-    p_u,
-    p_v,
-    p_gx,
+    t,
+    side,
     unscaled,
+    SWEEPS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     k: tl.constexpr,
@@ -1179,44 +1267,81 @@ def closing_gradient(
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of the factors, added, and of P and Q, through what made the columns orthonormal."""
+    """Of a factor, added, and of P or Q, through what made the columns orthonormal."""
     square: tl.constexpr = 2 * K * K
-    sides: tl.constexpr = 1 if HERMITIAN else 2
-    clear(p_raw + OF_D * square, 1, K)
-    for side in tl.range(0, sides, loop_unroll_factor=1):
-        p_in, p_gi, rows = p_u, p_gx, M
-        if side == 1:
-            p_in, p_gi, rows = p_v, p_gx + M * (2 * K), N
-        p_r = p_end + (1 + side) * square
-        p_side = p_raw + side * square
-        multiply_squares(p_r, p_side + OF_A * square, p_raw + OF_ROOT * square, True, K, PRECISION)
-        root_gradient(
-            p_side + GRAM * square, p_raw + OF_ROOT * square, p_raw + OF_GRAM * square,
-            p_raw + TEMPORARY * square, unscaled, k, K, PRECISION,
-        )  # fmt: skip
-        congruent_gradient(
-            p_side + OF_A * square, p_side + ROOT * square, p_side + NORMS * square, p_r,
-            p_raw + OF_GRAM * square, p_side + OF_P * square, p_raw + OF_NORMS * square, K, PRECISION,
-        )  # fmt: skip
-        apply(p_in, p_raw + OF_NORMS * square, p_gi, rows, True, K, ROWS, PRECISION)
+    p_r = p_raw + chain_at(M, N, HERMITIAN, K) + (SWEEPS * LINK + 1 + side) * square
+    p_side = p_raw + side * square
+    multiply_squares(p_r, p_side + OF_A * square, p_raw + OF_ROOT * square, True, K, PRECISION)
+    root_gradient(
+        p_side + GRAM * square, p_raw + OF_ROOT * square, p_raw + OF_GRAM * square,
+        p_raw + TEMPORARY * square, unscaled, k, K, PRECISION,
+    )  # fmt: skip
+    congruent_factors(
+        p_r, p_raw + OF_GRAM * square, p_raw + TEMPORARY * square, p_raw + OF_NORMS * square, K, PRECISION
+    )
+    congruent_gradient(
+        p_side + OF_A * square, p_side + ROOT * square, p_side + NORMS * square, p_raw + TEMPORARY * square,
+        p_side + OF_P * square, K, PRECISION,
+    )  # fmt: skip
+    at = side * (M * (2 * K))
+    apply(
+        p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K) + at, p_raw + OF_NORMS * square,
+        p_raw + of_factors_at(t, M, N, HERMITIAN, K) + at, tl.where(side == 1, N, M),
+        True, K, ROWS, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def expand_again(
+    p_raw,
+    p_row,
+    t,
+    side,
+    SWEEPS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    k: tl.constexpr,
+    HERMITIAN: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The columns before they are made orthonormal, and back to their Gram matrix; that of their scaling."""
+    square: tl.constexpr = 2 * K * K
+    at = side * (M * (2 * K))
+    rows = tl.where(side == 1, N, M)
+    p_t = p_raw + tall_at(M, N, HERMITIAN, K) + (M if M > N else N) * (2 * K)
+    p_end = p_raw + chain_at(M, N, HERMITIAN, K) + SWEEPS * LINK * square
+    # in the Hermitian form P serves for Q
+    p_q = p_end + square if HERMITIAN else p_end + (2 - side) * square
+    scaling = expand(
+        p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K) + at, p_raw + products_at(K) + at,
+        p_raw + tall_at(M, N, HERMITIAN, K), p_t, p_end + (1 + side) * square, p_q, p_end, p_row,
+        p_raw + GRAM * square, p_raw + VECTORS * square, rows, side, HERMITIAN, K, ROWS, PRECISION,
+    )  # fmt: skip
+    take_root(p_raw + GRAM * square, p_raw + ROOT * square, scaling, k, K, PRECISION)
+    project(
+        p_t, p_raw + of_factors_at(t + 1, M, N, HERMITIAN, K) + at, p_raw + OF_ROOT * square, rows,
+        K, CHUNK, PRECISION,
+    )  # fmt: skip
+    return root_gradient(
+        p_raw + GRAM * square, p_raw + OF_ROOT * square, p_raw + OF_GRAM * square,
+        p_raw + TEMPORARY * square, scaling, k, K, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(noinline=True)
 def side_gradient(
     p_raw,
-    p_end,
     p_row,
     p_grow,
-    p_in,
-    p_product,
-    p_y,
-    p_o,
-    p_gi,
-    p_gproduct,
-    rows,
+    t,
     side,
-    longest: tl.constexpr,
-    k: tl.constexpr,
+    of_scaling,
+    SWEEPS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
     HERMITIAN: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -1225,50 +1350,41 @@ def side_gradient(
 ):
     """Of a factor and of its product with H, of P, Q, D and scalars, from that of the factor after a step."""
     square: tl.constexpr = 2 * K * K
-    p_t = p_y + longest
-    p_gt = p_t + longest
-    p_vectors = p_raw + VECTORS * square
-    p_g = p_raw + GRAM * square
-    p_f = p_raw + ROOT * square
-    p_r = p_end + (1 + side) * square
-    # in the Hermitian form P serves for Q
-    other = 0 if HERMITIAN else 1 - side
-    p_q = p_end + (1 + other) * square
-    scaling = expand(
-        p_in, p_product, p_y, p_t, p_r, p_q, p_end, p_row, p_g, p_vectors, rows, side,
-        HERMITIAN, K, ROWS, PRECISION,
-    )  # fmt: skip
-    take_root(p_g, p_f, scaling, k, K, PRECISION)
-    project(p_t, p_o, p_raw + OF_ROOT * square, rows, K, CHUNK, PRECISION)
-    of_scaling = root_gradient(
-        p_g, p_raw + OF_ROOT * square, p_raw + OF_GRAM * square, p_raw + TEMPORARY * square, scaling,
-        k, K, PRECISION,
-    )  # fmt: skip
+    longest: tl.constexpr = (M if M > N else N) * (2 * K)
+    at = side * (M * (2 * K))
+    rows = tl.where(side == 1, N, M)
+    p_y = p_raw + tall_at(M, N, HERMITIAN, K)
+    p_end = p_raw + chain_at(M, N, HERMITIAN, K) + SWEEPS * LINK * square
     expand_gradient(
-        p_in, p_y, p_t, p_o, p_f, p_raw + OF_GRAM * square, p_gt, p_raw + OF_C * square, p_vectors + K, rows,
+        p_y, p_y + longest, p_raw + of_factors_at(t + 1, M, N, HERMITIAN, K) + at, p_raw + ROOT * square,
+        p_raw + OF_GRAM * square, p_y + 2 * longest, p_raw + VECTORS * square + K, rows, K, ROWS, PRECISION,
+    )  # fmt: skip
+    p_x = p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K) + at
+    project(p_x, p_y + 2 * longest, p_raw + OF_C * square, rows, K, CHUNK, PRECISION)
+    weights_gradient(
+        p_end + (1 + side) * square, p_end, p_row, p_raw + VECTORS * square, p_raw + OF_C * square,
+        p_raw + (OF_P + side) * square, p_raw + OF_D * square, p_grow, of_scaling, side,
+        HERMITIAN, K, PRECISION,
+    )  # fmt: skip
+    other = 0 if HERMITIAN else 1 - side
+    apply_adjoint(
+        p_y + 2 * longest, p_raw + OF_C * square, p_raw + of_factors_at(t, M, N, HERMITIAN, K) + at, rows,
         K, ROWS, PRECISION,
     )  # fmt: skip
-    weights_gradient(
-        p_r, p_end, p_row, p_vectors, p_raw + OF_C * square, p_raw + (OF_P + side) * square,
-        p_raw + OF_D * square, p_grow, of_scaling, side, HERMITIAN, K, PRECISION,
-    )  # fmt: skip
     rotated_gradient(
-        p_product, p_y, p_gt, p_q, p_raw + OF_C * square, p_vectors, p_gi, p_gproduct,
+        p_raw + products_at(K) + at, p_y, p_y + 2 * longest, p_end + (1 + other) * square,
+        p_raw + VECTORS * square, p_raw + gradients_at(M, N, HERMITIAN, K) + at,
         p_raw + (OF_P + other) * square, rows, K, ROWS, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit(noinline=True)
 def products_gradient(
-    p_x,
-    p_u,
-    p_v,
-    p_w,
-    p_gcore,
-    p_gw,
-    p_gf,
+    p_raw,
     p_gx,
+    t,
     CLOSING: tl.constexpr,
+    SWEEPS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     HERMITIAN: tl.constexpr,
@@ -1278,14 +1394,47 @@ def products_gradient(
     PRECISION: tl.constexpr,
 ):
     """Of the factors and of H, added, from those of the core and of products with H; the closing has one."""
+    square: tl.constexpr = 2 * K * K
     left: tl.constexpr = M * (2 * K)
     both: tl.constexpr = not (HERMITIAN or CLOSING)
-    p_gv = p_gf if HERMITIAN else p_gf + left
-    project_gradient(p_u, p_w, p_gcore, p_gf, p_gw, M, not CLOSING, K, ROWS, PRECISION)
+    p_x = p_raw + unit_at(M, N, HERMITIAN, K)
+    p_u = p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K)
+    p_v = p_u if HERMITIAN else p_u + left
+    p_gw = p_raw + gradients_at(M, N, HERMITIAN, K)
+    p_gu = p_raw + of_factors_at(t, M, N, HERMITIAN, K)
+    p_gv = p_gu if HERMITIAN else p_gu + left
+    project_gradient(
+        p_u, p_raw + products_at(K), p_raw + OF_CORE * square, p_gu, p_gw, M, not CLOSING, K, ROWS, PRECISION
+    )
     back_through(p_x, p_gw, p_gv, M, N, True, K, ROWS, CHUNK, PRECISION)
     if both:
-        through(p_x, p_gw + left, p_gf, M, N, True, K, ROWS, CHUNK, PRECISION)
+        through(p_x, p_gw + left, p_gu, M, N, True, K, ROWS, CHUNK, PRECISION)
     outer(p_gw, p_v, p_u, p_gw + left, p_gx, M, N, both, not CLOSING, K, ROWS, CHUNK, PRECISION)
+
+
+@triton.jit(noinline=True)
+def start_gradient(
+    p_raw,
+    p_gx,
+    p_gu,
+    p_gv,
+    first,
+    second,
+    of_norm,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    k: tl.constexpr,
+    HERMITIAN: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Of the first factors and of H."""
+    p_found = p_raw + of_factors_at(0, M, N, HERMITIAN, K)
+    unpad(p_found, p_gu, M, k, ROWS, K)
+    if not HERMITIAN:
+        unpad(p_found + M * (2 * K), p_gv, N, k, ROWS, K)
+    unit_gradient(p_raw + unit_at(M, N, HERMITIAN, K), p_gx, first, second, of_norm, M, N, ROWS, CHUNK)
 
 
 @triton.jit
@@ -1306,8 +1455,8 @@ def refine_bwd_kernel(
     p_scratch,
     size,
     steps,
-    sweeps,
     B,
+    SWEEPS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     k: tl.constexpr,
@@ -1319,93 +1468,71 @@ def refine_bwd_kernel(
 ):
     pid = tl.program_id(0).to(tl.int64)
     sides: tl.constexpr = 1 if HERMITIAN else 2
-    square: tl.constexpr = 2 * K * K
-    link: tl.constexpr = LINK * square
-    left: tl.constexpr = M * (2 * K)
-    factors: tl.constexpr = left if HERMITIAN else (M + N) * (2 * K)
-    longest: tl.constexpr = (M if M > N else N) * (2 * K)
-    p_raw = p_scratch + pid * size
-    p_w = p_raw + WORK * square
-    p_y = p_w + factors
-    p_gw = p_y + 3 * longest
-    p_x = p_gw + 3 * factors
-    p_chain = p_x + (2 * M * N + 3) // 4 * 4
-    p_end = p_chain + sweeps * link
-    p_states = p_end + link
     # not a constant, which would make the functions anew
     unscaled = tl.full((), 1.0, tl.float32)
-    for b in tl.range(pid, B, tl.num_programs(0), loop_unroll_factor=1):
-        first, second, _norm = load_unit(p_h + b * (2 * M * N), p_x, M, N, ROWS, CHUNK)
-        pad(p_u + b * (2 * M * k), p_states, M, k, ROWS, K)
-        if not HERMITIAN:
-            pad(p_v + b * (2 * N * k), p_states + left, N, k, ROWS, K)
-        p_su = p_states
-        p_sv = p_su if HERMITIAN else p_su + left
+    for at in tl.range(pid, B, tl.num_programs(0), loop_unroll_factor=1):
+        # 0 by a way that the compiler does not see through: it would carry the addresses of all operands
+        zero = at // B
+        b = at + zero
+        p_raw = p_scratch + pid * size + 4 * zero
+        first, second = start_again(
+            p_h + b * (2 * M * N), p_u + b * (2 * M * k), p_u if HERMITIAN else p_v + b * (2 * N * k), p_raw,
+            SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK,
+        )  # fmt: skip
         for t in tl.range(0, steps, loop_unroll_factor=1):
-            step_again(
-                p_x, p_su, p_sv, p_su + factors, p_sv + factors, p_w, p_raw, p_chain, p_scalars + 4 * t,
-                sweeps, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION,
-            )  # fmt: skip
-            p_su += factors
-            p_sv += factors
+            step_again(p_raw, p_scalars + 4 * t, t, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION)
         # the closing, and back through it
         soft = tl.load(p_scalars + 4 * tl.maximum(steps - 1, 0), mask=steps > 0, other=SOFT)
-        core_again(
-            p_x, p_su, p_sv, p_w, p_raw, p_chain, soft, sweeps, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION
-        )
-        closing_again(p_raw, p_end, p_su, p_sv, unscaled, M, N, k, HERMITIAN, K, CHUNK, PRECISION)
-        place_columns(p_order + b * k, p_raw + VECTORS * square + 2 * K, k, K)
-        p_now = p_gw + factors
-        p_next = p_now + factors
-        columns_gradient(
-            p_raw, p_y, p_su, p_sv, p_gu + b * (2 * M * k), p_gs + b * k,
-            p_gu if HERMITIAN else p_gv + b * (2 * N * k), p_now,
-            M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION,
-        )  # fmt: skip
-        closing_gradient(p_raw, p_end, p_su, p_sv, p_now, unscaled, M, N, k, HERMITIAN, K, ROWS, PRECISION)
-        of_soft = diagonalize_gradient(p_raw, p_end, link, soft, sweeps, True, k, HERMITIAN, K, PRECISION)
+        core_again(p_raw, steps, soft, True, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION)
+        for side in tl.range(0, sides, loop_unroll_factor=1):
+            closing_again(p_raw, steps, side, unscaled, SWEEPS, M, N, k, HERMITIAN, K, CHUNK, PRECISION)
+        ends_again(p_raw, p_order + b * k, k, HERMITIAN, K, PRECISION)
+        for side in tl.range(0, sides, loop_unroll_factor=1):
+            p_g = p_gu + b * (2 * M * k)
+            if side == 1:
+                p_g = p_gv + b * (2 * N * k)
+            columns_gradient(p_raw, steps, side, p_g, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION)
+        spectrum_gradient(p_raw, p_gs + b * k, k, HERMITIAN, K, PRECISION)
+        for side in tl.range(0, sides, loop_unroll_factor=1):
+            closing_gradient(p_raw, steps, side, unscaled, SWEEPS, M, N, k, HERMITIAN, K, ROWS, PRECISION)
+        of_soft = diagonalize_gradient(p_raw, soft, True, SWEEPS, M, N, k, HERMITIAN, K, PRECISION)
         p_gx = p_gh_out + b * (2 * M * N)
-        products_gradient(
-            p_x, p_su, p_sv, p_w, p_raw + OF_CORE * square, p_gw, p_now, p_gx, True,
-            M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION,
-        )  # fmt: skip
+        products_gradient(p_raw, p_gx, steps, True, SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION)
         for back in tl.range(0, steps, loop_unroll_factor=1):
             t = steps - 1 - back
             p_row = p_scalars + 4 * t
             p_grow = p_gscalars + (b * steps + t) * 4
             soft = tl.load(p_row)
-            p_su -= factors
-            p_sv -= factors
-            core_again(
-                p_x, p_su, p_sv, p_w, p_raw, p_chain, soft, sweeps,
-                M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION,
-            )  # fmt: skip
-            if not HERMITIAN:
-                back_through(p_x, p_su, p_w + left, M, N, False, K, ROWS, CHUNK, PRECISION)
-            clear(p_raw + OF_P * square, 3, K)
+            core_again(p_raw, t, soft, False, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION)
             for side in tl.range(0, sides, loop_unroll_factor=1):
-                p_in, at, rows = p_su, 0, M
-                if side == 1:
-                    p_in, at, rows = p_sv, left, N
+                of_scaling = expand_again(
+                    p_raw, p_row, t, side, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION
+                )
                 side_gradient(
-                    p_raw, p_end, p_row, p_grow, p_in, p_w + at, p_y, p_now + at, p_next + at, p_gw + at,
-                    rows, side, longest, k, HERMITIAN, K, ROWS, CHUNK, PRECISION,
-                )  # fmt: skip
-            of_soft += diagonalize_gradient(
-                p_raw, p_end, link, soft, sweeps, False, k, HERMITIAN, K, PRECISION
-            )
+                    p_raw,
+                    p_row,
+                    p_grow,
+                    t,
+                    side,
+                    of_scaling,
+                    SWEEPS,
+                    M,
+                    N,
+                    HERMITIAN,
+                    K,
+                    ROWS,
+                    CHUNK,
+                    PRECISION,
+                )
+            of_soft += diagonalize_gradient(p_raw, soft, False, SWEEPS, M, N, k, HERMITIAN, K, PRECISION)
             # the closing has the softening of the last step
             tl.store(p_grow, of_soft)
             of_soft = 0.0
-            products_gradient(
-                p_x, p_su, p_sv, p_w, p_raw + OF_CORE * square, p_gw, p_next, p_gx, False,
-                M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION,
-            )  # fmt: skip
-            p_now, p_next = p_next, p_now
-        unpad(p_now, p_gu_out + b * (2 * M * k), M, k, ROWS, K)
-        if not HERMITIAN:
-            unpad(p_now + left, p_gv_out + b * (2 * N * k), N, k, ROWS, K)
-        unit_gradient(p_x, p_gx, first, second, tl.load(p_gnorm + b), M, N, ROWS, CHUNK)
+            products_gradient(p_raw, p_gx, t, False, SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION)
+        start_gradient(
+            p_raw, p_gx, p_gu_out + b * (2 * M * k), p_gu_out if HERMITIAN else p_gv_out + b * (2 * N * k),
+            first, second, tl.load(p_gnorm + b), M, N, k, HERMITIAN, K, ROWS, CHUNK,
+        )  # fmt: skip
 
 
 def refine_backward_launch(
@@ -1427,6 +1554,8 @@ def refine_backward_launch(
     longest = M if V is None else max(M, N)
     squares = WORK.value + (sweeps + 1) * LINK.value
     scratch = squares * 2 * K * K + ((5 + steps) * both + 3 * longest) * 2 * K + (2 * M * N + 3) // 4 * 4
+    # so that what lies in it is read in whole vectors
+    scratch = (scratch + 15) // 16 * 16
     count = programs(H, 4 * scratch)
     outputs = (
         torch.empty_like(H),
@@ -1437,8 +1566,8 @@ def refine_backward_launch(
     arguments = {"p_gu": gU, "p_gs": gS, "p_gv": gV, "p_gnorm": gnorm, "p_h": H, "p_u": U, "p_v": V}
     arguments |= {"p_scalars": scalars, "p_order": order, "p_gh_out": outputs[0], "p_gu_out": outputs[1]}
     arguments |= {"p_gv_out": outputs[2], "p_gscalars": gscalars, "p_scratch": H.new_empty((count, scratch))}
-    arguments |= {"size": scratch, "steps": steps, "sweeps": sweeps, "B": B}
-    constants = constants_of(M, N, k, V is None)
+    arguments |= {"size": scratch, "steps": steps, "B": B}
+    constants = {"SWEEPS": sweeps} | constants_of(M, N, k, V is None)
     return Launch(refine_bwd_kernel, (count,), arguments, constants, **THREADS), (*outputs, gscalars)
 
 
