@@ -583,11 +583,42 @@ def expand_gradient(
 
 
 @triton.jit(noinline=True)
+def rotated_core(p_a, p_d, side, p_t, K: tl.constexpr, PRECISION: tl.constexpr):
+    """A times the core as a side sees it."""
+    ar, ai = square_of(p_a, K)
+    er, ei = core_of(p_d, side, K)
+    ar, ai = cdot(ar, ai, er, ei, PRECISION)
+    keep(p_t, ar, ai, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def rotated_core_gradient(p_a, p_d, side, p_g, p_ga, p_gd, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of A and of the core, added, from that of their product."""
+    gr, gi = square_of(p_g, K)
+    er, ei = core_of(p_d, side, K)
+    er, ei = adjoint(er, ei)
+    hr, hi = square_of(p_ga, K)
+    hr, hi = cdot_add(gr, gi, er, ei, hr, hi, PRECISION)
+    ar, ai = square_of(p_a, K)
+    ar, ai = adjoint(ar, ai)
+    gr, gi = cdot(ar, ai, gr, gi, PRECISION)
+    if side == 1:
+        gr, gi = adjoint(gr, gi)
+    er, ei = square_of(p_gd, K)
+    tl.debug_barrier()
+    keep(p_ga, hr, hi, K)
+    keep(p_gd, er + gr, ei + gi, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
 def weights_gradient(
     p_a,
     p_d,
     p_row,
     p_vectors,
+    p_t,
     p_gc,
     p_ga,
     p_gd,
@@ -596,10 +627,10 @@ def weights_gradient(
     side,
     HERMITIAN: tl.constexpr,
     K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Of A and of the core, added, and of the scalars, from those of C and w; C in the place of its gradient.
+    """Of A and of the core, part of both, and of the scalars, from those of C and w; C in the place of its.
 
+    p_t holds A times the core; beside it comes what A and the core take of it.
     p_vectors holds the energies of Y and part of the gradient of w; then twice that of the energies, and w.
     """
     j = tl.arange(0, K)
@@ -618,17 +649,13 @@ def weights_gradient(
     root = tl.sqrt(share)
     weight = inverse * (gain * root)
     ar, ai = square_of(p_a, K)
-    br, bi = cdot(ar, ai, er, ei, PRECISION)
+    br, bi = square_of(p_t, K)
     cr, ci = square_of(p_gc, K)
     of_weight = tl.load(p_vectors + K + j) - tl.sum(br * cr + bi * ci, 0)
     tl.debug_barrier()
     keep(p_gc, ar - br * weight[None, :], ai - bi * weight[None, :], K)
-    br, bi = cr * -weight[None, :], ci * -weight[None, :]
-    tr, ti = adjoint(er, ei)
+    keep(p_t + 2 * K * K, cr * -weight[None, :], ci * -weight[None, :], K)
     hr, hi = square_of(p_ga, K)
-    hr, hi = cdot_add(br, bi, tr, ti, hr + cr, hi + ci, PRECISION)
-    ar, ai = adjoint(ar, ai)
-    br, bi = cdot(ar, ai, br, bi, PRECISION)
     # w = inverse gain sqrt(share), share = bound^2 / max(total, bound^2); scaling = 2 / (2 + total share)
     along = tl.sum(of_weight * inverse, 0)
     of_product = -2.0 * of_scaling / ((2.0 + total * share) * (2.0 + total * share))
@@ -643,16 +670,17 @@ def weights_gradient(
     of_inverse = of_weight * (gain * root) + 2.0 * of_square * outside * inverse
     of_s = -of_inverse * inverse * inverse
     of_mu = tl.sum(tl.where(inverse < 0, -of_s, of_s), 0)
-    br, bi = br - er * of_rest[None, :], bi - ei * of_rest[None, :]
+    br, bi = er * -of_rest[None, :], ei * -of_rest[None, :]
     if side == 1:
         br, bi = adjoint(br, bi)
     br, bi = on_diagonal(br, bi, of_s, tl.zeros((K,), tl.float32), K)
+    gr, gi = cr, ci
     cr, ci = square_of(p_gd, K)
     old_mu = tl.load(p_grow + 1, mask=side > 0, other=0.0)
     old_gain = tl.load(p_grow + 2, mask=side > 0, other=0.0)
     old_bound = tl.load(p_grow + 3, mask=side > 0, other=0.0)
     tl.debug_barrier()
-    keep(p_ga, hr, hi, K)
+    keep(p_ga, hr + gr, hi + gi, K)
     keep(p_gd, br + cr, bi + ci, K)
     tl.store(p_vectors + j, of_rest)
     tl.store(p_vectors + K + j, weight)
@@ -675,37 +703,27 @@ def apply_adjoint(p_x, p_b, p_y, rows, K: tl.constexpr, ROWS: tl.constexpr, PREC
 
 
 @triton.jit(noinline=True)
-def rotated_gradient(
-    p_raw,
-    p_y,
-    p_gt,
-    p_b,
-    p_vectors,
-    p_graw,
-    p_gb,
-    rows,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Of raw in `T = X C + raw B diag(w)` and the energies, from that of T; that of B is added."""
+def rotated_gradient(p_y, p_gt, p_vectors, rows, K: tl.constexpr, ROWS: tl.constexpr):
+    """Of Y in `T = X C + Y diag(w)` and the energies, in the place of that of T."""
     j = tl.arange(0, K)
     of_energy = tl.load(p_vectors + j)[None, :]
     weight = tl.load(p_vectors + K + j)[None, :]
-    br, bi = square_of(p_b, K)
-    br, bi = adjoint(br, bi)
-    hr, hi = square_of(p_gb, K)
     for i0 in tl.range(0, rows, ROWS, loop_unroll_factor=1):
         gr, gi = load_tile(p_gt, rows, K, i0, 0, ROWS, K)
         yr, yi = load_tile(p_y, rows, K, i0, 0, ROWS, K)
         gr, gi = gr * weight + yr * of_energy, gi * weight + yi * of_energy
-        tr, ti = cdot(gr, gi, br, bi, PRECISION)
-        store_tile(p_graw, tr, ti, rows, K, i0, 0, ROWS, K)
-        yr, yi = load_tile(p_raw, rows, K, i0, 0, ROWS, K)
-        yr, yi = adjoint(yr, yi)
-        hr, hi = cdot_add(yr, yi, gr, gi, hr, hi, PRECISION)
+        tl.debug_barrier()
+        store_tile(p_gt, gr, gi, rows, K, i0, 0, ROWS, K)
     tl.debug_barrier()
-    keep(p_gb, hr, hi, K)
+
+
+@triton.jit(noinline=True)
+def add_to(p_a, p_b, K: tl.constexpr):
+    """`B <- B + A`."""
+    ar, ai = square_of(p_a, K)
+    br, bi = square_of(p_b, K)
+    tl.debug_barrier()
+    keep(p_b, ar + br, ai + bi, K)
     tl.debug_barrier()
 
 
@@ -744,19 +762,16 @@ def project_gradient(
 def outer(
     p_w,
     p_v,
-    p_u,
-    p_z,
     p_g,
     M: tl.constexpr,
     N: tl.constexpr,
-    BOTH: tl.constexpr,
     ADD: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`W V^H`, or `W V^H + U Z^H`, to an M x N matrix or added to it."""
+    """`W V^H` to an M x N matrix or added to it."""
     for i0 in tl.range(0, M, ROWS, loop_unroll_factor=1):
         for j0 in tl.range(0, N, C, loop_unroll_factor=1):
             gr = tl.zeros((ROWS, C), tl.float32)
@@ -767,11 +782,6 @@ def outer(
             vr, vi = load_tile(p_v, N, K, j0, 0, C, K)
             vr, vi = adjoint(vr, vi)
             gr, gi = cdot_add(wr, wi, vr, vi, gr, gi, PRECISION)
-            if BOTH:
-                wr, wi = load_tile(p_u, M, K, i0, 0, ROWS, K)
-                vr, vi = load_tile(p_z, N, K, j0, 0, C, K)
-                vr, vi = adjoint(vr, vi)
-                gr, gi = cdot_add(wr, wi, vr, vi, gr, gi, PRECISION)
             store_tile(p_g, gr, gi, M, N, i0, j0, ROWS, C)
     tl.debug_barrier()
 
@@ -795,64 +805,39 @@ def load_columns(p, i, place, rows, k: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit(noinline=True)
-def straighten_products(
-    p_y,
-    p_g,
-    p_place,
-    p_t,
-    rows,
-    k: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """What the gradient of Z takes of that of `Z + Z (I - Z^H Z) / 2` and of Z itself."""
+def gather(p_g, p_y, p_place, rows, k: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
+    """Columns from their places, padded."""
     place = tl.load(p_place + tl.arange(0, K)).to(tl.int32)
-    hr = tl.zeros((K, K), tl.float32)
-    hi = tl.zeros((K, K), tl.float32)
-    cr = tl.zeros((K, K), tl.float32)
-    ci = tl.zeros((K, K), tl.float32)
     for i0 in tl.range(0, rows, ROWS, loop_unroll_factor=1):
-        xr, xi = load_tile(p_y, rows, K, i0, 0, ROWS, K)
         gr, gi = load_columns(p_g, i0 + tl.arange(0, ROWS), place, rows, k, K)
-        tr, ti = adjoint(xr, xi)
-        hr, hi = cdot_add(tr, ti, xr, xi, hr, hi, PRECISION)
-        cr, ci = cdot_add(tr, ti, gr, gi, cr, ci, PRECISION)
-    keep(p_t, 1.5 * identity(k, K) - 0.5 * hr, -0.5 * hi, K)
+        store_tile(p_y, gr, gi, rows, K, i0, 0, ROWS, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def straighten_factors(p_t, k: tl.constexpr, K: tl.constexpr):
+    """What the gradient of Z takes of that of `Z + Z (I - Z^H Z) / 2` and of Z, from products with Z^H."""
+    hr, hi = square_of(p_t, K)
+    cr, ci = square_of(p_t + 2 * K * K, K)
     cr, ci = hermitian_part(-cr, -ci)
+    tl.debug_barrier()
+    keep(p_t, 1.5 * identity(k, K) - 0.5 * hr, -0.5 * hi, K)
     keep(p_t + 2 * K * K, cr, ci, K)
     tl.debug_barrier()
 
 
 @triton.jit(noinline=True)
-def straighten_columns(
-    p_y,
-    p_a,
-    p_g,
-    p_place,
-    p_t,
-    p_gx,
-    rows,
-    k: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Of Z = X A, in its place, and of X."""
-    place = tl.load(p_place + tl.arange(0, K)).to(tl.int32)
+def straighten_columns(p_y, p_g, p_t, rows, K: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr):
+    """Of Z, in its place."""
     hr, hi = square_of(p_t, K)
     cr, ci = square_of(p_t + 2 * K * K, K)
-    ar, ai = square_of(p_a, K)
-    ar, ai = adjoint(ar, ai)
     for i0 in tl.range(0, rows, ROWS, loop_unroll_factor=1):
-        gr, gi = load_columns(p_g, i0 + tl.arange(0, ROWS), place, rows, k, K)
+        gr, gi = load_tile(p_g, rows, K, i0, 0, ROWS, K)
         gr, gi = cdot(gr, gi, hr, hi, PRECISION)
         xr, xi = load_tile(p_y, rows, K, i0, 0, ROWS, K)
         gr, gi = cdot_add(xr, xi, cr, ci, gr, gi, PRECISION)
         tl.debug_barrier()
         store_tile(p_y, gr, gi, rows, K, i0, 0, ROWS, K)
-        gr, gi = cdot(gr, gi, ar, ai, PRECISION)
-        store_tile(p_gx, gr, gi, rows, K, i0, 0, ROWS, K)
     tl.debug_barrier()
 
 
@@ -860,6 +845,7 @@ def straighten_columns(
 def straighten_gradient(
     p_x,
     p_y,
+    p_go,
     p_a,
     p_g,
     p_place,
@@ -873,10 +859,14 @@ def straighten_gradient(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of X and of A from that of `Z + Z (I - Z^H Z) / 2`, Z = X A, columns in their order; Y is scratch."""
+    """Of X and of A from that of `Z + Z (I - Z^H Z) / 2`, Z = X A, columns in their order."""
+    gather(p_g, p_go, p_place, rows, k, K, ROWS)
     apply(p_x, p_a, p_y, rows, False, K, ROWS, PRECISION)
-    straighten_products(p_y, p_g, p_place, p_t, rows, k, K, ROWS, PRECISION)
-    straighten_columns(p_y, p_a, p_g, p_place, p_t, p_gx, rows, k, K, ROWS, PRECISION)
+    project(p_y, p_y, p_t, rows, K, CHUNK, PRECISION)
+    project(p_y, p_go, p_t + 2 * K * K, rows, K, CHUNK, PRECISION)
+    straighten_factors(p_t, k, K)
+    straighten_columns(p_y, p_go, p_t, rows, K, ROWS, PRECISION)
+    apply_adjoint(p_y, p_a, p_gx, rows, K, ROWS, PRECISION)
     project(p_x, p_y, p_ga, rows, K, CHUNK, PRECISION)
 
 
@@ -897,21 +887,20 @@ def measure_gradient(
     p_q,
     p_gs,
     p_place,
+    p_z,
     p_gp,
     p_gq,
-    p_graw,
     k: tl.constexpr,
     HERMITIAN: tl.constexpr,
     K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of P, added, of the core, and of Q from that of Q by its phases, and from that of S."""
-    pr, pi, qr, qi, yr, yi, sr, si = spectrum(p_raw, p_p, p_q, HERMITIAN, K, PRECISION)
+    """Of s to p_z, and of P, added, from that of S; of Q from that of Q by its phases."""
+    _pr, _pi, qr, qi, yr, yi, sr, si = spectrum(p_raw, p_p, p_q, HERMITIAN, K, PRECISION)
     j = tl.arange(0, K)
     place = tl.load(p_place + j).to(tl.int32)
     zr = tl.load(p_gs + place, mask=j < k, other=0.0)
     zi = tl.zeros((K,), tl.float32)
-    hr, hi = pr, pi
     if not HERMITIAN:
         hr, hi = square_of(p_gq, K)
         along = tl.sum(qr * hr + qi * hi, 0)
@@ -922,21 +911,44 @@ def measure_gradient(
         zr, zi = zr * sr, zr * si
         sr, si = phase_gradient(sr, si, along, across)
         zr, zi = zr + sr, zi + si
+        tl.debug_barrier()
+        keep(p_gq, hr, hi, K)
+    tl.store(p_z + j, zr)
+    tl.store(p_z + K + j, zi)
     gr, gi = square_of(p_gp, K)
     yr, yi = times(yr, yi, zr, -zi, 1.0)
-    gr, gi = gr + yr, gi + yi
-    yr, yi = times(pr, pi, zr, zi, 1.0)
-    tr, ti = adjoint(qr, qi)
+    tl.debug_barrier()
+    keep(p_gp, gr + yr, gi + yi, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def measured_core_gradient(
+    p_raw,
+    p_p,
+    p_q,
+    p_z,
+    p_gq,
+    p_graw,
+    HERMITIAN: tl.constexpr,
+    K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of the core, and of Q, added, from that of `s = diag(P^H D Q)`."""
+    zr, zi = tl.load(p_z + tl.arange(0, K)), tl.load(p_z + K + tl.arange(0, K))
+    yr, yi = square_of(p_p, K)
+    yr, yi = times(yr, yi, zr, zi, 1.0)
+    tr, ti = square_of(p_q, K)
+    tr, ti = adjoint(tr, ti)
     cr, ci = cdot(yr, yi, tr, ti, PRECISION)
+    keep(p_graw, cr, ci, K)
     if not HERMITIAN:
         tr, ti = square_of(p_raw, K)
         tr, ti = adjoint(tr, ti)
+        hr, hi = square_of(p_gq, K)
         hr, hi = cdot_add(tr, ti, yr, yi, hr, hi, PRECISION)
-    tl.debug_barrier()
-    keep(p_gp, gr, gi, K)
-    if not HERMITIAN:
+        tl.debug_barrier()
         keep(p_gq, hr, hi, K)
-    keep(p_graw, cr, ci, K)
     tl.debug_barrier()
 
 
@@ -1218,11 +1230,15 @@ def spectrum_gradient(
     """Of the rotations, and of the core, from those of S and of the phases."""
     square: tl.constexpr = 2 * K * K
     p_a = p_raw + RIGHT * square
+    p_q = p_a if HERMITIAN else p_a + square
+    p_place = p_raw + VECTORS * square + 2 * K
     measure_gradient(
-        p_raw, p_a, p_a if HERMITIAN else p_a + square, p_gs, p_raw + VECTORS * square + 2 * K,
-        p_raw + OF_A * square, p_raw + OF_B * square, p_raw + OF_CORE * square,
+        p_raw, p_a, p_q, p_gs, p_place, p_place + K, p_raw + OF_A * square, p_raw + OF_B * square,
         k, HERMITIAN, K, PRECISION,
     )  # fmt: skip
+    measured_core_gradient(
+        p_raw, p_a, p_q, p_place + K, p_raw + OF_B * square, p_raw + OF_CORE * square, HERMITIAN, K, PRECISION
+    )
 
 
 @triton.jit(noinline=True)
@@ -1243,9 +1259,11 @@ def columns_gradient(
 ):
     """Of a factor before the closing and of its rotation, from that of its columns."""
     square: tl.constexpr = 2 * K * K
+    longest: tl.constexpr = (M if M > N else N) * (2 * K)
     at = side * (M * (2 * K))
     straighten_gradient(
         p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K) + at, p_raw + tall_at(M, N, HERMITIAN, K),
+        p_raw + tall_at(M, N, HERMITIAN, K) + longest,
         p_raw + (RIGHT + (PHASED - RIGHT) * side) * square, p_g, p_raw + VECTORS * square + 2 * K,
         p_raw + TEMPORARY * square, p_raw + of_factors_at(t, M, N, HERMITIAN, K) + at,
         p_raw + (OF_A + side) * square, tl.where(side == 1, N, M), k, K, ROWS, CHUNK, PRECISION,
@@ -1361,21 +1379,28 @@ def side_gradient(
     )  # fmt: skip
     p_x = p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K) + at
     project(p_x, p_y + 2 * longest, p_raw + OF_C * square, rows, K, CHUNK, PRECISION)
+    p_r = p_end + (1 + side) * square
+    p_t = p_raw + TEMPORARY * square
+    p_ga = p_raw + (OF_P + side) * square
+    rotated_core(p_r, p_end, side, p_t, K, PRECISION)
     weights_gradient(
-        p_end + (1 + side) * square, p_end, p_row, p_raw + VECTORS * square, p_raw + OF_C * square,
-        p_raw + (OF_P + side) * square, p_raw + OF_D * square, p_grow, of_scaling, side,
-        HERMITIAN, K, PRECISION,
+        p_r, p_end, p_row, p_raw + VECTORS * square, p_t, p_raw + OF_C * square, p_ga, p_raw + OF_D * square,
+        p_grow, of_scaling, side, HERMITIAN, K,
     )  # fmt: skip
+    rotated_core_gradient(p_r, p_end, side, p_t + square, p_ga, p_raw + OF_D * square, K, PRECISION)
     other = 0 if HERMITIAN else 1 - side
     apply_adjoint(
         p_y + 2 * longest, p_raw + OF_C * square, p_raw + of_factors_at(t, M, N, HERMITIAN, K) + at, rows,
         K, ROWS, PRECISION,
     )  # fmt: skip
-    rotated_gradient(
-        p_raw + products_at(K) + at, p_y, p_y + 2 * longest, p_end + (1 + other) * square,
-        p_raw + VECTORS * square, p_raw + gradients_at(M, N, HERMITIAN, K) + at,
-        p_raw + (OF_P + other) * square, rows, K, ROWS, PRECISION,
+    p_gt = p_y + 2 * longest
+    rotated_gradient(p_y, p_gt, p_raw + VECTORS * square, rows, K, ROWS)
+    apply_adjoint(
+        p_gt, p_end + (1 + other) * square, p_raw + gradients_at(M, N, HERMITIAN, K) + at, rows,
+        K, ROWS, PRECISION,
     )  # fmt: skip
+    project(p_raw + products_at(K) + at, p_gt, p_t, rows, K, CHUNK, PRECISION)
+    add_to(p_t, p_raw + (OF_P + other) * square, K)
 
 
 @triton.jit(noinline=True)
@@ -1409,7 +1434,9 @@ def products_gradient(
     back_through(p_x, p_gw, p_gv, M, N, True, K, ROWS, CHUNK, PRECISION)
     if both:
         through(p_x, p_gw + left, p_gu, M, N, True, K, ROWS, CHUNK, PRECISION)
-    outer(p_gw, p_v, p_u, p_gw + left, p_gx, M, N, both, not CLOSING, K, ROWS, CHUNK, PRECISION)
+    outer(p_gw, p_v, p_gx, M, N, not CLOSING, K, ROWS, CHUNK, PRECISION)
+    if both:
+        outer(p_u, p_gw + left, p_gx, M, N, True, K, ROWS, CHUNK, PRECISION)
 
 
 @triton.jit(noinline=True)
