@@ -356,7 +356,6 @@ def expand(
     p_b,
     p_d,
     p_row,
-    p_g,
     p_energy,
     rows,
     side,
@@ -367,8 +366,8 @@ def expand(
 ):
     """`Y = raw B` and `T = X A + R`, R what of Y is outside the span times the shifted inverse, bounded.
 
-    The Gram matrix of T to p_g, the energies of the columns of Y to p_energy. Returns a scaling of T that
-    brings its norm to 1.6 at most. raw, Y and T may be one.
+    The energies of the columns of Y to p_energy. Returns a scaling of T that brings its norm to 1.6 at most.
+    raw, Y and T may be one.
     """
     energy = tl.zeros((K,), tl.float32)
     br, bi = square_of(p_b, K)
@@ -391,8 +390,6 @@ def expand(
     ar, ai = square_of(p_a, K)
     cr, ci = cdot(ar, ai, er, ei, PRECISION)
     cr, ci = ar - cr * weight[None, :], ai - ci * weight[None, :]
-    gr = tl.zeros((K, K), tl.float32)
-    gi = tl.zeros((K, K), tl.float32)
     tl.debug_barrier()
     for i0 in tl.range(0, rows, ROWS, loop_unroll_factor=1):
         yr, yi = load_tile(p_y, rows, K, i0, 0, ROWS, K)
@@ -400,9 +397,6 @@ def expand(
         yr, yi = cdot_add(xr, xi, cr, ci, yr * weight[None, :], yi * weight[None, :], PRECISION)
         tl.debug_barrier()
         store_tile(p_t, yr, yi, rows, K, i0, 0, ROWS, K)
-        tr, ti = adjoint(yr, yi)
-        gr, gi = cdot_add(tr, ti, yr, yi, gr, gi, PRECISION)
-    keep(p_g, gr, gi, K)
     tl.debug_barrier()
     return 2.0 / (2.0 + total * share)
 
@@ -701,8 +695,9 @@ def step_forward(
                 N,
             )
         scaling = expand(
-            p_in, p_y, p_y, p_y, p_a, p_b, p_chain, p_row, p_g, p_f, rows, side, HERMITIAN, K, ROWS, PRECISION
+            p_in, p_y, p_y, p_y, p_a, p_b, p_chain, p_row, p_f, rows, side, HERMITIAN, K, ROWS, PRECISION
         )
+        project(p_y, p_y, p_g, rows, K, CHUNK, PRECISION)
         take_root(p_g, p_f, scaling, k, K, PRECISION)
         apply(p_y, p_f, p_out, rows, False, K, ROWS, PRECISION)
 

@@ -1089,7 +1089,7 @@ def start_again(
 @triton.jit(noinline=True)
 def step_again(
     p_raw,
-    p_row,
+    p_scalars,
     t,
     SWEEPS: tl.constexpr,
     M: tl.constexpr,
@@ -1102,6 +1102,7 @@ def step_again(
     PRECISION: tl.constexpr,
 ):
     """The factors after a step."""
+    p_row = p_scalars + 4 * t
     square: tl.constexpr = 2 * K * K
     left: tl.constexpr = M * (2 * K)
     factors: tl.constexpr = left if HERMITIAN else (M + N) * (2 * K)
@@ -1115,11 +1116,19 @@ def step_again(
     )  # fmt: skip
 
 
+@triton.jit
+def soft_of(p_scalars, t, steps):
+    """The softening of a step; the closing has that of the last."""
+    t = tl.maximum(tl.minimum(t, steps - 1), 0)
+    return tl.load(p_scalars + 4 * t, mask=steps > 0, other=SOFT)
+
+
 @triton.jit(noinline=True)
 def core_again(
     p_raw,
     t,
-    soft,
+    p_scalars,
+    steps,
     CLOSING: tl.constexpr,
     SWEEPS: tl.constexpr,
     M: tl.constexpr,
@@ -1132,6 +1141,7 @@ def core_again(
     PRECISION: tl.constexpr,
 ):
     """Products with H, the core, and the whole chain that makes it diagonal; room for its gradients."""
+    soft = soft_of(p_scalars, t, steps)
     p_u = p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K)
     p_v = p_u if HERMITIAN else p_u + M * (2 * K)
     p_w = p_raw + products_at(K)
@@ -1152,7 +1162,9 @@ def core_again(
 @triton.jit(noinline=True)
 def diagonalize_gradient(
     p_raw,
-    soft,
+    p_scalars,
+    t,
+    steps,
     ADD: tl.constexpr,
     SWEEPS: tl.constexpr,
     M: tl.constexpr,
@@ -1171,6 +1183,7 @@ def diagonalize_gradient(
     p_t = p_raw + TEMPORARY * square
     p_xa = p_raw + OF_NORMS * square
     p_xb = p_raw + OF_ROOT * square
+    soft = soft_of(p_scalars, t, steps)
     of_soft = 0.0
     p_chain = p_raw + chain_at(M, N, HERMITIAN, K) + SWEEPS * LINK * square
     for _ in tl.range(0, SWEEPS, loop_unroll_factor=1):
@@ -1312,7 +1325,7 @@ def closing_gradient(
 @triton.jit(noinline=True)
 def expand_again(
     p_raw,
-    p_row,
+    p_scalars,
     t,
     side,
     SWEEPS: tl.constexpr,
@@ -1326,6 +1339,7 @@ def expand_again(
     PRECISION: tl.constexpr,
 ):
     """The columns before they are made orthonormal, and back to their Gram matrix; that of their scaling."""
+    p_row = p_scalars + 4 * t
     square: tl.constexpr = 2 * K * K
     at = side * (M * (2 * K))
     rows = tl.where(side == 1, N, M)
@@ -1336,8 +1350,9 @@ def expand_again(
     scaling = expand(
         p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K) + at, p_raw + products_at(K) + at,
         p_raw + tall_at(M, N, HERMITIAN, K), p_t, p_end + (1 + side) * square, p_q, p_end, p_row,
-        p_raw + GRAM * square, p_raw + VECTORS * square, rows, side, HERMITIAN, K, ROWS, PRECISION,
+        p_raw + VECTORS * square, rows, side, HERMITIAN, K, ROWS, PRECISION,
     )  # fmt: skip
+    project(p_t, p_t, p_raw + GRAM * square, rows, K, CHUNK, PRECISION)
     take_root(p_raw + GRAM * square, p_raw + ROOT * square, scaling, k, K, PRECISION)
     project(
         p_t, p_raw + of_factors_at(t + 1, M, N, HERMITIAN, K) + at, p_raw + OF_ROOT * square, rows,
@@ -1352,7 +1367,7 @@ def expand_again(
 @triton.jit(noinline=True)
 def side_gradient(
     p_raw,
-    p_row,
+    p_scalars,
     p_grow,
     t,
     side,
@@ -1367,6 +1382,8 @@ def side_gradient(
     PRECISION: tl.constexpr,
 ):
     """Of a factor and of its product with H, of P, Q, D and scalars, from that of the factor after a step."""
+    p_row = p_scalars + 4 * t
+    p_grow += 4 * t
     square: tl.constexpr = 2 * K * K
     longest: tl.constexpr = (M if M > N else N) * (2 * K)
     at = side * (M * (2 * K))
@@ -1507,10 +1524,11 @@ def refine_bwd_kernel(
             SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK,
         )  # fmt: skip
         for t in tl.range(0, steps, loop_unroll_factor=1):
-            step_again(p_raw, p_scalars + 4 * t, t, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION)
+            step_again(p_raw, p_scalars, t, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION)
         # the closing, and back through it
-        soft = tl.load(p_scalars + 4 * tl.maximum(steps - 1, 0), mask=steps > 0, other=SOFT)
-        core_again(p_raw, steps, soft, True, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION)
+        core_again(
+            p_raw, steps, p_scalars, steps, True, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION
+        )
         for side in tl.range(0, sides, loop_unroll_factor=1):
             closing_again(p_raw, steps, side, unscaled, SWEEPS, M, N, k, HERMITIAN, K, CHUNK, PRECISION)
         ends_again(p_raw, p_order + b * k, k, HERMITIAN, K, PRECISION)
@@ -1522,38 +1540,30 @@ def refine_bwd_kernel(
         spectrum_gradient(p_raw, p_gs + b * k, k, HERMITIAN, K, PRECISION)
         for side in tl.range(0, sides, loop_unroll_factor=1):
             closing_gradient(p_raw, steps, side, unscaled, SWEEPS, M, N, k, HERMITIAN, K, ROWS, PRECISION)
-        of_soft = diagonalize_gradient(p_raw, soft, True, SWEEPS, M, N, k, HERMITIAN, K, PRECISION)
+        of_soft = diagonalize_gradient(
+            p_raw, p_scalars, steps, steps, True, SWEEPS, M, N, k, HERMITIAN, K, PRECISION
+        )
         p_gx = p_gh_out + b * (2 * M * N)
         products_gradient(p_raw, p_gx, steps, True, SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION)
+        p_grow = p_gscalars + b * steps * 4
         for back in tl.range(0, steps, loop_unroll_factor=1):
             t = steps - 1 - back
-            p_row = p_scalars + 4 * t
-            p_grow = p_gscalars + (b * steps + t) * 4
-            soft = tl.load(p_row)
-            core_again(p_raw, t, soft, False, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION)
+            core_again(
+                p_raw, t, p_scalars, steps, False, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION
+            )
             for side in tl.range(0, sides, loop_unroll_factor=1):
                 of_scaling = expand_again(
-                    p_raw, p_row, t, side, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION
+                    p_raw, p_scalars, t, side, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION
                 )
                 side_gradient(
-                    p_raw,
-                    p_row,
-                    p_grow,
-                    t,
-                    side,
-                    of_scaling,
-                    SWEEPS,
-                    M,
-                    N,
-                    HERMITIAN,
-                    K,
-                    ROWS,
-                    CHUNK,
-                    PRECISION,
-                )
-            of_soft += diagonalize_gradient(p_raw, soft, False, SWEEPS, M, N, k, HERMITIAN, K, PRECISION)
+                    p_raw, p_scalars, p_grow, t, side, of_scaling,
+                    SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION,
+                )  # fmt: skip
+            of_soft += diagonalize_gradient(
+                p_raw, p_scalars, t, steps, False, SWEEPS, M, N, k, HERMITIAN, K, PRECISION
+            )
             # the closing has the softening of the last step
-            tl.store(p_grow, of_soft)
+            tl.store(p_grow + 4 * t, of_soft)
             of_soft = 0.0
             products_gradient(p_raw, p_gx, t, False, SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION)
         start_gradient(
