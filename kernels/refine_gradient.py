@@ -1077,13 +1077,16 @@ def start_again(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """`H / |H|` and the first factors; the numbers of which the first is H times both."""
+    """`H / |H|`, the numbers of which it is H times both, and the first factors."""
     p_su = p_raw + factors_at(0, SWEEPS, M, N, HERMITIAN, K)
     pad(p_u, p_su, M, k, ROWS, K)
     if not HERMITIAN:
         pad(p_v, p_su + M * (2 * K), N, k, ROWS, K)
     first, second, _norm = load_unit(p_h, p_raw + unit_at(M, N, HERMITIAN, K), M, N, ROWS, CHUNK)
-    return first, second
+    p_vectors = p_raw + VECTORS * (2 * K * K) + 5 * K
+    tl.store(p_vectors, first)
+    tl.store(p_vectors + 1, second)
+    tl.debug_barrier()
 
 
 @triton.jit(noinline=True)
@@ -1163,6 +1166,7 @@ def core_again(
 def diagonalize_gradient(
     p_raw,
     p_scalars,
+    p_grow,
     t,
     steps,
     ADD: tl.constexpr,
@@ -1174,7 +1178,7 @@ def diagonalize_gradient(
     K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of the core from those of what `diagonalize` left; returns that of soft."""
+    """Of the core from those of what `diagonalize` left, and of soft; the closing has the last step's."""
     square: tl.constexpr = 2 * K * K
     p_ga = p_raw + OF_A * square
     p_gb = p_raw + OF_B * square
@@ -1195,7 +1199,11 @@ def diagonalize_gradient(
             unitary_gradient(p_xb, p_gb, p_t, k, K, PRECISION)
         of_soft += generators_gradient(p_chain, p_ga, p_gb, p_gd, soft, HERMITIAN, K)
     begin_gradient(p_raw, p_gd, p_gq, p_raw + OF_CORE * square, ADD, HERMITIAN, K)
-    return of_soft
+    p_soft = p_raw + VECTORS * square + 5 * K + 2
+    if ADD:
+        tl.store(p_soft, of_soft)
+    else:
+        tl.store(p_grow + 4 * t, of_soft + tl.load(p_soft, mask=t == steps - 1, other=0.0))
 
 
 @triton.jit(noinline=True)
@@ -1462,8 +1470,6 @@ def start_gradient(
     p_gx,
     p_gu,
     p_gv,
-    first,
-    second,
     of_norm,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -1478,6 +1484,8 @@ def start_gradient(
     unpad(p_found, p_gu, M, k, ROWS, K)
     if not HERMITIAN:
         unpad(p_found + M * (2 * K), p_gv, N, k, ROWS, K)
+    p_vectors = p_raw + VECTORS * (2 * K * K) + 5 * K
+    first, second = tl.load(p_vectors), tl.load(p_vectors + 1)
     unit_gradient(p_raw + unit_at(M, N, HERMITIAN, K), p_gx, first, second, of_norm, M, N, ROWS, CHUNK)
 
 
@@ -1519,7 +1527,7 @@ def refine_bwd_kernel(
         zero = at // B
         b = at + zero
         p_raw = p_scratch + pid * size + 4 * zero
-        first, second = start_again(
+        start_again(
             p_h + b * (2 * M * N), p_u + b * (2 * M * k), p_u if HERMITIAN else p_v + b * (2 * N * k), p_raw,
             SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK,
         )  # fmt: skip
@@ -1540,8 +1548,8 @@ def refine_bwd_kernel(
         spectrum_gradient(p_raw, p_gs + b * k, k, HERMITIAN, K, PRECISION)
         for side in tl.range(0, sides, loop_unroll_factor=1):
             closing_gradient(p_raw, steps, side, unscaled, SWEEPS, M, N, k, HERMITIAN, K, ROWS, PRECISION)
-        of_soft = diagonalize_gradient(
-            p_raw, p_scalars, steps, steps, True, SWEEPS, M, N, k, HERMITIAN, K, PRECISION
+        diagonalize_gradient(
+            p_raw, p_scalars, p_gscalars, steps, steps, True, SWEEPS, M, N, k, HERMITIAN, K, PRECISION
         )
         p_gx = p_gh_out + b * (2 * M * N)
         products_gradient(p_raw, p_gx, steps, True, SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION)
@@ -1559,16 +1567,13 @@ def refine_bwd_kernel(
                     p_raw, p_scalars, p_grow, t, side, of_scaling,
                     SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION,
                 )  # fmt: skip
-            of_soft += diagonalize_gradient(
-                p_raw, p_scalars, t, steps, False, SWEEPS, M, N, k, HERMITIAN, K, PRECISION
+            diagonalize_gradient(
+                p_raw, p_scalars, p_grow, t, steps, False, SWEEPS, M, N, k, HERMITIAN, K, PRECISION
             )
-            # the closing has the softening of the last step
-            tl.store(p_grow + 4 * t, of_soft)
-            of_soft = 0.0
             products_gradient(p_raw, p_gx, t, False, SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION)
         start_gradient(
             p_raw, p_gx, p_gu_out + b * (2 * M * k), p_gu_out if HERMITIAN else p_gv_out + b * (2 * N * k),
-            first, second, tl.load(p_gnorm + b), M, N, k, HERMITIAN, K, ROWS, CHUNK,
+            tl.load(p_gnorm + b), M, N, k, HERMITIAN, K, ROWS, CHUNK,
         )  # fmt: skip
 
 

@@ -410,7 +410,7 @@ def launches():
     return found
 
 
-# what is slow to compile, at the sizes that are not like another; `python tests/aot.py` with none of it has all
+# slow to compile: half a minute forward, more backward
 ONLY = {
     "hermitian forward 64": ("sm_80",),
     "general forward 128": ("sm_80",),
@@ -424,4 +424,4 @@ ONLY = {
 
 def test_what_is_compiled_ahead():
     # the rest are diagonals and columns at their places
-    check_compiled(__file__, {}, {"general forward": 72, "hermitian forward": 68})
+    check_compiled(__file__, {}, {"general forward": 87, "hermitian forward": 83})
