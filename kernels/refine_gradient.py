@@ -1542,8 +1542,9 @@ def refine_bwd_kernel(
         ends_again(p_raw, p_order + b * k, k, HERMITIAN, K, PRECISION)
         for side in tl.range(0, sides, loop_unroll_factor=1):
             p_g = p_gu + b * (2 * M * k)
-            if side == 1:
-                p_g = p_gv + b * (2 * N * k)
+            if not HERMITIAN:  # noqa: SIM102
+                if side == 1:
+                    p_g = p_gv + b * (2 * N * k)
             columns_gradient(p_raw, steps, side, p_g, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION)
         spectrum_gradient(p_raw, p_gs + b * k, k, HERMITIAN, K, PRECISION)
         for side in tl.range(0, sides, loop_unroll_factor=1):
@@ -1555,7 +1556,7 @@ def refine_bwd_kernel(
         products_gradient(p_raw, p_gx, steps, True, SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION)
         p_grow = p_gscalars + b * steps * 4
         for back in tl.range(0, steps, loop_unroll_factor=1):
-            t = steps - 1 - back
+            t = steps + tl.cast(zero, tl.int32) - 1 - back
             core_again(
                 p_raw, t, p_scalars, steps, False, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION
             )
