@@ -1556,7 +1556,7 @@ def refine_bwd_kernel(
         products_gradient(p_raw, p_gx, steps, True, SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION)
         p_grow = p_gscalars + b * steps * 4
         for back in tl.range(0, steps, loop_unroll_factor=1):
-            t = steps + tl.cast(zero, tl.int32) - 1 - back
+            t = steps - 1 - back
             core_again(
                 p_raw, t, p_scalars, steps, False, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION
             )
