@@ -412,11 +412,12 @@ def launches():
 
 # slow to compile: half a minute forward, more backward
 ONLY = {
-    "hermitian forward 64": ("sm_80",),
+    "hermitian forward 64": ("sm_90",),
     "general forward 128": ("sm_80",),
     "hermitian forward 128": (),
+    # two registers are spilled on sm_90 and sm_100, some more on sm_80
     "general backward 64": (),
-    "hermitian backward 64": (),
+    "hermitian backward 64": ("sm_90",),
     "general backward 128": (),
     "hermitian backward 128": (),
 }
@@ -424,4 +425,5 @@ ONLY = {
 
 def test_what_is_compiled_ahead():
     # the rest are diagonals and columns at their places
-    check_compiled(__file__, {}, {"general forward": 87, "hermitian forward": 83})
+    matrices = {"general forward": 87, "hermitian forward": 83, "hermitian backward": 250}
+    check_compiled(__file__, {}, matrices)
