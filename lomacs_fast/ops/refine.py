@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from ..reference import refine as formula
 from ..reference.refine_products import products
 from . import common
 from .common import REAL, library
-from .dispatch import Backend, Op, chosen
+from .dispatch import Backend, Op
 from .ortho import check_like, complex_of, gradient, native_reasons
 
 library.define(
@@ -83,22 +82,33 @@ def _fake_backward(
     return H.new_empty(H.shape), H.new_empty(U.shape), factor, H.new_empty(scalars.shape)
 
 
-@torch.library.impl("lomacs::refine_svd_backward", "CUDA", lib=library)
-def _recomputed(gU: Tensor, gS: Tensor, gV: Tensor, H: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """The gradients of the reference, computed anew with the columns in the order of the forward."""
-    # on a thread of its own, where autograd records as it does outside of an op and no tracer looks on
-    stream = torch.cuda.current_stream(H.device) if H.is_cuda else None
-
-    def follow() -> tuple[Tensor, ...]:
-        # a new thread has a stream of its own
-        with nullcontext() if stream is None else torch.cuda.stream(stream):
-            return _recompute(gU, gS, gV, H, *rest)
-
-    with ThreadPoolExecutor(1) as aside:
-        return aside.submit(follow).result()
+def _started(X: Tensor, active: int, orthonormal: bool) -> Tensor:
+    """The active columns, orthonormal, as the kernels take them."""
+    columns = torch.view_as_complex(X)[..., :active]
+    columns = columns if orthonormal else formula.orthonormal_fill(columns)
+    return torch.view_as_real(columns.contiguous())
 
 
-def _recompute(
+def _finished(u: Tensor, S: Tensor, v: Tensor | None, norm: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Completion, scale and signs around what the kernels found; v None in the Hermitian form."""
+    left = torch.view_as_complex(u)
+    right = left if v is None else torch.view_as_complex(v)
+    return formula.finish(left, S, right, norm[:, None, None], r, v is None)
+
+
+def launched(
+    H: Tensor, U: Tensor, V: Tensor | None, scalars: Tensor, active: int, sweeps: int, orthonormal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Steps and closing in one Triton launch; start and completion are the reference's, around it."""
+    from ..kernels.refine import refine
+
+    starts = [None if X is None else _started(X, active, orthonormal) for X in (U, V)]
+    u, S, v, order, norm = refine(H, starts[0], starts[1], scalars, sweeps)
+    left, S, right = _finished(u, S, None if V is None else v, norm, U.shape[2])
+    return torch.view_as_real(left.contiguous()), S, torch.view_as_real(right.contiguous()), order
+
+
+def relaunched(
     gU: Tensor,
     gS: Tensor,
     gV: Tensor,
@@ -110,38 +120,41 @@ def _recompute(
     sweeps: int,
     orthonormal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = [x for x in (H, U, V, scalars) if x is not None]
-    with torch.inference_mode(False), torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in given]
-        h, u, *rest = (torch.view_as_complex(x) for x in leaves[:-1])
-        out = formula.refined(
-            h, u, rest[0] if rest else u, leaves[-1], order.shape[1], sweeps, V is None, orthonormal, order
-        )
-        grads = (torch.view_as_complex(gU), gS, torch.view_as_complex(gV))
-        found = torch.autograd.grad(out, leaves, grads, allow_unused=True)
-    made = [torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(found, leaves, strict=True)]
-    if V is None:
-        made.insert(2, H.new_empty(0))
-    return made[0], made[1], made[2], made[3]
-
-
-def launched(
-    H: Tensor, U: Tensor, V: Tensor | None, scalars: Tensor, active: int, sweeps: int, orthonormal: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Steps and closing in one Triton launch; start and completion are the reference's, around it."""
+    """Back through steps and closing in one Triton launch; through start and completion by the reference."""
     from ..kernels.refine import refine
+    from ..kernels.refine_gradient import refine_backward
 
-    r = U.shape[2]
-    starts = []
-    for X in (U,) if V is None else (U, V):
-        columns = torch.view_as_complex(X)[..., :active]
-        columns = columns if orthonormal else formula.orthonormal_fill(columns)
-        starts.append(torch.view_as_real(columns.contiguous()))
-    u, S, v, order, norm = refine(H, starts[0], None if V is None else starts[1], scalars, sweeps)
-    left = torch.view_as_complex(u)
-    right = left if V is None else torch.view_as_complex(v)
-    left, S, right = formula.finish(left, S, right, norm[:, None, None], r, V is None)
-    return torch.view_as_real(left.contiguous()), S, torch.view_as_real(right.contiguous()), order
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (U, V) if x is not None]
+        starts = [_started(x, order.shape[1], orthonormal) for x in leaves]
+        u, v, *_ = *(x.detach() for x in starts), None
+        # what the completion starts from: cheaper to find again than to keep
+        ends = [
+            x.detach().requires_grad_() for x in refine(H, u, v, scalars, sweeps) if x.is_floating_point()
+        ]
+        out = _finished(ends[0], ends[1], None if V is None else ends[2], ends[3], U.shape[2])
+        grads = torch.view_as_complex(gU), gS, torch.view_as_complex(gV)
+        found = torch.autograd.grad(out, ends, grads, allow_unused=True, materialize_grads=True)
+        gu, gs, gv, gnorm = (x.contiguous() for x in found)
+        gH, gu, gv, gscalars = refine_backward(
+            gu, gs, None if V is None else gv, gnorm, H, u, v, scalars, order, sweeps
+        )
+        made = torch.autograd.grad(starts, leaves, (gu,) if V is None else (gu, gv))
+    return gH, made[0], H.new_empty(0) if V is None else made[1], gscalars
+
+
+@torch.library.impl("lomacs::refine_svd_backward", "CUDA", lib=library)
+def _relaunched(gU: Tensor, gS: Tensor, gV: Tensor, H: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    # on a thread of its own, where autograd records as it does outside of an op and no tracer looks on
+    stream = torch.cuda.current_stream(H.device)
+
+    def follow() -> tuple[Tensor, ...]:
+        # a new thread has a stream of its own
+        with torch.cuda.stream(stream):
+            return relaunched(gU, gS, gV, H, *rest)
+
+    with ThreadPoolExecutor(1) as aside:
+        return aside.submit(follow).result()
 
 
 torch.library.impl("lomacs::refine_svd", "CUDA", launched, lib=library)
@@ -317,15 +330,6 @@ approx_svd = Op(
 )
 
 
-def _gradient_reasons(*tensors: Tensor | None) -> list[str]:
-    """Why `auto` leaves a call that is differentiated: the op makes the reference's graph anew."""
-    traced = not common.plain(*(x for x in tensors if x is not None))
-    # a traced graph must not hold complex arithmetic: there the op serves
-    if chosen() != "auto" or traced or not common.records(tensors):
-        return []
-    return ["its gradients are those of the reference, run again: where they are wanted that alone is faster"]
-
-
 def _native_reasons(
     H: Tensor,
     U: Tensor,
@@ -357,7 +361,7 @@ def _triton_reasons(
     from ..kernels.refine import limit
 
     k = U.shape[-1] if active is None else active
-    return limit(*H.shape[-2:], k) + common.transform_reasons() + _gradient_reasons(H, U, V, scalars)
+    return limit(*H.shape[-2:], k) + common.transform_reasons()
 
 
 def _eager(
