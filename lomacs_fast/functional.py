@@ -427,17 +427,28 @@ def _step(name: str, value: Any) -> None:
         raise ValueError(f"{name} must lie in (0, 0.5], got {value}")
 
 
+def _columns(name: str, value: Any) -> None:
+    """Check a factor whose columns can be orthonormal."""
+    _tensor(name, value, REAL + COMPLEX, ("...", None, None))
+    shape = tuple(value.shape)
+    if shape[-2] < shape[-1]:
+        raise ValueError(
+            f"{name} must have at least as many rows as columns to be orthonormalised, got {shape}"
+        )
+
+
 @_specified_by(reference.ortho_refine)
 def ortho_refine(U: Tensor, step: Tensor | float) -> Tensor:
-    _tensor("U", U, REAL + COMPLEX, ("...", None, None))
+    _columns("U", U)
     _step("step", step)
     return ops.ortho_refine(U, None, step, None)[0]
 
 
 @_specified_by(reference.ortho_refine_pair)
 def ortho_refine_pair(U: Tensor, V: Tensor, a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
-    _tensor("U", U, REAL + COMPLEX, ("...", None, None))
+    _columns("U", U)
     _tensor("V", V, REAL + COMPLEX, ("...", None, U.shape[-1]))
+    _columns("V", V)
     _like("V", V, "U", U.dtype)
     if U.shape[:-2] != V.shape[:-2]:
         raise ValueError(f"V must have the batch of U, {tuple(U.shape[:-2])}, got shape {tuple(V.shape)}")
@@ -448,11 +459,7 @@ def ortho_refine_pair(U: Tensor, V: Tensor, a: Tensor | float, b: Tensor | float
 
 @_specified_by(reference.bjorck)
 def bjorck(U: Tensor, steps: int, order: int = 1) -> Tensor:
-    _tensor("U", U, REAL + COMPLEX, ("...", None, None))
-    if U.shape[-2] < U.shape[-1]:
-        raise ValueError(
-            f"U must have at least as many rows as columns to be orthonormalised, got {tuple(U.shape)}"
-        )
+    _columns("U", U)
     steps, order = integer("steps", steps, 0), integer("order", order)
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order}")
@@ -549,6 +556,8 @@ def svd_tail(
     tau: Tensor | float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _factors(U_raw, V_raw, H, "S_pred", S_pred, ("U_raw", "V_raw"))
+    _columns("U_raw", U_raw)
+    _columns("V_raw", V_raw)
     _step("a", a)
     _step("b", b)
     _share("tau", tau)

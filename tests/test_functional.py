@@ -411,6 +411,13 @@ def czeros(*shape):
         ("ortho_refine", {"step": 0.6}, ValueError, "step must lie in (0, 0.5], got 0.6"),
         ("ortho_refine", {"step": float("nan")}, ValueError, "step must lie in (0, 0.5], got nan"),
         ("bjorck", {"U": zeros(3, 4)}, ValueError, "at least as many rows as columns"),
+        ("ortho_refine", {"U": zeros(3, 4)}, ValueError, "U must have at least as many rows as columns"),
+        (
+            "ortho_refine_pair",
+            {"U": zeros(4, 3), "V": zeros(2, 3)},
+            ValueError,
+            "V must have at least as many rows as columns",
+        ),
         ("bjorck", {"U": zeros(3, 0)}, ValueError, "U must have no empty dimension"),
         ("bjorck", {"steps": -1}, ValueError, "steps must be at least 0, got -1"),
         ("bjorck", {"steps": 2.0}, TypeError, "steps must be an integer, got float"),

@@ -430,4 +430,4 @@ ONLY = {
 def test_what_is_compiled_ahead():
     # the rest are diagonals and columns at their places
     matrices = {"general forward": 87, "hermitian forward": 83, "hermitian backward": 250}
-    check_compiled(__file__, {}, matrices)
+    check_compiled(__file__, matrices)

@@ -28,7 +28,7 @@ def column_normalize(U: Tensor) -> Tensor:
 def ortho_refine(U: Tensor, step: Tensor | float) -> Tensor:
     """One refinement step, `column_normalize(U - step * U sym(U^H U - I))`, `sym(G) = (G + G^H) / 2`.
 
-    U real or complex `(..., M, r)`; step a real scalar in (0, 0.5].
+    U real or complex `(..., M, r)`, M >= r; step a real scalar in (0, 0.5].
     """
     residual = gram_residual(U)
     return column_normalize(U - step * (U @ (0.5 * (residual + residual.mH))))
@@ -37,8 +37,8 @@ def ortho_refine(U: Tensor, step: Tensor | float) -> Tensor:
 def ortho_refine_pair(U: Tensor, V: Tensor, a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
     """One step of `ortho_refine` on both factors, U by `a` and V by `b`.
 
-    U, V real or complex `(..., M, r)` and `(..., N, r)` of one batch, rank and dtype; a, b real scalars in
-    (0, 0.5].
+    U, V real or complex `(..., M, r)` and `(..., N, r)` of one batch, rank and dtype, r at most M and N; a, b
+    real scalars in (0, 0.5].
     """
     return ortho_refine(U, a), ortho_refine(V, b)
 

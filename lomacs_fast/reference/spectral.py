@@ -38,7 +38,7 @@ def svd_tail(
     columns following; one step of `ortho_refine` on U by `a` and on V by `b`; `spectral_calibrate` on H.
 
     Args:
-        U_raw, V_raw, H: real or complex `(..., M, r)`, `(..., N, r)`, `(..., M, N)`.
+        U_raw, V_raw, H: real or complex `(..., M, r)`, `(..., N, r)`, `(..., M, N)`, r at most M and N.
         S_pred: real `(..., r)`.
         a, b: real scalars in (0, 0.5].
         tau: real scalar in [0, 1].
