@@ -279,7 +279,7 @@ def bench(out: Path, device: str) -> None:
     rows: list[dict[str, Any]] = []
     target = out / "suite.json"
 
-    def keep(found: list[dict[str, Any]]) -> None:
+    def keep(number: int, found: list[dict[str, Any]]) -> None:
         # what was measured stays, should the next case end the process
         rows.extend(found)
         (out / "rows.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -6,12 +6,15 @@ only where its values and gradients are right; variants take turns, so that drif
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from statistics import median
@@ -40,6 +43,8 @@ EPS = torch.finfo(torch.float32).eps
 ACTIVE = 16
 # a percentile is given from so many repeats on
 TAIL = 100
+# seconds that torch.compile gets for a variant
+PATIENCE = 120.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class Options:
     Attributes:
         device: "cpu" or "cuda".
         quick: the first main size and batch 1, and `torch.compile` only for the network.
-        seconds: of timing a variant of a case.
+        seconds: of timing a variant of a case, all rounds together.
+        rounds: passes over the cases that are no sweeps. A shared machine drifts over minutes: what is seen
+            in every round is not drift. `torch.compile` takes part in the first.
         stems: those measured; all when empty. "network" and "inference" count as stems.
         end: on the clock of `time.monotonic`: no case begins after it.
         sweeps: also time against batch and against size.
@@ -59,6 +66,7 @@ class Options:
     device: str = "cpu"
     quick: bool = False
     seconds: float = 1.0
+    rounds: int = 1
     stems: tuple[str, ...] = ()
     end: float = float("inf")
     sweeps: bool = True
@@ -187,84 +195,130 @@ def _quantile(times: Sequence[float], q: float) -> float:
     return float(torch.tensor(times, dtype=torch.float64).quantile(q))
 
 
+class Timing:
+    """What is known of the variants of a case: errors, what went wrong, peak memory, and times by round."""
+
+    def __init__(self, case: Case, machine: Machine) -> None:
+        self.floor_s, self.bound = machine.floor(case)
+        names = ("stem", "function", "size", "batch", "device", "kind", "macs", "bytes")
+        self.facts: Row = {name: getattr(case, name) for name in names}
+        self.facts["pass"] = "forward+backward" if case.backward else "forward"
+        self.variants = list(case.variants)
+        self.errors: dict[str, float | None] = {}
+        self.trouble: dict[str, str] = {}
+        self.peaks: dict[str, int] = {}
+        self.rounds: list[dict[str, list[float]]] = []
+
+    def check(self, case: Case) -> None:
+        """Compare every variant with `case.exact`; one that is wrong or fails is in `trouble`."""
+        for name, call in case.variants.items():
+            try:
+                with warnings.catch_warnings(), patience(PATIENCE if name == "torch.compile" else None):
+                    warnings.simplefilter("ignore")
+                    result = call()
+                if name in case.alike:
+                    self.errors[name] = largest_error(case.compared(result), case.exact)
+                elif case.errors is not None:
+                    self.errors[name] = case.errors.get(name)
+            except Exception as failure:
+                self.trouble[name] = f"failed: {_reason(failure)}"
+        eager = self.errors.get("eager") or 0.0
+        for name in case.alike:
+            error = self.errors.get(name)
+            if error is not None and not error <= case.factor * eager + 4 * EPS:
+                self.trouble[name] = f"wrong: error {error:.1e}, eager {eager:.1e}"
+
+    def time(self, case: Case, budget: float, least: int = 5) -> None:
+        """A round: variants in turns for `budget` seconds a variant, and `least` turns."""
+        timers: dict[str, Callable[[], float]] = {}
+        for name, call in case.variants.items():
+            if name in self.trouble:
+                continue
+            try:
+                timers[name] = timer(call, case.device, name in case.alike)
+                if name not in self.peaks:
+                    self.peaks[name] = peak_bytes(call, case.device)
+            except Exception as failure:
+                self.trouble[name] = f"failed: {_reason(failure)}"
+                timers.pop(name, None)
+        times: dict[str, list[float]] = {name: [] for name in timers}
+        order, begin, turn = list(timers), time.perf_counter(), 0
+        while order and (time.perf_counter() - begin < budget * len(order) or turn < least) and turn < 2000:
+            for i in range(len(order)):
+                name = order[(turn + i) % len(order)]
+                times[name].append(timers[name]() / case.shares.get(name, 1))
+            turn += 1
+        self.rounds.append(times)
+
+    def ratios(self, name: str) -> list[float]:
+        """The ratio of eager's time to a variant's, the median of its turns, for each round with both."""
+        return [
+            median(e / o for e, o in zip(times["eager"], times[name], strict=True))
+            for times in self.rounds
+            if name in times and "eager" in times
+        ]
+
+    def rows(self) -> list[Row]:
+        """A row a variant; every time is one of all rounds together, the ratio is the rounds' median."""
+        rows = []
+        for name in self.variants:
+            times = [x for found in self.rounds for x in found.get(name, ())]
+            row: Row = self.facts | {
+                "variant": name,
+                "median_s": None,
+                "ratio_to_eager": None,
+                "floor_s": self.floor_s,
+                "bound": self.bound,
+                "error": self.errors.get(name),
+            }
+            if name in self.trouble:
+                row["trouble"] = self.trouble[name]
+            elif times:
+                middle = median(times)
+                row |= {
+                    "median_s": middle,
+                    "p99_s": _quantile(times, 0.99) if len(times) >= TAIL else None,
+                    "spread": (_quantile(times, 0.75) - _quantile(times, 0.25)) / middle,
+                    "times_the_floor": middle / self.floor_s if self.floor_s else None,
+                    "peak_bytes": self.peaks[name],
+                    "repeats": len(times),
+                }
+                ratios = self.ratios(name)
+                if ratios:
+                    row |= {"ratio_to_eager": median(ratios), "ratios": ratios}
+            rows.append(row)
+        return rows
+
+
+@contextlib.contextmanager
+def patience(limit: float | None) -> Iterator[None]:
+    """Raise `TimeoutError` in the main thread after `limit` seconds, where the system has alarms."""
+    served = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+    if limit is None or not served:
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        raise TimeoutError(f"took more than {limit:g} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def measure(case: Case, machine: Machine, budget: float) -> list[Row]:
     """A row a variant: checked against `exact`, then timed in turns for `budget` seconds a variant.
 
     A variant is wrong where its error is above `factor` times eager's plus 4 eps: it gets no time.
     """
-    found: dict[str, float | None] = {}
-    trouble: dict[str, str] = {}
-    for name, call in case.variants.items():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                result = call()
-            if name in case.alike:
-                found[name] = largest_error(case.compared(result), case.exact)
-            elif case.errors is not None:
-                found[name] = case.errors.get(name)
-        except Exception as failure:
-            trouble[name] = f"failed: {_reason(failure)}"
-    bound = case.factor * (found.get("eager") or 0.0) + 4 * EPS
-    for name in case.alike:
-        error = found.get(name)
-        if error is not None and not error <= bound:
-            trouble[name] = f"wrong: error {error:.1e}, eager {found.get('eager', 0.0):.1e}"
-    timers: dict[str, Callable[[], float]] = {}
-    peaks: dict[str, int] = {}
-    for name, call in case.variants.items():
-        if name in trouble:
-            continue
-        try:
-            timers[name] = timer(call, case.device, name in case.alike)
-            peaks[name] = peak_bytes(call, case.device)
-        except Exception as failure:
-            trouble[name] = f"failed: {_reason(failure)}"
-            timers.pop(name, None)
-    times: dict[str, list[float]] = {name: [] for name in timers}
-    order, begin, turn = list(timers), time.perf_counter(), 0
-    while order and (time.perf_counter() - begin < budget * len(order) or turn < 5) and turn < 2000:
-        for i in range(len(order)):
-            name = order[(turn + i) % len(order)]
-            times[name].append(timers[name]() / case.shares.get(name, 1))
-        turn += 1
-    floor_s, bound_by = machine.floor(case)
-    rows = []
-    for name in case.variants:
-        row: Row = {
-            "stem": case.stem,
-            "function": case.function,
-            "pass": "forward+backward" if case.backward else "forward",
-            "size": case.size,
-            "batch": case.batch,
-            "device": case.device,
-            "variant": name,
-            "kind": case.kind,
-            "median_s": None,
-            "ratio_to_eager": None,
-            "floor_s": floor_s,
-            "bound": bound_by,
-            "macs": case.macs,
-            "bytes": case.bytes,
-            "error": found.get(name),
-        }
-        if name in times:
-            middle = median(times[name])
-            row |= {
-                "median_s": middle,
-                "p99_s": _quantile(times[name], 0.99) if turn >= TAIL else None,
-                "spread": (_quantile(times[name], 0.75) - _quantile(times[name], 0.25)) / middle,
-                "times_the_floor": middle / floor_s if floor_s else None,
-                "peak_bytes": peaks[name],
-                "repeats": turn,
-            }
-            if "eager" in times:
-                pairs = zip(times["eager"], times[name], strict=True)
-                row["ratio_to_eager"] = median(e / o for e, o in pairs)
-        else:
-            row["trouble"] = trouble[name]
-        rows.append(row)
-    return rows
+    timing = Timing(case, machine)
+    timing.check(case)
+    timing.time(case, budget)
+    return timing.rows()
 
 
 def _counted(call: Callable[[], Any]) -> float:
@@ -530,8 +584,10 @@ def facts(device: str) -> dict[str, Any]:
     return found
 
 
-def run(options: Options, each: Callable[[list[Row]], None] = lambda rows: None) -> dict[str, Any]:
-    """Measure the suite; `each` is told the rows of every case as it ends.
+def run(
+    options: Options, each: Callable[[int, list[Row]], None] = lambda number, rows: None
+) -> dict[str, Any]:
+    """Measure the suite; `each` is told the round, from 1, and the rows of every case as it ends.
 
     Returns:
         Facts of the machine with its measured rates, `cases` (the rows), and `left_out`, the number of cases
@@ -548,22 +604,36 @@ def run(options: Options, each: Callable[[list[Row]], None] = lambda rows: None)
         raise ValueError(f"device must be cpu or cuda, got {options.device!r}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu here: torch sees no CUDA device")
+    # sweeps come last: a later round is the same cases from the beginning, as far as it goes
+    again = replace(options, compiled=False, sweeps=False)
+    timings: dict[int, Timing] = {}
+    left = 0
     with use_backend("auto"):
         machine = Machine(options.device)
-        rows: list[Row] = []
-        left = 0
-        for make in cases(options):
-            if time.monotonic() > options.end:
-                left += 1
-                continue
-            try:
-                made = measure(make(), machine, options.seconds)
-            except Exception as failure:
-                # a device that is out of memory, or a graph that cannot be captured, ends no other case
-                print(f"left out: {_reason(failure)}", flush=True)
-                left += 1
-                continue
-            rows += made
-            each(made)
+        for number in range(options.rounds):
+            for place, make in enumerate(cases(again if number else options)):
+                late = time.monotonic() > options.end
+                if late or (number and place not in timings):
+                    left += number == 0
+                    continue
+                try:
+                    case = make()
+                    if number == 0:
+                        timing = Timing(case, machine)
+                        timing.check(case)
+                    else:
+                        timing = timings[place]
+                    swept = case.kind in ("batch", "size")
+                    share = 1 if swept else options.rounds
+                    timing.time(case, options.seconds / share, least=-(-5 // share))
+                except Exception as failure:
+                    # a device that is out of memory, or a graph that cannot be captured, ends no other case
+                    print(f"left out: {_reason(failure)}", flush=True)
+                    left += number == 0
+                    continue
+                timings[place] = timing
+                each(number + 1, timing.rows())
+    rows = [row for timing in timings.values() for row in timing.rows()]
     rates = {"product_gmacs": machine.product / 1e9, "copy_gb": machine.copy / 1e9}
-    return facts(options.device) | rates | {"quick": options.quick, "left_out": left, "cases": rows}
+    told = {"quick": options.quick, "rounds": options.rounds, "left_out": left}
+    return facts(options.device) | rates | told | {"cases": rows}

@@ -739,6 +739,7 @@ def _add_bench(parser: Any) -> None:
     parser.add_argument("--device", type=str, default="cpu", choices=["cpu", "cuda"], help="where to run")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch")
     parser.add_argument("--seconds", type=float, default=None, help="of timing a variant (1; 0.3 if quick)")
+    parser.add_argument("--rounds", type=int, default=3, help="passes that the timing is spread over")
     parser.add_argument("--compile", type=_boolean, default=True, help="torch.compile is a variant")
     parser.add_argument("--json", type=_path, default=None, help="file for the rows")
     parser.add_argument("--markdown", type=_path, default=None, help="file for the tables")
@@ -758,15 +759,26 @@ def _bench(args: Any) -> None:
     seconds = (0.3 if args.quick else 1.0) if args.seconds is None else args.seconds
     if not 0 < seconds < 1e6:
         raise ValueError(f"--seconds must be positive, got {args.seconds}")
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     folder = None if args.figures is None else _output_folder(args.figures, args.overwrite)
-    options = suite.Options(args.device, args.quick, seconds, tuple(args.stem), compiled=args.compile)
+    options = suite.Options(
+        args.device, args.quick, seconds, args.rounds, tuple(args.stem), compiled=args.compile
+    )
 
-    def tell(rows: list[dict[str, Any]]) -> None:
+    def tell(number: int, rows: list[dict[str, Any]]) -> None:
         # a case a line while they run, the table at the end
+        if number > 1:
+            first = rows[0]
+            print(
+                f"round {number}: {first['function']} {first['pass']} {first['size']} x {first['batch']}",
+                flush=True,
+            )
+            return
         shown = [(r["variant"], r.get("median_s"), r["batch"]) for r in rows]
         times = ", ".join(f"{n} {1e6 * t / b:.3g} us" if t else f"{n} no time" for n, t, b in shown)
         first = rows[0]

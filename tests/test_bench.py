@@ -1,8 +1,10 @@
 """`lomacs-fast bench`: wrong variants get no time, rows say what they should, regressions are told."""
 
 import copy
+import dataclasses
 import json
 import re
+import signal
 import time
 
 import pytest
@@ -55,6 +57,57 @@ def test_a_wrong_variant_gets_no_time():
     assert "no such thing" in rows[4]["trouble"]
     assert all(row.keys() >= REQUIRED for row in rows)
     assert json.dumps(rows)
+
+
+def test_rounds_are_pooled_and_told_one_by_one(monkeypatch):
+    made, took = case(ours=lambda: [torch.ones(8)]), {"ours": 1.0}
+    names = {id(call): name for name, call in made.variants.items()}
+    monkeypatch.setattr(suite, "timer", lambda call, *_: lambda: took[names[id(call)]])
+    timing = suite.Timing(made, Machine())
+    timing.check(made)
+    for took["eager"] in (9.0, 5.0, 6.0):
+        timing.time(made, 0.0, least=2)
+    eager, ours = timing.rows()
+    assert ours["ratios"] == [9.0, 5.0, 6.0]
+    assert (ours["ratio_to_eager"], ours["repeats"]) == (6.0, 6)
+    assert eager["median_s"] == 6.0
+
+
+def test_every_round_measures_the_cases_again_but_no_sweep(monkeypatch):
+    made, told = [], []
+
+    def cases(options):
+        made.append((options.compiled, options.sweeps))
+        yield lambda: case(ours=lambda: [torch.ones(8)])
+        if options.sweeps:
+            yield lambda: dataclasses.replace(case(ours=lambda: [torch.ones(8)]), kind="batch")
+
+    monkeypatch.setattr(suite, "cases", cases)
+    monkeypatch.setattr(suite, "Machine", lambda device: Machine())
+    result = suite.run(
+        suite.Options(seconds=0.001, rounds=3), lambda number, rows: told.append((number, rows[0]["kind"]))
+    )
+    assert made == [(True, True), (False, False), (False, False)]
+    assert told == [(1, "main"), (1, "batch"), (2, "main"), (3, "main")]
+    assert [len(r["ratios"]) for r in result["cases"]] == [3, 3, 1, 1]
+    assert result["rounds"] == 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarms here")
+def test_a_compilation_without_end_is_left(monkeypatch):
+    def compiling():
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(suite, "PATIENCE", 0.1)
+    before = signal.getsignal(signal.SIGALRM)
+    rows = suite.measure(
+        case(**{"torch.compile": compiling, "ours": lambda: [torch.ones(8)]}), Machine(), 0.01
+    )
+    assert "took more than 0.1 s" in rows[1]["trouble"]
+    assert rows[2]["median_s"] is not None
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_ratio_and_floor_are_those_of_the_clock():
@@ -114,6 +167,7 @@ def test_the_command_writes_rows_tables_and_figures(tmp_path, capsys):
         (["--stem", "nothing"], "stem must be one of"),
         (["--seconds", "0"], "--seconds must be positive, got 0"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--json", "no/such/folder/a.json"], "does not exist"),
     ],
 )
@@ -135,6 +189,7 @@ def result_of(*ratios):
         for row in rows:
             base["cases"].append(row | {"batch": batch + 1})
         base["cases"][-1]["ratio_to_eager"] = ratio
+        base["cases"][-1].pop("ratios")
     return base
 
 
@@ -150,6 +205,14 @@ def test_a_fallen_ratio_is_a_regression(tmp_path, capsys):
     assert "batch 3" in lines[1]
     assert compare.main([*paths, "--share", "0.5"]) == 1
     assert compare.main([paths[1], paths[1]]) == 0
+
+
+def test_what_fell_in_one_round_alone_is_noise():
+    base, new = result_of(5.0), result_of(3.9)
+    new["cases"][-1]["ratios"] = [3.5, 3.9, 4.1]
+    assert compare.regressions(new, base, 0.2) == []
+    new["cases"][-1]["ratios"] = [3.5, 3.9, 3.9]
+    assert len(compare.regressions(new, base, 0.2)) == 1
 
 
 def test_results_of_another_machine_are_not_compared(tmp_path):
