@@ -40,8 +40,8 @@ class Draw:
         return torch.randn(shape, dtype=torch.complex128, generator=self.generator)
 
     def columns(self, B: int, n: int, r: int) -> Tensor:
-        """Nearly orthonormal columns, as in training."""
-        return torch.linalg.qr(self.complex(B, n, r))[0] + 0.02 * self.complex(B, n, r)
+        """Nearly orthonormal columns, as in training, in rows as the heads leave them."""
+        return torch.linalg.qr(self.complex(B, n, r))[0].contiguous() + 0.02 * self.complex(B, n, r)
 
     def spectrum(self, B: int, r: int) -> Tensor:
         drawn = torch.rand((B, r), dtype=torch.float64, generator=self.generator)
