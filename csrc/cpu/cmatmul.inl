@@ -281,11 +281,12 @@ LOMACS_INLINE Vec<T> spread(const T* p) {
 // re - im (conjugated re + im), the imaginary part both - re - im (both - re + im). Normwise as accurate as four.
 template <bool CONJ, int R, int V, typename T>
 LOMACS_INLINE void multiply(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], Vec<T> (&both)[R][V], const Term<T>& term,
-                            std::int64_t i0, std::int64_t vec) {
+                            std::int64_t i0, std::int64_t vec, Ahead::Run& run) {
   const std::int64_t row = 2 * term.left.row, column = 2 * term.left.column;
   const T* a = term.left.a + i0 * row;
   const T* b = term.right.at(0, vec);
   for (std::int64_t k = term.depth; k > 0; --k, a += column, b += Panels<T>::step) {
+    run.step();
     Vec<T> br[V], bi[V], bs[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) {
@@ -309,11 +310,12 @@ LOMACS_INLINE void multiply(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], Vec<T> (&bot
 // re + i im += (R rows of the left factor, conjugated or not) x (V vectors of columns of the right one)
 template <bool CONJ, int R, int V, typename T>
 LOMACS_INLINE void multiply(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], const Term<T>& term, std::int64_t i0,
-                            std::int64_t vec) {
+                            std::int64_t vec, Ahead::Run& run) {
   const std::int64_t row = 2 * term.left.row, column = 2 * term.left.column;
   const T* a = term.left.a + i0 * row;
   const T* b = term.right.at(0, vec);
   for (std::int64_t k = term.depth; k > 0; --k, a += column, b += Panels<T>::step) {
+    run.step();
     Vec<T> br[V], bi[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) {
@@ -430,12 +432,13 @@ struct ToSum {
 };
 
 template <bool CONJ, int R, int V, typename T, typename Sink>
-LOMACS_INLINE void block(const Term<T>* terms, int count, Sink& sink, std::int64_t i0, std::int64_t vec) {
+LOMACS_INLINE void block(const Term<T>* terms, int count, Sink& sink, std::int64_t i0, std::int64_t vec,
+                         Ahead::Run& run) {
   Vec<T> re[R][V] = {}, im[R][V] = {};
 #if LOMACS_PRODUCTS == 3
   Vec<T> both[R][V] = {};
 #pragma GCC unroll 1
-  for (int t = 0; t < count; ++t) multiply<CONJ, R, V, T>(re, im, both, terms[t], i0, vec);
+  for (int t = 0; t < count; ++t) multiply<CONJ, R, V, T>(re, im, both, terms[t], i0, vec, run);
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
@@ -446,22 +449,22 @@ LOMACS_INLINE void block(const Term<T>* terms, int count, Sink& sink, std::int64
     }
 #else
 #pragma GCC unroll 1
-  for (int t = 0; t < count; ++t) multiply<CONJ, R, V, T>(re, im, terms[t], i0, vec);
+  for (int t = 0; t < count; ++t) multiply<CONJ, R, V, T>(re, im, terms[t], i0, vec, run);
 #endif
   sink.template take<R, V>(re, im, i0, vec);
 }
 
 template <bool CONJ, int V, typename T, typename Sink, int R = LOMACS_ROWS>
 LOMACS_INLINE void block_of(std::int64_t rows, const Term<T>* terms, int count, Sink& sink, std::int64_t i0,
-                            std::int64_t vec) {
+                            std::int64_t vec, Ahead::Run& run) {
   if constexpr (R > 1) {
-    if (rows < R) return block_of<CONJ, V, T, Sink, R - 1>(rows, terms, count, sink, i0, vec);
+    if (rows < R) return block_of<CONJ, V, T, Sink, R - 1>(rows, terms, count, sink, i0, vec, run);
   }
   // narrow halves of a low block lose little, and their code is there already
   if constexpr (V > 1 && 2 * R < LOMACS_ROWS) {
-    for (int j = 0; j < V; ++j) block<CONJ, R, 1>(terms, count, sink, i0, vec + j);
+    for (int j = 0; j < V; ++j) block<CONJ, R, 1>(terms, count, sink, i0, vec + j, run);
   } else {
-    block<CONJ, R, V>(terms, count, sink, i0, vec);
+    block<CONJ, R, V>(terms, count, sink, i0, vec, run);
   }
 }
 
@@ -472,6 +475,8 @@ LOMACS_TARGET __attribute__((noinline)) void blocks(const Term<T>* terms, int co
                                                     std::int64_t rows, std::int64_t columns, Ahead& ahead,
                                                     Part part) {
   const std::int64_t vecs = (columns + lanes<T> - 1) / lanes<T>;
+  std::int64_t rounds = 0;
+  for (int t = 0; t < count; ++t) rounds += terms[t].depth;
   // of nearly equal height: a low one would wait for its few accumulators
   const std::int64_t heights = (rows + LOMACS_ROWS - 1) / LOMACS_ROWS;
   for (std::int64_t first = 0; first < vecs; first += LOMACS_VECS) {
@@ -479,9 +484,10 @@ LOMACS_TARGET __attribute__((noinline)) void blocks(const Term<T>* terms, int co
       const std::int64_t i0 = n * rows / heights, height = (n + 1) * rows / heights - i0;
       const std::int64_t vec = part == Part::upper ? std::max(first, i0 / lanes<T>) : first;
       const std::int64_t width = std::min<std::int64_t>(first + LOMACS_VECS, vecs) - vec;
-      if (width == LOMACS_VECS) block_of<CONJ, LOMACS_VECS>(height, terms, count, sink, i0, vec);
-      else if (width > 0) block_of<CONJ, 1>(height, terms, count, sink, i0, vec);
-      ahead.fetch();
+      if (width <= 0) continue;
+      Ahead::Run run = ahead.next(rounds);
+      if (width == LOMACS_VECS) block_of<CONJ, LOMACS_VECS>(height, terms, count, sink, i0, vec, run);
+      else block_of<CONJ, 1>(height, terms, count, sink, i0, vec, run);
     }
   }
 }

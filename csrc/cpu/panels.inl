@@ -98,12 +98,14 @@ struct RealTerm {
 };
 
 template <int R, int V, typename T, typename Sink>
-LOMACS_INLINE void block(const RealTerm<T>& term, Sink& sink, std::int64_t i0, std::int64_t vec) {
+LOMACS_INLINE void block(const RealTerm<T>& term, Sink& sink, std::int64_t i0, std::int64_t vec, Ahead& ahead) {
+  Ahead::Run run = ahead.next(term.depth);
   const std::int64_t row = term.left.row, column = term.left.column;
   const T* a = term.left.a + i0 * row;
   const T* b = term.right.at(0, vec);
   Vec<T> x[R][V] = {};
   for (std::int64_t k = term.depth; k > 0; --k, a += column, b += RealPanels<T>::step) {
+    run.step();
     Vec<T> right[V];
 #pragma GCC unroll 2
     for (int j = 0; j < V; ++j) right[j] = load(b + j * lanes<T>);
@@ -121,10 +123,7 @@ LOMACS_INLINE void block(const RealTerm<T>& term, Sink& sink, std::int64_t i0, s
 template <int V, int R = real_rows, typename T, typename Sink>
 LOMACS_INLINE void column_of_blocks(std::int64_t rows, const RealTerm<T>& term, Sink& sink, std::int64_t i0,
                                     std::int64_t vec, Ahead& ahead) {
-  for (; i0 + R <= rows; i0 += R) {
-    block<R, V>(term, sink, i0, vec);
-    ahead.fetch();
-  }
+  for (; i0 + R <= rows; i0 += R) block<R, V>(term, sink, i0, vec, ahead);
   if constexpr (R > 1) column_of_blocks<V, (R + 1) / 2>(rows, term, sink, i0, vec, ahead);
 }
 

@@ -1,6 +1,7 @@
 // Vectors of any width by the vector extensions of GCC and Clang, and the choice of instruction set at run time.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -49,10 +50,11 @@ struct Simd {
   typedef T Loose __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
 };
 
-// What the next sample will read, brought into the cache a little at a time while this one is computed.
+// What the next sample will read, brought into the cache a little at a time by the products of this one: a line a
+// round of their loops, since lines asked for at once wait for each other and the multipliers for them.
 class Ahead {
  public:
-  // how many cache lines after every block of a product
+  // how many cache lines a block of a product
   explicit Ahead(std::int64_t lines = 16) : lines_(lines) {}
 
   // stretches of so many bytes, `stride` bytes from the beginning of one to that of the next
@@ -60,20 +62,29 @@ class Ahead {
     const char* at = static_cast<const char*>(p);
     ranges_[count_++] = {at, at, at + bytes, stretches, stride};
   }
-  void fetch() {
-    for (std::int64_t lines = lines_; lines > 0 && count_ > 0; --lines) {
-      Range& range = ranges_[count_ - 1];
-      __builtin_prefetch(range.at, 0, 2);
-      range.at += 64;
-      if (range.at < range.end) continue;
-      if (--range.stretches <= 0) {
-        --count_;
-        continue;
-      }
-      range.begin += range.stride;
-      range.end += range.stride;
-      range.at = range.begin;
+
+  // A block's part. `step` is called once a round, as often as `next` was told, and may run past a stretch's end.
+  struct Run {
+    const char* at;
+    std::int64_t pace;
+
+    void step() {
+      __builtin_prefetch(at, 0, 2);
+      at += pace;
     }
+  };
+  Run next(std::int64_t rounds) {
+    if (count_ == 0) return {reinterpret_cast<const char*>(this), 0};
+    // of short loops the first rounds have no room for all
+    for (std::int64_t lines = lines_; lines > rounds && count_ > 0; --lines) {
+      __builtin_prefetch(ranges_[count_ - 1].at, 0, 2);
+      advance(64);
+    }
+    if (count_ == 0) return {reinterpret_cast<const char*>(this), 0};
+    const std::int64_t bytes = 64 * std::min(lines_, rounds);
+    const Run run{ranges_[count_ - 1].at, bytes / rounds};
+    advance(bytes);
+    return run;
   }
 
  private:
@@ -82,6 +93,19 @@ class Ahead {
     std::int64_t stretches;
     std::size_t stride;
   };
+  void advance(std::int64_t bytes) {
+    Range& range = ranges_[count_ - 1];
+    range.at += bytes;
+    if (range.at < range.end) return;
+    if (--range.stretches <= 0) {
+      --count_;
+      return;
+    }
+    range.begin += range.stride;
+    range.end += range.stride;
+    range.at = range.begin;
+  }
+
   Range ranges_[8];
   std::int64_t lines_;
   int count_ = 0;
