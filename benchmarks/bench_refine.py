@@ -7,6 +7,8 @@ and a step of op and formula, forward and with its gradients. With `--trained` i
 prints the AE of each over that of the truncated SVD. The floor is the products that the formula counts, four
 real ones a complex product, over the measured rate of a float32 product, and thrice that with gradients; the
 kernel takes three, halves Hermitian ones and stops iterations early, and may be below it.
+With `--device` it estimates microseconds a channel of the Triton kernels at 64x64 and 128x128 with 16 columns
+on an H100, from operations counted where the kernels are interpreted: no device is needed.
 `python benchmarks/bench_refine.py [--samples 8] [--json FILE]` takes the generator's noisy covariances and
 clean channels and, where Sionna is installed, 3GPP covariances and channels (UMi, UMa and RMa, TR 38.901).
 Errors are against the clean label. Multiply-adds are true real ones a sample, of everything that runs; the
@@ -17,8 +19,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from datetime import date
@@ -36,7 +40,7 @@ from lomacs_fast.data.generator import SCENARIOS, ChannelGenerator
 from lomacs_fast.inference import decompose
 from lomacs_fast.metrics import ae_terms, true_macs, truncated_svd
 from lomacs_fast.reference import refine_products
-from lomacs_fast.reference.refine import default_scalars, dft_start
+from lomacs_fast.reference.refine import SWEEPS, default_scalars, dft_start
 
 STEPS = (0, 1, 2, 3, 4, 6, 8, 10, 15)
 SIZES = ((64, 64, 32), (128, 128, 64), (64, 32, 16))
@@ -252,17 +256,125 @@ def time_all(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
+# of an H100 SXM, dense; the rate of L2 is what microbenchmarks find, and a product of tensor cores in float32
+# accuracy is three
+PROCESSORS, CLOCK, TENSOR, MEMORY, CACHE = 132, 1.755e9, 247e12, 3.35e12, 5.5e12
+SPLIT = 3
+# programs of 4 warps and 255 registers a thread at once on a multiprocessor, and rows that four warps cover
+RESIDENT, COVERED = 2, 64
+# cycles of a complex product that waits for the one before it: 12 tensor instructions in a row of 33 cycles
+# each, and some 370 others a warp in the compiled code (loads, splits, exchanges between threads) of 2 each
+WAIT = 12 * 33 + 2 * 370
+
+
+def counted(launch: Any) -> dict[str, float]:
+    """What one sample of an interpreted launch does: products, multiply-adds, bytes loaded and stored."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    found = {"products": 0.0, "macs": 0.0, "executed": 0.0, "bytes": 0.0}
+    dot, load, store = builder.create_dot, builder.create_masked_load, builder.create_masked_store
+
+    def create_dot(a: Any, b: Any, *rest: Any) -> Any:
+        (rows, inner), columns = a.data.shape, b.data.shape[1]
+        found["products"] += 1 / 4  # four real ones are a complex one
+        found["macs"] += rows * inner * columns
+        found["executed"] += SPLIT * max(rows, COVERED) * inner * columns
+        return dot(a, b, *rest)
+
+    def create_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        found["bytes"] += 4 * mask.data.sum()
+        return load(pointers, mask, *rest)
+
+    def create_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        found["bytes"] += 4 * mask.data.sum()
+        return store(pointers, value, mask, *rest)
+
+    builder.create_dot, builder.create_masked_load, builder.create_masked_store = (
+        create_dot, create_load, create_store
+    )  # fmt: skip
+    try:
+        launch.run()
+    finally:
+        builder.create_dot, builder.create_masked_load, builder.create_masked_store = dot, load, store
+    return found
+
+
+def estimated(M: int, k: int, tied: bool, backward: bool) -> Iterator[dict[str, Any]]:
+    """Microseconds a channel of a launch by what it multiplies, moves and waits for, linear in steps."""
+    from lomacs_fast.kernels.refine import refine_launch
+    from lomacs_fast.kernels.refine_gradient import refine_backward_launch
+
+    H = generated(M, M, "covariance", 1)[0][:1]
+    h, u = torch.view_as_real(H).contiguous(), torch.view_as_real(dft_start(H, k)[0].contiguous())
+    v = None if tied else u.clone()
+
+    def operations(steps: int) -> dict[str, float]:
+        scalars = default_scalars(1, H)[:steps].contiguous()
+        if not backward:
+            return counted(refine_launch(h, u, v, scalars, SWEEPS)[0])
+        order, s, norm = torch.arange(k)[None], h.new_ones(1, k), h.new_ones(1)
+        return counted(refine_backward_launch(u, s, v, norm, h, u, v, scalars, order, SWEEPS)[0])
+
+    ends, one = operations(0), operations(1)
+    factors = u.nbytes * (1 if tied else 2)
+    memory = (2 * h.nbytes + 3 * factors) if backward else h.nbytes + 2 * factors
+    for steps in (4, 8):
+        total = {name: ends[name] + steps * (one[name] - ends[name]) for name in ends}
+        times = {
+            "tensor_us": 1e6 * total["executed"] / TENSOR,
+            "memory_us": 1e6 * memory / MEMORY,
+            "cache_us": 1e6 * total["bytes"] / CACHE,
+            "waiting_us": 1e6 * total["products"] * WAIT / CLOCK / (RESIDENT * PROCESSORS),
+        }
+        yield {"size": M, "tied": tied, "backward": backward, "steps": steps} | total | times
+
+
+def estimate_all(args: argparse.Namespace) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        # it must be set before Triton is imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "1"})
+    header = "size", "form", "launch", "steps", "products in a row", "M multiply-adds", "M executed"
+    header += "MB through scratch", "tensor us", "memory us", "L2 us", "waiting us", "us a channel"
+    print(f"| {' | '.join(header)} |")
+    print("|" + "---|" * len(header))
+    found = []
+    for M, tied, backward in itertools.product((64, 128), (True, False), (False, True)):
+        for e in estimated(M, 16, tied, backward):
+            found.append(e)
+            names = ("tensor_us", "memory_us", "cache_us", "waiting_us")
+            cells = [
+                f"{M}x{M}",
+                "Hermitian" if tied else "general",
+                "backward" if backward else "forward",
+                e["steps"],
+                f"{e['products']:.0f}",
+                f"{e['macs'] / 1e6:.2f}",
+                f"{e['executed'] / 1e6:.1f}",
+                f"{e['bytes'] / 1e6:.2f}",
+                *(f"{e[name]:.3f}" for name in names),
+                f"{max(e[name] for name in names):.2f}",
+            ]
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    if args.json is not None:
+        args.json.write_text(json.dumps({"estimated": found}, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=8, help="a scenario or model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--times", action="store_true", help="time it instead")
     parser.add_argument("--trained", action="store_true", help="time the trained network")
+    parser.add_argument("--device", action="store_true", help="estimate the kernels' time on a device")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing a batch")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
+    if args.device:
+        estimate_all(args)
+        return
     if args.times or args.trained:
         time_all(args)
         return

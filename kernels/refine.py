@@ -76,6 +76,59 @@ def diagonal_of(p, K: tl.constexpr):
     return tl.load(p + i), tl.load(p + i + 1)
 
 
+# A sum over several warps ends with loads by some threads alone, and a register that is not always written is
+# kept from the kernel's start to its end: such sums go through scratch.
+
+
+@triton.jit
+def column_sums(p, rows: tl.constexpr, K: tl.constexpr):
+    """Of a real (rows, K) matrix of scratch."""
+    found = tl.zeros((K,), tl.float32)
+    for i in tl.range(0, rows, loop_unroll_factor=8):
+        found += tl.load(p + i * K + tl.arange(0, K))
+    return found
+
+
+@triton.jit
+def complex_sums(p, K: tl.constexpr):
+    """The sums of the columns of a K x K matrix of scratch."""
+    re = tl.zeros((K,), tl.float32)
+    im = tl.zeros((K,), tl.float32)
+    for i in tl.range(0, K, loop_unroll_factor=8):
+        q = p + i * (2 * K) + 2 * tl.arange(0, K)
+        re += tl.load(q)
+        im += tl.load(q + 1)
+    return re, im
+
+
+@triton.jit
+def energies(p, side, K: tl.constexpr):
+    """Of the columns of a K x K matrix of scratch, or of its rows."""
+    down = tl.where(side == 1, 2, 2 * K)
+    across = 2 * K + 2 - down
+    found = tl.zeros((K,), tl.float32)
+    for i in tl.range(0, K, loop_unroll_factor=8):
+        q = p + i * down + across * tl.arange(0, K)
+        re, im = tl.load(q), tl.load(q + 1)
+        found += re * re + im * im
+    return found
+
+
+@triton.jit
+def keep_real(p, x, ROWS: tl.constexpr, K: tl.constexpr):
+    """A real tile to scratch, for `column_sums`."""
+    tl.store(p + tl.arange(0, ROWS)[:, None] * K + tl.arange(0, K)[None, :], x)
+    tl.debug_barrier()
+
+
+@triton.jit
+def through_scratch(p, x, ROWS: tl.constexpr):
+    """A vector of at most 32 numbers by way of scratch: every warp has all of it then."""
+    tl.store(p + tl.arange(0, ROWS), x)
+    tl.debug_barrier()
+    return tl.load(p + tl.arange(0, ROWS))
+
+
 @triton.jit
 def phase(re, im):
     """z / |z|, and 1 at 0."""
@@ -124,10 +177,9 @@ def unitary(xr, xi, k: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def off_diagonal(dr, di, s):
+def off_diagonal(p_d, s, K: tl.constexpr):
     """Half the energy of row and column j off the diagonal, as it is computed: it may be below zero."""
-    energy = dr * dr + di * di
-    return 0.5 * tl.sum(energy + tl.trans(energy), 0) - s * s
+    return 0.5 * (energies(p_d, 0, K) + energies(p_d, 1, K)) - s * s
 
 
 @triton.jit
@@ -149,9 +201,9 @@ def signs(s, K: tl.constexpr):
 
 
 @triton.jit
-def angles(dr, di, s, soft, HERMITIAN: tl.constexpr, K: tl.constexpr):
+def angles(dr, di, s, off, soft, HERMITIAN: tl.constexpr, K: tl.constexpr):
     """The skew-Hermitian X and Y of `rotations`; s is the diagonal of D."""
-    softening = soft * spread(off_diagonal(dr, di, s)) + 1e-12
+    softening = soft * spread(off) + 1e-12
     gap, sign = signs(s, K)
     tr, ti = adjoint(dr, di)
     g = tl.abs(gap) + softening
@@ -205,7 +257,7 @@ def generators(p_d, p_x, p_y, soft, HERMITIAN: tl.constexpr, K: tl.constexpr):
     """X + Y and X - Y of `angles`, or X alone."""
     dr, di = square_of(p_d, K)
     s, _ = diagonal_of(p_d, K)
-    xr, xi, yr, yi = angles(dr, di, s, soft, HERMITIAN, K)
+    xr, xi, yr, yi = angles(dr, di, s, off_diagonal(p_d, s, K), soft, HERMITIAN, K)
     if HERMITIAN:
         keep(p_x, xr, xi, K)
     else:
@@ -357,6 +409,7 @@ def expand(
     p_d,
     p_row,
     p_energy,
+    p_sums,
     rows,
     side,
     HERMITIAN: tl.constexpr,
@@ -366,24 +419,27 @@ def expand(
 ):
     """`Y = raw B` and `T = X A + R`, R what of Y is outside the span times the shifted inverse, bounded.
 
-    The energies of the columns of Y to p_energy. Returns a scaling of T that brings its norm to 1.6 at most.
+    The energies of the columns of Y to p_energy, by way of ROWS x K numbers at p_sums. Returns a scaling of T
+    that brings its norm to 1.6 at most.
     raw, Y and T may be one.
     """
-    energy = tl.zeros((K,), tl.float32)
+    squares = tl.zeros((ROWS, K), tl.float32)
     br, bi = square_of(p_b, K)
     for i0 in tl.range(0, rows, ROWS, loop_unroll_factor=1):
         yr, yi = load_tile(p_raw, rows, K, i0, 0, ROWS, K)
         yr, yi = cdot(yr, yi, br, bi, PRECISION)
-        energy += tl.sum(yr * yr + yi * yi, 0)
+        squares += yr * yr + yi * yi
         tl.debug_barrier()
         store_tile(p_y, yr, yi, rows, K, i0, 0, ROWS, K)
+    keep_real(p_sums, squares, ROWS, K)
+    energy = column_sums(p_sums, ROWS, K)
     tl.store(p_energy + tl.arange(0, K), energy)
     er, ei = core_of(p_d, side, K)
     gain = tl.load(p_row + 2)
     bound = tl.load(p_row + 3)
     s, _ = diagonal_of(p_d, K)
     inverse = shifted_inverse(s, tl.load(p_row + 1), HERMITIAN)
-    outside = tl.maximum(energy - tl.sum(er * er + ei * ei, 0), 0.0)
+    outside = tl.maximum(energy - energies(p_d, side, K), 0.0)
     total = tl.sum(outside * inverse * inverse, 0) * gain * gain
     share = bound * bound / tl.maximum(total, bound * bound)
     weight = inverse * (gain * tl.sqrt(share))
@@ -549,15 +605,16 @@ def power_of_two(exponent):
 
 
 @triton.jit(noinline=True)
-def load_unit(p_h, p_x, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_unit(p_h, p_x, p_sums, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """`X = H / |H|` to p_x at any scale; the factors of which X is H times both, and |H|, 0 at H = 0."""
-    # summed once: every sum over the threads of a program takes a register for good
     largest = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i0 in tl.range(0, M, ROWS, loop_unroll_factor=1):
         for j0 in tl.range(0, N, COLUMNS, loop_unroll_factor=1):
             hr, hi = load_tile(p_h, M, N, i0, j0, ROWS, COLUMNS)
             largest = tl.maximum(largest, tl.maximum(tl.abs(hr), tl.abs(hi)))
-    peak = tl.max(largest)
+            # or the compiler unrolls, and loads as much at once as there are registers
+            tl.debug_barrier()
+    peak = tl.max(through_scratch(p_sums, tl.max(largest, 1), ROWS), 0)
     exponent = ((tl.cast(peak, tl.int32, bitcast=True) >> 23) & 255) - 127
     exponent = tl.where(peak > 0.0, exponent, 0)
     half = exponent >> 1
@@ -569,7 +626,8 @@ def load_unit(p_h, p_x, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, CO
             hr, hi = load_tile(p_h, M, N, i0, j0, ROWS, COLUMNS)
             hr, hi = hr * first * second, hi * first * second
             squares += hr * hr + hi * hi
-    square = tl.sum(squares)
+            tl.debug_barrier()
+    square = tl.sum(through_scratch(p_sums + ROWS, tl.sum(squares, 1), ROWS), 0)
     norm = tl.sqrt(tl.where(square == 0.0, 1.0, square))
     second = second / norm
     for i0 in tl.range(0, M, ROWS, loop_unroll_factor=1):
@@ -695,7 +753,7 @@ def step_forward(
                 N,
             )
         scaling = expand(
-            p_in, p_y, p_y, p_y, p_a, p_b, p_chain, p_row, p_f, rows, side, HERMITIAN, K, ROWS, PRECISION
+            p_in, p_y, p_y, p_y, p_a, p_b, p_chain, p_row, p_f, p_g, rows, side, HERMITIAN, K, ROWS, PRECISION
         )
         project(p_y, p_y, p_g, rows, K, CHUNK, PRECISION)
         take_root(p_g, p_f, scaling, k, K, PRECISION)
@@ -745,7 +803,7 @@ def refine_fwd_kernel(
     unscaled = tl.full((), 1.0, tl.float32)
     soft = tl.load(p_scalars + 4 * tl.maximum(steps - 1, 0), mask=steps > 0, other=SOFT)
     for b in tl.range(pid, B, tl.num_programs(0), loop_unroll_factor=1):
-        _first, _second, norm = load_unit(p_h + b * (2 * M * N), p_x, M, N, ROWS, CHUNK)
+        _first, _second, norm = load_unit(p_h + b * (2 * M * N), p_x, p_chain, M, N, ROWS, CHUNK)
         tl.store(p_norm + b, norm)
         pad(p_u + b * (2 * M * k), p_su, M, k, ROWS, K)
         if not HERMITIAN:

@@ -24,15 +24,19 @@ from .refine import (
     adjoint,
     apply,
     back_through,
+    column_sums,
+    complex_sums,
     congruent,
     constants_of,
     core_of,
     diagonal_of,
     diagonalize,
+    energies,
     expand,
     generators,
     identity,
     keep,
+    keep_real,
     load_unit,
     multiply_squares,
     off_diagonal,
@@ -48,6 +52,7 @@ from .refine import (
     step_forward,
     take_root,
     through,
+    through_scratch,
     times,
 )
 
@@ -189,7 +194,7 @@ def gram_gradient(
     br, bi = br + 0.5 * root * wr, bi + 0.5 * root * wi
     gr, gi = square_of(p_g, K)
     along = (wr * (identity(k, K) + 0.5 * er) + wi * (0.5 * ei)) * (0.5 / root) - (br * gr + bi * gi)
-    whole = tl.sum(along)
+    whole = tl.sum(through_scratch(p_gg, tl.sum(along, 1), K), 0)
     given = tl.where(square < safe, whole, tl.where(square == safe, 0.5 * whole, 0.0))
     # of the largest row, the square of `row`; safe is SAFE^2 / row where that is below 1
     slope = tl.where(row >= SAFE * SAFE, (given - whole) * (0.5 * SAFE * SAFE) / (row * row * row), 0.0)
@@ -197,6 +202,7 @@ def gram_gradient(
     ur, ui = hermitian_part(ur * slope, ui * slope)
     ur, ui = cdot(ur, ui, gr, gi, PRECISION)
     ur, ui = hermitian_part(2 * ur, 2 * ui)
+    tl.debug_barrier()
     keep(p_gg, ur - scale * br, ui - scale * bi, K)
     tl.debug_barrier()
     return given
@@ -272,7 +278,8 @@ def argument_gradient(p_x, p_g, p_t, row, K: tl.constexpr, PRECISION: tl.constex
     er, ei = hermitian_part(0.5 * ar + er, 0.5 * ai + ei)
     ar, ai = skew_part(ar, ai)
     xr, xi = square_of(p_x, K)
-    whole = tl.sum((ar * xr + ai * xi) * (0.5 / root) + (er * sr + ei * si))
+    along = (ar * xr + ai * xi) * (0.5 / root) + (er * sr + ei * si)
+    whole = tl.sum(through_scratch(p_t + 8 * K * K, tl.sum(along, 1), K), 0)
     slope = tl.where(row >= ROTATION * ROTATION, -whole * (ROTATION * ROTATION) / (row * row), 0.0)
     ur, ui = square_of(p_t + 2 * K * K, K)
     ur, ui = hermitian_part(ur * slope, ui * slope)
@@ -344,23 +351,35 @@ def turned_core(p_link, p_t, K: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit(noinline=True)
-def phases_gradient(p_link, p_t, p_gd, p_gq, p_gb, K: tl.constexpr, PRECISION: tl.constexpr):
-    """Of `A^H D B`, of Q and, through Q B, of B, from those of the first and the last by their phases."""
+def turned_phases(p_link, p_t, p_gd, p_gq, p_gb, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of Q B by its phases to p_gb, through Q, and what the phases have of both gradients."""
     qr, qi = square_of(p_link + 4 * K * K, K)
     hr, hi = square_of(p_gq, K)
     qr, qi = adjoint(qr, qi)
     qr, qi = cdot(qr, qi, hr, hi, PRECISION)
+    keep(p_gb, qr, qi, K)
     br, bi = square_of(p_link + 8 * K * K, K)
     nr, ni = square_of(p_t + 2 * K * K, K)
+    gr, gi = square_of(p_gd, K)
+    p_sums = p_t + 4 * K * K
+    keep(p_sums, nr * gr + ni * gi + br * qr + bi * qi, nr * gi - ni * gr + br * qi - bi * qr, K)
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def phases_gradient(p_link, p_t, p_gd, p_gq, p_gb, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Of `A^H D B`, of Q and, through Q B, of B, from those of the first and the last by their phases."""
+    along, across = complex_sums(p_t + 4 * K * K, K)
     zr, zi = diagonal_of(p_t + 2 * K * K, K)
     ur, ui = phase(zr, zi)
-    gr, gi = square_of(p_gd, K)
-    along = tl.sum(nr * gr + ni * gi + br * qr + bi * qi, 0)
-    across = tl.sum(nr * gi - ni * gr + br * qi - bi * qr, 0)
     zr, zi = phase_gradient(zr, zi, along, across)
+    gr, gi = square_of(p_gd, K)
     gr, gi = times(gr, gi, ur, ui, 1.0)
     gr, gi = on_diagonal(gr, gi, zr, zi, K)
+    qr, qi = square_of(p_gb, K)
     qr, qi = times(qr, qi, ur, ui, 1.0)
+    hr, hi = square_of(p_gq, K)
+    br, bi = square_of(p_link + 8 * K * K, K)
     br, bi = times(br, bi, ur, -ui, 1.0)
     br, bi = adjoint(br, bi)
     hr, hi = cdot(hr, hi, br, bi, PRECISION)
@@ -436,6 +455,7 @@ def turn_gradient(
         tied_turn_gradient(p_link, p_gd, p_ga, K, PRECISION)
     else:
         turned_core(p_link, p_t, K, PRECISION)
+        turned_phases(p_link, p_t, p_gd, p_gq, p_gb, K, PRECISION)
         phases_gradient(p_link, p_t, p_gd, p_gq, p_gb, K, PRECISION)
         left_turn_gradient(p_t, p_gd, p_ga, K, PRECISION)
         right_turn_gradient(p_link, p_gd, p_gb, K, PRECISION)
@@ -452,11 +472,11 @@ def tangent_gradient(zr, zi, gap, gr, gi):
 
 
 @triton.jit(noinline=True)
-def generators_gradient(p_d, p_ga, p_gb, p_gd, soft, HERMITIAN: tl.constexpr, K: tl.constexpr):
+def generators_gradient(p_d, p_ga, p_gb, p_gd, p_t, soft, HERMITIAN: tl.constexpr, K: tl.constexpr):
     """Adds that of D to p_gd, from those of X + Y and X - Y, or of X; returns that of soft."""
     dr, di = square_of(p_d, K)
     s, _ = diagonal_of(p_d, K)
-    off = off_diagonal(dr, di, s)
+    off = off_diagonal(p_d, s, K)
     root = spread(off)
     softening = soft * root + 1e-12
     gap, sign = signs(s, K)
@@ -483,13 +503,15 @@ def generators_gradient(p_d, p_ga, p_gb, p_gd, soft, HERMITIAN: tl.constexpr, K:
         moved += more + tl.trans(more)
     # the softening: soft, and the energy off the diagonal in rows and columns
     share = wide * (0.5 * soft) / root
-    shared = tl.where(off >= 0, tl.sum(share + tl.trans(share), 0), 0.0)
+    of_soft = tl.sum(through_scratch(p_t + 2 * K * K, tl.sum(wide * root, 1), K), 0)
+    keep(p_t, share + tl.trans(share), moved, K)
+    tl.debug_barrier()
+    shared, alone = complex_sums(p_t, K)
+    shared = tl.where(off >= 0, shared, 0.0)
     both = shared[:, None] + shared[None, :]
     gr, gi = square_of(p_gd, K)
     gr, gi = gr + zr + dr * both, gi + zi + di * both
-    alone = tl.sum(moved, 0) - 2 * s * shared
-    gr, gi = on_diagonal(gr, gi, alone, tl.zeros((K,), tl.float32), K)
-    of_soft = tl.sum(wide * root)
+    gr, gi = on_diagonal(gr, gi, alone - 2 * s * shared, tl.zeros((K,), tl.float32), K)
     tl.debug_barrier()
     keep(p_gd, gr, gi, K)
     tl.debug_barrier()
@@ -497,7 +519,9 @@ def generators_gradient(p_d, p_ga, p_gb, p_gd, soft, HERMITIAN: tl.constexpr, K:
 
 
 @triton.jit(noinline=True)
-def begin_gradient(p_raw, p_gd, p_gq, p_graw, ADD: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr):
+def begin_gradient(
+    p_raw, p_gd, p_gq, p_t, p_graw, ADD: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr
+):
     """Of the core, or that added, from those of D and Q after `begin`."""
     gr, gi = square_of(p_gd, K)
     if HERMITIAN:
@@ -506,10 +530,11 @@ def begin_gradient(p_raw, p_gd, p_gq, p_graw, ADD: tl.constexpr, HERMITIAN: tl.c
         dr, di = square_of(p_raw, K)
         zr, zi = diagonal_of(p_raw, K)
         ur, ui = phase(zr, zi)
+        keep(p_t, dr * gr + di * gi, dr * gi - di * gr, K)
+        tl.debug_barrier()
+        along, across = complex_sums(p_t, K)
         hr, hi = diagonal_of(p_gq, K)
-        along = tl.sum(dr * gr + di * gi, 0) + hr
-        across = tl.sum(dr * gi - di * gr, 0) + hi
-        zr, zi = phase_gradient(zr, zi, along, across)
+        zr, zi = phase_gradient(zr, zi, along + hr, across + hi)
         gr, gi = times(gr, gi, ur, ui, 1.0)
         gr, gi = on_diagonal(gr, gi, zr, zi, K)
     if ADD:
@@ -560,6 +585,7 @@ def expand_gradient(
     p_gg,
     p_gt,
     p_along,
+    p_sums,
     rows,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -578,7 +604,8 @@ def expand_gradient(
         store_tile(p_gt, gr, gi, rows, K, i0, 0, ROWS, K)
         yr, yi = load_tile(p_y, rows, K, i0, 0, ROWS, K)
         products += yr * gr + yi * gi
-    tl.store(p_along + tl.arange(0, K), tl.sum(products, 0))
+    keep_real(p_sums, products, ROWS, K)
+    tl.store(p_along + tl.arange(0, K), column_sums(p_sums, ROWS, K))
     tl.debug_barrier()
 
 
@@ -639,7 +666,7 @@ def weights_gradient(
     gain = tl.load(p_row + 2)
     bound = tl.load(p_row + 3)
     inverse = shifted_inverse(s, tl.load(p_row + 1), HERMITIAN)
-    rest = tl.load(p_vectors + j) - tl.sum(er * er + ei * ei, 0)
+    rest = tl.load(p_vectors + j) - energies(p_d, side, K)
     outside = tl.maximum(rest, 0.0)
     squares = tl.sum(outside * inverse * inverse, 0)
     total = squares * gain * gain
@@ -651,8 +678,8 @@ def weights_gradient(
     ar, ai = square_of(p_a, K)
     br, bi = square_of(p_t, K)
     cr, ci = square_of(p_gc, K)
-    of_weight = tl.load(p_vectors + K + j) - tl.sum(br * cr + bi * ci, 0)
-    tl.debug_barrier()
+    keep_real(p_t + 4 * K * K, br * cr + bi * ci, K, K)
+    of_weight = tl.load(p_vectors + K + j) - column_sums(p_t + 4 * K * K, K, K)
     keep(p_gc, ar - br * weight[None, :], ai - bi * weight[None, :], K)
     keep(p_t + 2 * K * K, cr * -weight[None, :], ci * -weight[None, :], K)
     hr, hi = square_of(p_ga, K)
@@ -890,6 +917,7 @@ def measure_gradient(
     p_z,
     p_gp,
     p_gq,
+    p_t,
     k: tl.constexpr,
     HERMITIAN: tl.constexpr,
     K: tl.constexpr,
@@ -903,8 +931,9 @@ def measure_gradient(
     zi = tl.zeros((K,), tl.float32)
     if not HERMITIAN:
         hr, hi = square_of(p_gq, K)
-        along = tl.sum(qr * hr + qi * hi, 0)
-        across = tl.sum(qr * hi - qi * hr, 0)
+        keep(p_t, qr * hr + qi * hi, qr * hi - qi * hr, K)
+        tl.debug_barrier()
+        along, across = complex_sums(p_t, K)
         cr, ci = phase(sr, si)
         hr, hi = times(hr, hi, cr, ci, 1.0)
         zr = zr / tl.sqrt(sr * sr + si * si + FLOOR)
@@ -980,7 +1009,16 @@ def congruent_gradient(p_ga, p_f, p_n, p_t, p_out, K: tl.constexpr, PRECISION: t
 
 @triton.jit(noinline=True)
 def unit_gradient(
-    p_x, p_g, first, second, of_norm, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr
+    p_x,
+    p_g,
+    p_sums,
+    first,
+    second,
+    of_norm,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    C: tl.constexpr,
 ):
     """Of H from that of `X = H / |H|` in its place, and from that of |H|; X is H times both factors."""
     products = tl.zeros((ROWS, C), tl.float32)
@@ -989,7 +1027,9 @@ def unit_gradient(
             gr, gi = load_tile(p_g, M, N, i0, j0, ROWS, C)
             xr, xi = load_tile(p_x, M, N, i0, j0, ROWS, C)
             products += gr * xr + gi * xi
-    along = tl.sum(products)
+            # or the compiler unrolls, and loads as much at once as there are registers
+            tl.debug_barrier()
+    along = tl.sum(through_scratch(p_sums, tl.sum(products, 1), ROWS), 0)
     for i0 in tl.range(0, M, ROWS, loop_unroll_factor=1):
         for j0 in tl.range(0, N, C, loop_unroll_factor=1):
             gr, gi = load_tile(p_g, M, N, i0, j0, ROWS, C)
@@ -1067,6 +1107,7 @@ def start_again(
     p_h,
     p_u,
     p_v,
+    b,
     p_raw,
     SWEEPS: tl.constexpr,
     M: tl.constexpr,
@@ -1079,10 +1120,12 @@ def start_again(
 ):
     """`H / |H|`, the numbers of which it is H times both, and the first factors."""
     p_su = p_raw + factors_at(0, SWEEPS, M, N, HERMITIAN, K)
-    pad(p_u, p_su, M, k, ROWS, K)
+    b = tl.cast(b, tl.int64)
+    pad(p_u + b * (2 * M * k), p_su, M, k, ROWS, K)
     if not HERMITIAN:
-        pad(p_v, p_su + M * (2 * K), N, k, ROWS, K)
-    first, second, _norm = load_unit(p_h, p_raw + unit_at(M, N, HERMITIAN, K), M, N, ROWS, CHUNK)
+        pad(p_v + b * (2 * N * k), p_su + M * (2 * K), N, k, ROWS, K)
+    p_x = p_raw + unit_at(M, N, HERMITIAN, K)
+    first, second, _norm = load_unit(p_h + b * (2 * M * N), p_x, p_raw, M, N, ROWS, CHUNK)
     p_vectors = p_raw + VECTORS * (2 * K * K) + 5 * K
     tl.store(p_vectors, first)
     tl.store(p_vectors + 1, second)
@@ -1126,11 +1169,17 @@ def soft_of(p_scalars, t, steps):
     return tl.load(p_scalars + 4 * t, mask=steps > 0, other=SOFT)
 
 
+@triton.jit
+def gradient_row(p_gscalars, b, t, steps):
+    """Where the gradients of the scalars of a step go."""
+    return p_gscalars + (tl.cast(b, tl.int64) * steps + t) * 4
+
+
 @triton.jit(noinline=True)
 def core_again(
     p_raw,
-    t,
     p_scalars,
+    back,
     steps,
     CLOSING: tl.constexpr,
     SWEEPS: tl.constexpr,
@@ -1144,6 +1193,7 @@ def core_again(
     PRECISION: tl.constexpr,
 ):
     """Products with H, the core, and the whole chain that makes it diagonal; room for its gradients."""
+    t = steps - 1 - back
     soft = soft_of(p_scalars, t, steps)
     p_u = p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K)
     p_v = p_u if HERMITIAN else p_u + M * (2 * K)
@@ -1166,8 +1216,9 @@ def core_again(
 def diagonalize_gradient(
     p_raw,
     p_scalars,
-    p_grow,
-    t,
+    p_gscalars,
+    b,
+    back,
     steps,
     ADD: tl.constexpr,
     SWEEPS: tl.constexpr,
@@ -1179,6 +1230,7 @@ def diagonalize_gradient(
     PRECISION: tl.constexpr,
 ):
     """Of the core from those of what `diagonalize` left, and of soft; the closing has the last step's."""
+    t = steps - 1 - back
     square: tl.constexpr = 2 * K * K
     p_ga = p_raw + OF_A * square
     p_gb = p_raw + OF_B * square
@@ -1197,19 +1249,20 @@ def diagonalize_gradient(
         unitary_gradient(p_xa, p_ga, p_t, k, K, PRECISION)
         if not HERMITIAN:
             unitary_gradient(p_xb, p_gb, p_t, k, K, PRECISION)
-        of_soft += generators_gradient(p_chain, p_ga, p_gb, p_gd, soft, HERMITIAN, K)
-    begin_gradient(p_raw, p_gd, p_gq, p_raw + OF_CORE * square, ADD, HERMITIAN, K)
+        of_soft += generators_gradient(p_chain, p_ga, p_gb, p_gd, p_t, soft, HERMITIAN, K)
+    begin_gradient(p_raw, p_gd, p_gq, p_t, p_raw + OF_CORE * square, ADD, HERMITIAN, K)
     p_soft = p_raw + VECTORS * square + 5 * K + 2
     if ADD:
         tl.store(p_soft, of_soft)
     else:
-        tl.store(p_grow + 4 * t, of_soft + tl.load(p_soft, mask=t == steps - 1, other=0.0))
+        p_grow = gradient_row(p_gscalars, b, t, steps)
+        tl.store(p_grow, of_soft + tl.load(p_soft, mask=t == steps - 1, other=0.0))
 
 
 @triton.jit(noinline=True)
 def closing_again(
     p_raw,
-    t,
+    steps,
     side,
     unscaled,
     SWEEPS: tl.constexpr,
@@ -1223,7 +1276,7 @@ def closing_again(
 ):
     """What the closing makes of the rotations of a side, each matrix kept."""
     square: tl.constexpr = 2 * K * K
-    p_x = p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K) + side * (M * (2 * K))
+    p_x = p_raw + factors_at(steps, SWEEPS, M, N, HERMITIAN, K) + side * (M * (2 * K))
     p_r = p_raw + chain_at(M, N, HERMITIAN, K) + (SWEEPS * LINK + 1 + side) * square
     p_side = p_raw + side * square
     project(p_x, p_x, p_side + NORMS * square, tl.where(side == 1, N, M), K, CHUNK, PRECISION)
@@ -1234,11 +1287,11 @@ def closing_again(
 
 @triton.jit(noinline=True)
 def ends_again(
-    p_raw, p_order, k: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+    p_raw, p_order, b, k: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
 ):
     """The places of the columns, and what makes those of V."""
     square: tl.constexpr = 2 * K * K
-    place_columns(p_order, p_raw + VECTORS * square + 2 * K, k, K)
+    place_columns(p_order + tl.cast(b, tl.int64) * k, p_raw + VECTORS * square + 2 * K, k, K)
     if not HERMITIAN:
         p_a = p_raw + RIGHT * square
         phase_columns(p_raw, p_a, p_a + square, p_raw + PHASED * square, K, PRECISION)
@@ -1246,7 +1299,7 @@ def ends_again(
 
 @triton.jit(noinline=True)
 def spectrum_gradient(
-    p_raw, p_gs, k: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+    p_raw, p_gs, b, k: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
 ):
     """Of the rotations, and of the core, from those of S and of the phases."""
     square: tl.constexpr = 2 * K * K
@@ -1254,8 +1307,8 @@ def spectrum_gradient(
     p_q = p_a if HERMITIAN else p_a + square
     p_place = p_raw + VECTORS * square + 2 * K
     measure_gradient(
-        p_raw, p_a, p_q, p_gs, p_place, p_place + K, p_raw + OF_A * square, p_raw + OF_B * square,
-        k, HERMITIAN, K, PRECISION,
+        p_raw, p_a, p_q, p_gs + tl.cast(b, tl.int64) * k, p_place, p_place + K,
+        p_raw + OF_A * square, p_raw + OF_B * square, p_raw + TEMPORARY * square, k, HERMITIAN, K, PRECISION,
     )  # fmt: skip
     measured_core_gradient(
         p_raw, p_a, p_q, p_place + K, p_raw + OF_B * square, p_raw + OF_CORE * square, HERMITIAN, K, PRECISION
@@ -1265,9 +1318,10 @@ def spectrum_gradient(
 @triton.jit(noinline=True)
 def columns_gradient(
     p_raw,
-    t,
+    steps,
     side,
     p_g,
+    b,
     SWEEPS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -1279,14 +1333,15 @@ def columns_gradient(
     PRECISION: tl.constexpr,
 ):
     """Of a factor before the closing and of its rotation, from that of its columns."""
+    p_g += tl.cast(b, tl.int64) * tl.where(side == 1, 2 * N * k, 2 * M * k)
     square: tl.constexpr = 2 * K * K
     longest: tl.constexpr = (M if M > N else N) * (2 * K)
     at = side * (M * (2 * K))
     straighten_gradient(
-        p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K) + at, p_raw + tall_at(M, N, HERMITIAN, K),
+        p_raw + factors_at(steps, SWEEPS, M, N, HERMITIAN, K) + at, p_raw + tall_at(M, N, HERMITIAN, K),
         p_raw + tall_at(M, N, HERMITIAN, K) + longest,
         p_raw + (RIGHT + (PHASED - RIGHT) * side) * square, p_g, p_raw + VECTORS * square + 2 * K,
-        p_raw + TEMPORARY * square, p_raw + of_factors_at(t, M, N, HERMITIAN, K) + at,
+        p_raw + TEMPORARY * square, p_raw + of_factors_at(steps, M, N, HERMITIAN, K) + at,
         p_raw + (OF_A + side) * square, tl.where(side == 1, N, M), k, K, ROWS, CHUNK, PRECISION,
     )  # fmt: skip
 
@@ -1294,7 +1349,7 @@ def columns_gradient(
 @triton.jit(noinline=True)
 def closing_gradient(
     p_raw,
-    t,
+    steps,
     side,
     unscaled,
     SWEEPS: tl.constexpr,
@@ -1324,8 +1379,8 @@ def closing_gradient(
     )  # fmt: skip
     at = side * (M * (2 * K))
     apply(
-        p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K) + at, p_raw + OF_NORMS * square,
-        p_raw + of_factors_at(t, M, N, HERMITIAN, K) + at, tl.where(side == 1, N, M),
+        p_raw + factors_at(steps, SWEEPS, M, N, HERMITIAN, K) + at, p_raw + OF_NORMS * square,
+        p_raw + of_factors_at(steps, M, N, HERMITIAN, K) + at, tl.where(side == 1, N, M),
         True, K, ROWS, PRECISION,
     )  # fmt: skip
 
@@ -1334,7 +1389,8 @@ def closing_gradient(
 def expand_again(
     p_raw,
     p_scalars,
-    t,
+    back,
+    steps,
     side,
     SWEEPS: tl.constexpr,
     M: tl.constexpr,
@@ -1347,6 +1403,7 @@ def expand_again(
     PRECISION: tl.constexpr,
 ):
     """The columns before they are made orthonormal, and back to their Gram matrix; that of their scaling."""
+    t = steps - 1 - back
     p_row = p_scalars + 4 * t
     square: tl.constexpr = 2 * K * K
     at = side * (M * (2 * K))
@@ -1358,7 +1415,7 @@ def expand_again(
     scaling = expand(
         p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K) + at, p_raw + products_at(K) + at,
         p_raw + tall_at(M, N, HERMITIAN, K), p_t, p_end + (1 + side) * square, p_q, p_end, p_row,
-        p_raw + VECTORS * square, rows, side, HERMITIAN, K, ROWS, PRECISION,
+        p_raw + VECTORS * square, p_raw + TEMPORARY * square, rows, side, HERMITIAN, K, ROWS, PRECISION,
     )  # fmt: skip
     project(p_t, p_t, p_raw + GRAM * square, rows, K, CHUNK, PRECISION)
     take_root(p_raw + GRAM * square, p_raw + ROOT * square, scaling, k, K, PRECISION)
@@ -1376,8 +1433,10 @@ def expand_again(
 def side_gradient(
     p_raw,
     p_scalars,
-    p_grow,
-    t,
+    p_gscalars,
+    b,
+    back,
+    steps,
     side,
     of_scaling,
     SWEEPS: tl.constexpr,
@@ -1390,8 +1449,9 @@ def side_gradient(
     PRECISION: tl.constexpr,
 ):
     """Of a factor and of its product with H, of P, Q, D and scalars, from that of the factor after a step."""
+    t = steps - 1 - back
     p_row = p_scalars + 4 * t
-    p_grow += 4 * t
+    p_grow = gradient_row(p_gscalars, b, t, steps)
     square: tl.constexpr = 2 * K * K
     longest: tl.constexpr = (M if M > N else N) * (2 * K)
     at = side * (M * (2 * K))
@@ -1400,7 +1460,8 @@ def side_gradient(
     p_end = p_raw + chain_at(M, N, HERMITIAN, K) + SWEEPS * LINK * square
     expand_gradient(
         p_y, p_y + longest, p_raw + of_factors_at(t + 1, M, N, HERMITIAN, K) + at, p_raw + ROOT * square,
-        p_raw + OF_GRAM * square, p_y + 2 * longest, p_raw + VECTORS * square + K, rows, K, ROWS, PRECISION,
+        p_raw + OF_GRAM * square, p_y + 2 * longest, p_raw + VECTORS * square + K, p_raw + TEMPORARY * square,
+        rows, K, ROWS, PRECISION,
     )  # fmt: skip
     p_x = p_raw + factors_at(t, SWEEPS, M, N, HERMITIAN, K) + at
     project(p_x, p_y + 2 * longest, p_raw + OF_C * square, rows, K, CHUNK, PRECISION)
@@ -1431,8 +1492,10 @@ def side_gradient(
 @triton.jit(noinline=True)
 def products_gradient(
     p_raw,
-    p_gx,
-    t,
+    p_gh,
+    b,
+    back,
+    steps,
     CLOSING: tl.constexpr,
     SWEEPS: tl.constexpr,
     M: tl.constexpr,
@@ -1444,6 +1507,8 @@ def products_gradient(
     PRECISION: tl.constexpr,
 ):
     """Of the factors and of H, added, from those of the core and of products with H; the closing has one."""
+    t = steps - 1 - back
+    p_gx = p_gh + tl.cast(b, tl.int64) * (2 * M * N)
     square: tl.constexpr = 2 * K * K
     left: tl.constexpr = M * (2 * K)
     both: tl.constexpr = not (HERMITIAN or CLOSING)
@@ -1467,10 +1532,11 @@ def products_gradient(
 @triton.jit(noinline=True)
 def start_gradient(
     p_raw,
-    p_gx,
+    p_gh,
     p_gu,
     p_gv,
-    of_norm,
+    p_gnorm,
+    b,
     M: tl.constexpr,
     N: tl.constexpr,
     k: tl.constexpr,
@@ -1481,12 +1547,15 @@ def start_gradient(
 ):
     """Of the first factors and of H."""
     p_found = p_raw + of_factors_at(0, M, N, HERMITIAN, K)
-    unpad(p_found, p_gu, M, k, ROWS, K)
+    of_norm = tl.load(p_gnorm + b)
+    b = tl.cast(b, tl.int64)
+    unpad(p_found, p_gu + b * (2 * M * k), M, k, ROWS, K)
     if not HERMITIAN:
-        unpad(p_found + M * (2 * K), p_gv, N, k, ROWS, K)
+        unpad(p_found + M * (2 * K), p_gv + b * (2 * N * k), N, k, ROWS, K)
+    p_gx = p_gh + b * (2 * M * N)
     p_vectors = p_raw + VECTORS * (2 * K * K) + 5 * K
     first, second = tl.load(p_vectors), tl.load(p_vectors + 1)
-    unit_gradient(p_raw + unit_at(M, N, HERMITIAN, K), p_gx, first, second, of_norm, M, N, ROWS, CHUNK)
+    unit_gradient(p_raw + unit_at(M, N, HERMITIAN, K), p_gx, p_raw, first, second, of_norm, M, N, ROWS, CHUNK)
 
 
 @triton.jit
@@ -1518,63 +1587,60 @@ def refine_bwd_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     sides: tl.constexpr = 1 if HERMITIAN else 2
     # not a constant, which would make the functions anew
     unscaled = tl.full((), 1.0, tl.float32)
-    for at in tl.range(pid, B, tl.num_programs(0), loop_unroll_factor=1):
-        # 0 by a way that the compiler does not see through: it would carry the addresses of all operands
-        zero = at // B
-        b = at + zero
-        p_raw = p_scratch + pid * size + 4 * zero
-        start_again(
-            p_h + b * (2 * M * N), p_u + b * (2 * M * k), p_u if HERMITIAN else p_v + b * (2 * N * k), p_raw,
-            SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK,
-        )  # fmt: skip
+    p_raw = p_scratch + pid.to(tl.int64) * size
+    # the parts find their operands themselves: addresses that this loop had would be kept for all of it
+    for b in tl.range(pid, B, tl.num_programs(0), loop_unroll_factor=1):
+        start_again(p_h, p_u, p_u if HERMITIAN else p_v, b, p_raw, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK)
         for t in tl.range(0, steps, loop_unroll_factor=1):
             step_again(p_raw, p_scalars, t, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION)
         # the closing, and back through it
-        core_again(
-            p_raw, steps, p_scalars, steps, True, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION
-        )
+        core_again(p_raw, p_scalars, -1, steps, True, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION)
         for side in tl.range(0, sides, loop_unroll_factor=1):
             closing_again(p_raw, steps, side, unscaled, SWEEPS, M, N, k, HERMITIAN, K, CHUNK, PRECISION)
-        ends_again(p_raw, p_order + b * k, k, HERMITIAN, K, PRECISION)
+        ends_again(p_raw, p_order, b, k, HERMITIAN, K, PRECISION)
         for side in tl.range(0, sides, loop_unroll_factor=1):
-            p_g = p_gu + b * (2 * M * k)
+            p_g = p_gu
             if not HERMITIAN:  # noqa: SIM102
                 if side == 1:
-                    p_g = p_gv + b * (2 * N * k)
-            columns_gradient(p_raw, steps, side, p_g, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION)
-        spectrum_gradient(p_raw, p_gs + b * k, k, HERMITIAN, K, PRECISION)
+                    p_g = p_gv
+            columns_gradient(
+                p_raw, steps, side, p_g, b,
+                SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION,
+            )  # fmt: skip
+        spectrum_gradient(p_raw, p_gs, b, k, HERMITIAN, K, PRECISION)
         for side in tl.range(0, sides, loop_unroll_factor=1):
             closing_gradient(p_raw, steps, side, unscaled, SWEEPS, M, N, k, HERMITIAN, K, ROWS, PRECISION)
         diagonalize_gradient(
-            p_raw, p_scalars, p_gscalars, steps, steps, True, SWEEPS, M, N, k, HERMITIAN, K, PRECISION
+            p_raw, p_scalars, p_gscalars, b, -1, steps, True, SWEEPS, M, N, k, HERMITIAN, K, PRECISION
         )
-        p_gx = p_gh_out + b * (2 * M * N)
-        products_gradient(p_raw, p_gx, steps, True, SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION)
-        p_grow = p_gscalars + b * steps * 4
+        products_gradient(
+            p_raw, p_gh_out, b, -1, steps, True, SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION
+        )
         for back in tl.range(0, steps, loop_unroll_factor=1):
-            t = steps - 1 - back
             core_again(
-                p_raw, t, p_scalars, steps, False, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION
+                p_raw, p_scalars, back, steps, False, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION
             )
             for side in tl.range(0, sides, loop_unroll_factor=1):
                 of_scaling = expand_again(
-                    p_raw, p_scalars, t, side, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION
+                    p_raw, p_scalars, back, steps, side, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION
                 )
                 side_gradient(
-                    p_raw, p_scalars, p_grow, t, side, of_scaling,
+                    p_raw, p_scalars, p_gscalars, b, back, steps, side, of_scaling,
                     SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION,
                 )  # fmt: skip
             diagonalize_gradient(
-                p_raw, p_scalars, p_grow, t, steps, False, SWEEPS, M, N, k, HERMITIAN, K, PRECISION
+                p_raw, p_scalars, p_gscalars, b, back, steps, False, SWEEPS, M, N, k, HERMITIAN, K, PRECISION
             )
-            products_gradient(p_raw, p_gx, t, False, SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION)
+            products_gradient(
+                p_raw, p_gh_out, b, back, steps, False, SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION
+            )
         start_gradient(
-            p_raw, p_gx, p_gu_out + b * (2 * M * k), p_gu_out if HERMITIAN else p_gv_out + b * (2 * N * k),
-            tl.load(p_gnorm + b), M, N, k, HERMITIAN, K, ROWS, CHUNK,
+            p_raw, p_gh_out, p_gu_out, p_gu_out if HERMITIAN else p_gv_out, p_gnorm, b,
+            M, N, k, HERMITIAN, K, ROWS, CHUNK,
         )  # fmt: skip
 
 

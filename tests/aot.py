@@ -1,7 +1,8 @@
 """Kernels compiled ahead for chips that are not here, and what the machine code shows.
 
 `python tests/aot.py FILE` prints a JSON report of every launch in the dict that `launches()` of a test file returns,
-on every target; `reports(__file__)` gives a test the same. A process of its own, since the tests' interprets kernels.
+on every target or on those of its `ONLY`; with `--all` on every target all the same, a line each as it is ready.
+`reports(__file__)` gives a test the same. A process of its own, since the tests' interprets kernels.
 """
 
 import functools
@@ -141,12 +142,18 @@ def report(launch, target):
     return found | {key: len(re.findall(pattern, text)) for key, pattern in patterns.items()}
 
 
-def main(file):
+def main(file, everything=False):
     spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     # what is slow to compile names the targets that matter
-    only = getattr(module, "ONLY", {})
+    only = {} if everything else getattr(module, "ONLY", {})
+    if everything:
+        for name, launch in module.launches().items():
+            for target in TARGETS:
+                found = {key: n for key, n in report(launch, target).items() if key != "reads"}
+                print(json.dumps({"launch": name, "target": target} | found), flush=True)
+        return
     found = {
         name: {target: report(launch, target) for target in only.get(name, TARGETS)}
         for name, launch in module.launches().items()
@@ -155,4 +162,4 @@ def main(file):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], "--all" in sys.argv[2:])
