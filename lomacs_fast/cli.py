@@ -315,7 +315,7 @@ def _add_train(parser: Any) -> None:
         "--preset",
         choices=list(PRESETS),
         help="options to begin with, under --config and those given: published is the default of each; "
-        "refined is the angular head with four steps of refinement, for covariances",
+        "refined is the angular head with three steps of refinement, for covariances",
     )
     parser.add_argument("--init", type=_path, help="checkpoint to start from, with its architecture")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its options")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -163,9 +163,10 @@ def evaluate_knob(
     """AE, cost and time of a refined network at other numbers of steps, and of LAPACK beside it.
 
     Returns one dictionary a point, ready for JSON: `name`, `steps` (None for LAPACK), `ae` and the AE by
-    scenario under `scenarios`, `microseconds` a channel of a batch of `batch_size` (at most what there is),
-    and for the network `profiler_macs_m`, `true_macs_m` and `score`; `true_macs_m` of an SVD too. For
-    svd_lowrank AE is the reconstruction alone: what is left of U and V has no columns.
+    scenario under `scenarios`, `microseconds` a channel of a batch of `batch_size` (at most what there is;
+    of the frozen network where `freeze` takes it), and for the network `profiler_macs_m`, `true_macs_m` and
+    `score`; `true_macs_m` of an SVD too. For svd_lowrank AE is the reconstruction alone: what is left of U
+    and V has no columns.
 
     Raises ValueError for a network without a refiner.
     """
@@ -190,7 +191,7 @@ def evaluate_knob(
             cost = costs(net)
         points.append({"name": name, "steps": count, **_summary(result), **cost})
         points[-1]["score"] = score(result["ae"], cost["profiler_macs_m"])
-        calls[name] = lambda H, run=run: run(H, 0)  # type: ignore[misc]
+        calls[name] = _frozen_at(net, count) or (lambda H, run=run: run(H, 0))  # type: ignore[misc]
     for name, run in baselines(net.r, net.hermitian).items():
         result = evaluate(run, batches(scenarios, info, part=part, batch_size=batch_size))
         point = {"name": name, "steps": None, **_summary(result)}
@@ -206,6 +207,13 @@ def evaluate_knob(
     for point in points:
         point["microseconds"] = times[point["name"]]["median"] * 1e6
     return points
+
+
+def _frozen_at(net: LoMACSSVDNet, steps: int) -> Callable[[Tensor], Any] | None:
+    with refined_by(net, steps), suppress(ValueError):
+        frozen = freeze(net)
+        return lambda H: decompose(frozen, H, 0)
+    return None
 
 
 def published_point(

@@ -851,7 +851,9 @@ def plot_knob(points: Sequence[Mapping[str, Any]]) -> Figure:
             if p["steps"] is None:
                 i = 1 + alone.index(p["name"])
                 marker = MARKERS[i % len(MARKERS)]
-                ax.plot(p[key], p["ae"], marker, color=_colour(i), markersize=6, label=p["name"])
+                # the first colour is the line's
+                colour = _colour(i) if i < len(COLOURS) else GREY
+                ax.plot(p[key], p["ae"], marker, color=colour, markersize=6, label=p["name"])
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlabel(label, fontsize=TEXT)

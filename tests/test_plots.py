@@ -636,5 +636,8 @@ def test_the_knob_is_a_line_of_steps_among_points():
     assert [t.get_text() for t in left.texts] == ["0", "1", "4"]
     assert [x.get_label() for x in left.lines] == ["refined, by steps", "svd"]
     assert [x.get_label() for x in right.lines] == ["refined, by steps", "svd", "eigh"]
+    rows += [{"name": str(i), "steps": None, "ae": 0.5, "microseconds": 9.0} for i in range(6)]
+    own, *others = (x.get_color() for x in panels(plots.plot_knob(rows))[1].lines)
+    assert own not in others
     with pytest.raises(ValueError, match="steps"):
         plots.plot_knob([{"name": "a", "ae": 1.0}])

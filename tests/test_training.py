@@ -15,6 +15,7 @@ import torch
 from lomacs_fast import LoMACSSVDNet
 from lomacs_fast.data.datasets import GeneratedPairs, TrainingPairs, epoch_order, split
 from lomacs_fast.training import (
+    PRESETS,
     Schedule,
     TrainConfig,
     cosine,
@@ -325,6 +326,24 @@ def test_finetuning_holds_the_end_of_the_schedule(tmp_path, undisturbed):
     history = read_history(tmp_path / "fine")
     assert history["lam"] == pytest.approx([0.35])
     assert history["val/ae"][0] < read_history(undisturbed)["val/ae"][-1]
+
+
+def test_the_refined_preset_refines_a_share_of_the_columns(tmp_path):
+    for r, active in ((8, 8), (12, 11)):
+        values = {
+            "size": f"16x16x{r}",
+            "samples": 8,
+            "max_epochs": 1,
+            "progress": False,
+            "accelerator": "cpu",
+        }
+        chosen = TrainConfig(**(PRESETS["refined"] | values))
+        net, info = load_network(train(chosen, tmp_path / str(r)))
+        assert (net.refiner.active, net.trained_steps) == (active, 3)
+        assert info.history["training"]["active"] == active
+        train(chosen, tmp_path / str(r), resume=True)
+    general = TrainConfig(**values, head="angular", refine_steps=1)
+    assert load_network(train(general, tmp_path / "general"))[0].refiner.active == 12
 
 
 def test_bfloat16_and_tensorboard(tmp_path):

@@ -39,7 +39,10 @@ class TrainConfig:
     gate_hidden: int = _option(32, "hidden width of the frequency gate, channels of the angular gate")
     refine_steps: int = _option(0, "steps of refinement by matrix products; 0 is the published network")
     head: str = _option("pooled", 'what the refinement starts from, "pooled" (published) or "angular"')
-    active: int | None = _option(None, "columns to refine, at most r; all when not given")
+    active: int | None = _option(
+        None,
+        "columns to refine, at most r; when not given all, and 8 + r/4 for the angular head of covariances",
+    )
     hermitian: bool = _option(False, "the channels are covariances: one factor serves both sides")
     array: str | None = _option(
         None,
@@ -167,12 +170,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "refined": {
         "head": "angular",
-        "refine_steps": 4,
-        "active": 24,
+        "refine_steps": 3,
         "hermitian": True,
         "gate_hidden": 8,
-        "max_epochs": 2,
-        "samples": 450,
+        "max_epochs": 16,
+        "samples": 1120,
         "batch_size": 32,
         "lr": 1e-2,
         "min_lr": 1e-5,

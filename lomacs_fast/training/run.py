@@ -244,6 +244,9 @@ def train(
         _refuse_not_hermitian(pairs)
         if config.head == "angular" and config.array is None:
             config = replace(config, array="x".join(map(str, panel_shape(pairs.M))))
+        if config.head == "angular" and config.active is None:
+            # energy of a covariance lies in few angles, and their number grows slower than the antennas'
+            config = replace(config, active=min(pairs.r, 8 + pairs.r // 4))
     last = out / LAST
     if resume:
         saved = read_checkpoint(last)["lomacs_fast"]
