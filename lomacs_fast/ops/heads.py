@@ -35,7 +35,7 @@ def _check(feat: Tensor, **heads: Tensor) -> None:
         weight = heads[name[:2] + "weight"]
         torch._check(weight.ndim == 2, lambda n=name: f"{n[:2]}weight must have 2 dimensions")
         rows = weight.shape[0]
-        shape = (rows, feat.shape[1]) if x is weight else (rows,) if "bias" in name else (len(feat), rows)
+        shape = (rows, feat.shape[1]) if x is weight else (rows,) if "bias" in name else (feat.shape[0], rows)
         torch._check(x.shape == shape, lambda n=name, x=x, s=shape: f"{n} must be {s}, got {tuple(x.shape)}")
         torch._check(x.dtype == feat.dtype, lambda n=name, x=x: f"{n} must be {feat.dtype}, got {x.dtype}")
 
@@ -45,7 +45,7 @@ def _fake(
     feat: Tensor, u_weight: Tensor, u_bias: Tensor, v_weight: Tensor, v_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     _check(feat, u_weight=u_weight, v_weight=v_weight, u_bias=u_bias, v_bias=v_bias)
-    return feat.new_empty(len(feat), len(u_weight)), feat.new_empty(len(feat), len(v_weight))
+    return feat.new_empty(feat.shape[0], u_weight.shape[0]), feat.new_empty(feat.shape[0], v_weight.shape[0])
 
 
 @torch.library.register_fake("lomacs::svd_heads_backward", lib=library)
@@ -70,7 +70,7 @@ def _backward(ctx: Any, gu: Tensor | None, gv: Tensor | None) -> tuple[Tensor | 
     if gu is None and gv is None:
         return (None,) * 5
     gu, gv = (
-        feat.new_zeros(len(feat), len(w)) if g is None else g.resolve_neg().contiguous()
+        feat.new_zeros(feat.shape[0], w.shape[0]) if g is None else g.resolve_neg().contiguous()
         for g, w in ((gu, u_weight), (gv, v_weight))
     )
     gradients = torch.ops.lomacs.svd_heads_backward(
