@@ -41,6 +41,7 @@ __all__ = [
     "refine_svd",
     "spectral_calibrate",
     "spectral_gate",
+    "svd_heads",
     "svd_tail",
 ]
 
@@ -543,6 +544,19 @@ def spectral_calibrate(U: Tensor, H: Tensor, V: Tensor, S_pred: Tensor, tau: Ten
     _factors(U, V, H, "S_pred", S_pred)
     _share("tau", tau)
     return ops.spectral_calibrate(U, H, V, S_pred, tau)
+
+
+@_specified_by(reference.svd_heads)
+def svd_heads(
+    feat: Tensor, u_weight: Tensor, u_bias: Tensor, v_weight: Tensor, v_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    _tensor("feat", feat, REAL + HALF, ("B", None))
+    d = feat.shape[1]
+    for name, weight, bias in (("u", u_weight, u_bias), ("v", v_weight, v_bias)):
+        _weight(f"{name}_weight", weight, ("feat", feat), (None, d))
+        _weight(f"{name}_bias", bias, ("feat", feat), (weight.shape[0],))
+    found: tuple[Tensor, Tensor] = ops.svd_heads(feat, u_weight, u_bias, v_weight, v_bias)
+    return found
 
 
 @_specified_by(reference.svd_tail)

@@ -705,6 +705,14 @@ def _gate_project(H: Tensor, *args: Any, out: Any) -> float:
     return _freq_gate(H, *args[:6], out=out) + _project_macs(H, args[6], 1)
 
 
+def _gate_project_backward(
+    gX: Tensor, gHd: Tensor | None, gnorms: Tensor | None, H: Tensor, *args: Any, out: Any
+) -> float:
+    *gate, weight, _, gh, of_gate, of_projection = args
+    front = _freq_gate_backward(gX, gnorms, H, *gate, gh, of_gate, out=out)
+    return front + _project_macs(H, weight, 1 + of_projection)
+
+
 register_macs("lomacs::freq_gate", _freq_gate)
 register_macs("lomacs::freq_gate_backward", _freq_gate_backward)
 register_macs("lomacs::dual_view_project", lambda Hd, weight, *_, **__: _project_macs(Hd, weight, 1))
@@ -713,6 +721,14 @@ register_macs(
     lambda gX, Hd, weight, gh, gw, *_, **__: _project_macs(Hd, weight, gh + gw),
 )
 register_macs("lomacs::gate_project", _gate_project)
+register_macs("lomacs::gate_project_backward", _gate_project_backward)
+
+
+register_macs("lomacs::svd_heads", lambda feat, u, bu, v, bv, out: len(feat) * (u.numel() + v.numel()))
+register_macs(
+    "lomacs::svd_heads_backward",
+    lambda gu, gv, feat, u, v, gf, gw, out: len(feat) * (u.numel() + v.numel()) * (gf + gw),
+)
 
 
 def _refine(M: int, r: int, backward: bool) -> float:

@@ -63,6 +63,13 @@ class Maker:
         dual = self.dual()
         return {"H": dual.pop("Hd")} | self.gate() | dual
 
+    def heads(self):
+        d, sizes = 5, {"u": 2 * self.M * self.r, "v": 2 * self.N * self.r}
+        shapes = {f"{n}_weight": (size, d) for n, size in sizes.items()} | {
+            f"{n}_bias": (size,) for n, size in sizes.items()
+        }
+        return {"feat": self.real(self.B, d)} | {name: self.real(*shape) for name, shape in shapes.items()}
+
     def low_rank(self, of):
         factors = self.factors(of)
         return {"F": factors["V"], "G": factors["U"], "H": factors["H"]}
@@ -109,6 +116,7 @@ CASES = {
     "bjorck/real": lambda m: tall(m, m.real) | {"steps": 2},
     "spectral_calibrate": lambda m: m.factors(m.complex) | {"S_pred": spectrum(m), "tau": m.scalar(0.4)},
     "spectral_calibrate/real": lambda m: m.factors(m.real) | {"S_pred": spectrum(m), "tau": m.scalar(0.4)},
+    "svd_heads": Maker.heads,
     "svd_tail": lambda m: tail(m, m.complex),
     "svd_tail/real": lambda m: tail(m, m.real),
     "aeplus_loss": lambda m: m.factors(m.complex) | {"S": spectrum(m)} | m.weights(),

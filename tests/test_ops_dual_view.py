@@ -109,6 +109,47 @@ def test_opcheck_of_the_backward():
         op(gX, planes, weight, True, True, planes[:1])
 
 
+def test_opcheck_of_the_backward_of_the_front():
+    H, *weights = problem("front")
+    planes, gX = torch.view_as_real(H).contiguous(), weights[-1].expand(3, 6, 4).contiguous()
+    op = torch.ops.lomacs.gate_project_backward.default
+    norms = H.abs().sum((1, 2))
+    for wanted in itertools.product([False, True], repeat=3):
+        for gHd, gnorms in ((None, None), (planes, norms)):
+            args = (gX, gHd, gnorms, planes, *weights[:4], T, True, weights[4], planes, *wanted)
+            torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("size", [(64, 64, 64), (9, 7, 17)])
+def test_the_gradients_of_the_front_are_those_of_its_two_ops(size):
+    """What meets inside is what the projection hands the gate, bit for bit; what Hd itself asks is added to it."""
+    H, *weights = problem("front", *size, B=40, dtype=torch.complex64)
+    planes, weight = torch.view_as_real(H).contiguous(), weights[4]
+    gX, more = torch.randn(40, size[0], size[2]), torch.randn(planes.shape)
+    ops = torch.ops.lomacs
+    gHd, *of_projection = ops.dual_view_project_backward(gX, planes, weight, True, True)
+    for gate_asks, whole in ((None, gHd), (more, gHd + more)):
+        want = [
+            *ops.freq_gate_backward(whole, None, planes, *weights[:4], T, False, True, True),
+            *of_projection,
+        ]
+        got = ops.gate_project_backward(
+            gX, gate_asks, None, planes, *weights[:4], T, False, weight, planes, True, True, True
+        )
+        for x, y in zip(got, want, strict=True):
+            assert torch.equal(x, y) if gate_asks is None else (x - y).norm() <= 1e-5 * y.norm()
+
+
+def test_wrong_arguments_of_the_backward_of_the_front():
+    H, *weights = problem("front")
+    planes, gX = torch.view_as_real(H).contiguous(), weights[-1].expand(3, 6, 4).contiguous()
+    args = [gX, planes, None, planes, *weights[:4], T, False, weights[4], planes, True, True, True]
+    for position, words in ((0, "gX must"), (1, "gHd must"), (10, "weight must"), (11, "Hd must")):
+        wrong = [x[:1, :5] if i == position else x for i, x in enumerate(args)]
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.lomacs.gate_project_backward(*wrong)
+
+
 @both
 @pytest.mark.parametrize("size", [(6, 5, 4), (3, 2, 1)])
 def test_gradcheck(op, size):

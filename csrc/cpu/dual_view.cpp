@@ -9,8 +9,8 @@
 
 #include "dual_view.h"
 #include "simd.h"
-#include "sums.h"
 #include "tensors.h"
+#include "tokens.h"
 
 #define LOMACS_KERNELS "dual_view.inl"
 #include "isa.inl"
@@ -51,37 +51,20 @@ void backward(const Sizes& z, const Tensor& gX, const Tensor& Hd, const Tensor& 
               Tensor& gHd, Tensor& gweight, Tensor& gbias, Tensor& gpos, bool gh, bool gw) {
   Projection<T> job(pointer<T>(weight), z.M, z.N, z.d);
   job.chunk = chunk_of(z.B);
-  const std::int64_t chunks = (z.B + job.chunk - 1) / job.chunk, count = job.sums();
-  std::vector<T> partial(static_cast<std::size_t>(gw ? chunks * count : 0));
+  const std::int64_t chunks = (z.B + job.chunk - 1) / job.chunk;
+  const Memory<T> partial(gw ? chunks * job.sums() : 0);
   const T *g = pointer<T>(gX), *x = pointer<T>(Hd);
-  T *to = output<T>(gHd, gh), *sums = gw ? partial.data() : nullptr;
+  T *to = output<T>(gHd, gh), *sums = gw ? partial.p : nullptr;
   const Isa isa = choose_isa();
   torch::stable::parallel_for(
       0, chunks, share_of(job.chunk * z.M * z.N * z.d), [&](std::int64_t begin, std::int64_t end) {
         LOMACS_DISPATCH(isa, project_chunks_back(job, g, x, more, to, sums, z.B, begin, end));
       });
   if (!gw) return;
-
-  const std::vector<double> total = sum_of_chunks(partial, count);
-  const double *of_w2 = total.data() + z.d * 2 * z.N, *of_pos = of_w2 + z.d * job.narrow();
-  T *w = output<T>(gweight), *b = output<T>(gbias), *p = output<T>(gpos);
-  for (std::int64_t c = 0; c < z.d; ++c) {
-    T* row = w + c * 4 * z.N;
-    for (std::int64_t j = 0; j < 2 * z.N; ++j)
-      row[j] = static_cast<T>(total[static_cast<std::size_t>(c * 2 * z.N + j)]);
-    const double* folded = of_w2 + c * job.narrow();
-    for (std::int64_t n = 0; n < z.N; ++n)
-      for (std::int64_t part = 0; part < 2; ++part) {
-        const std::size_t i = static_cast<std::size_t>(n);
-        const double share = job.columns.share[i];
-        const double low = folded[2 * job.columns.low[i] + part], high = folded[2 * job.columns.high[i] + part];
-        row[2 * z.N + 2 * n + part] = static_cast<T>(0.25 * ((1 - share) * low + share * high));
-      }
-    double bias = 0;
-    for (std::int64_t m = 0; m < z.M; ++m) bias += of_pos[m * z.d + c];
-    b[c] = static_cast<T>(bias);
-  }
-  for (std::int64_t i = 0; i < z.M * z.d; ++i) p[i] = static_cast<T>(of_pos[i]);
+  const auto add = [isa](const T* from, std::int64_t count, std::int64_t stride, std::int64_t n, double* total) {
+    LOMACS_DISPATCH(isa, add_chunks(from, count, stride, n, total));
+  };
+  projection_gradients(job, sums, chunks, add, output<T>(gweight), output<T>(gbias), output<T>(gpos));
 }
 
 Tensor dual_view_project(const Tensor& Hd, const Tensor& weight, const Tensor& bias, const Tensor& pos) {

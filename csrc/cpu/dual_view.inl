@@ -49,28 +49,28 @@ LOMACS_INLINE Vec<T> doubled_high(Vec<T> a, std::integer_sequence<int, I...>) {
   return LOMACS_SHUFFLE(T, a, a, (I / 4 * 2 + I % 2 + lanes<T> / 2)...);
 }
 
-// the adjoint of `pool`: every number to its four places, zero where no block reaches
-template <typename T>
-LOMACS_TARGET void spread(const Projection<T>& job, const T* from, T* x) {
+// the adjoint of `pool`: every number to its four places, zero where no block reaches; plus `more` where there is some
+template <bool MORE, typename T>
+LOMACS_TARGET void spread(const Projection<T>& job, const T* from, const T* more, T* x) {
   const std::int64_t narrow = job.narrow(), row = 2 * job.N;
-  for (std::int64_t m = 0; m < job.M; ++m, x += row) {
-    if (m >= 2 * job.low()) {
-      std::memset(x, 0, sizeof(T) * static_cast<std::size_t>(row));
-      continue;
-    }
+  for (std::int64_t m = 0; m < job.M; ++m, x += row, more += MORE ? row : 0) {
     const T* p = from + m / 2 * narrow;
     std::int64_t j = 0;
-    if constexpr (lanes<T> >= 4)
-      for (; j + lanes<T> <= narrow; j += lanes<T>) {
-        const Vec<T> v = load(p + j);
-        store(x + 2 * j, doubled<T>(v, Lanes<T>{}));
-        store(x + 2 * j + lanes<T>, doubled_high<T>(v, Lanes<T>{}));
+    if (m < 2 * job.low()) {
+      if constexpr (lanes<T> >= 4)
+        for (; j + lanes<T> <= narrow; j += lanes<T>) {
+          const Vec<T> v = load(p + j);
+          Vec<T> low = doubled<T>(v, Lanes<T>{}), high = doubled_high<T>(v, Lanes<T>{});
+          if constexpr (MORE) low += load(more + 2 * j), high += load(more + 2 * j + lanes<T>);
+          store(x + 2 * j, low);
+          store(x + 2 * j + lanes<T>, high);
+        }
+      for (; j < narrow; ++j) {
+        const std::int64_t i = 4 * (j / 2) + j % 2;
+        x[i] = p[j] + (MORE ? more[i] : 0), x[i + 2] = p[j] + (MORE ? more[i + 2] : 0);
       }
-    for (; j < narrow; ++j) {
-      const std::int64_t i = 4 * (j / 2) + j % 2;
-      x[i] = x[i + 2] = p[j];
     }
-    for (j = 2 * narrow; j < row; ++j) x[j] = 0;
+    for (j *= 2; j < row; ++j) x[j] = MORE ? more[j] : 0;
   }
 }
 
@@ -108,10 +108,11 @@ LOMACS_TARGET void project_rows(const Projection<T>& job, const T* Hd, std::int6
   matmul<T>({Hd + 2 * begin * job.N, 2 * job.N, 1}, {job.w1t, d}, X + begin * d, d, end - begin, d, 2 * job.N, true);
 }
 
-// gHd where it is wanted, plus `more` where there is some, and this sample's part of the sums where they are
+// gHd where it is wanted, plus `more` where there is some, and this sample's part of the sums where they are; the
+// first one begins them
 template <typename T>
 LOMACS_TARGET void project_sample_back(const Projection<T>& job, const T* gX, const T* Hd, const T* more, T* gHd,
-                                       T* sums, ProjectionScratch<T>& s) {
+                                       T* sums, bool first, ProjectionScratch<T>& s) {
   const std::int64_t M = job.M, N = job.N, d = job.d, narrow = job.narrow(), low = job.low();
   std::memset(s.low.data(), 0, sizeof(T) * static_cast<std::size_t>(low * d));
   for (std::int64_t m = 0; m < M; ++m) {
@@ -120,19 +121,19 @@ LOMACS_TARGET void project_sample_back(const Projection<T>& job, const T* gX, co
     add_times<T>(1 - share, gX + m * d, d, s.low.data() + job.rows.low[i] * d);
     add_times<T>(share, gX + m * d, d, s.low.data() + job.rows.high[i] * d);
   }
-  if (gHd != nullptr) {
-    matmul<T>({s.low.data(), d, 1}, {job.w2.data(), narrow}, s.wide.data(), narrow, low, narrow, d);
-    spread(job, s.wide.data(), gHd);
-    matmul<T>({gX, d, 1}, {job.weight, 4 * N}, gHd, 2 * N, M, 2 * N, d, true);
-    if (more != nullptr) add_times<T>(1, more, 2 * M * N, gHd);
-  }
   if (sums != nullptr) {
     pool(job, Hd, 0, low, s.pooled.data());
-    matmul<T>({gX, 1, d}, {Hd, 2 * N}, sums, 2 * N, d, 2 * N, M, true);
-    sums += d * 2 * N;
-    matmul<T>({s.low.data(), 1, d}, {s.pooled.data(), narrow}, sums, narrow, d, narrow, low, true);
-    sums += d * narrow;
-    add_times<T>(1, gX, M * d, sums);
+    matmul<T>({gX, 1, d}, {Hd, 2 * N}, sums, 2 * N, d, 2 * N, M, !first);
+    T *of_w2 = sums + d * 2 * N, *of_pos = of_w2 + d * narrow;
+    matmul<T>({s.low.data(), 1, d}, {s.pooled.data(), narrow}, of_w2, narrow, d, narrow, low, !first);
+    if (first) std::copy(gX, gX + M * d, of_pos);
+    else add_times<T>(1, gX, M * d, of_pos);
+  }
+  if (gHd != nullptr) {
+    matmul<T>({s.low.data(), d, 1}, {job.w2.data(), narrow}, s.wide.data(), narrow, low, narrow, d);
+    if (more != nullptr) spread<true>(job, s.wide.data(), more, gHd);
+    else spread<false>(job, s.wide.data(), more, gHd);
+    matmul<T>({gX, d, 1}, {job.weight, 4 * N}, gHd, 2 * N, M, 2 * N, d, true);
   }
 }
 
@@ -150,13 +151,31 @@ LOMACS_TARGET void project_chunks_back(const Projection<T>& job, const T* gX, co
   ProjectionScratch<T> scratch(job);
   for (std::int64_t c = begin; c < end; ++c) {
     T* own = sums ? sums + c * job.sums() : nullptr;
-    if (own) std::memset(own, 0, sizeof(T) * static_cast<std::size_t>(job.sums()));
-    const std::int64_t stop = std::min(B, (c + 1) * job.chunk);
-    for (std::int64_t b = c * job.chunk; b < stop; ++b) {
+    const std::int64_t from = c * job.chunk, stop = std::min(B, from + job.chunk);
+    for (std::int64_t b = from; b < stop; ++b) {
       const std::int64_t at = 2 * b * job.M * job.N;
       project_sample_back(job, gX + b * job.M * job.d, Hd + at, more ? more + at : nullptr, gHd ? gHd + at : nullptr,
-                          own, scratch);
+                          own, b == from, scratch);
     }
+  }
+}
+
+// total[0..n) = the sum over chunks, `stride` apart, in their order
+template <typename T>
+LOMACS_TARGET void add_chunks(const T* partial, std::int64_t chunks, std::int64_t stride, std::int64_t n,
+                              double* total) {
+  constexpr int width = 64;
+  for (std::int64_t i = 0; i < n; i += width) {
+    double sum[width] = {};
+    const std::int64_t some = std::min<std::int64_t>(width, n - i);
+    for (std::int64_t c = 0; c < chunks; ++c) {
+      const T* p = partial + c * stride + i;
+      if (some == width)
+        for (int j = 0; j < width; ++j) sum[j] += static_cast<double>(p[j]);
+      else
+        for (std::int64_t j = 0; j < some; ++j) sum[j] += static_cast<double>(p[j]);
+    }
+    std::copy(sum, sum + some, total + i);
   }
 }
 

@@ -1,5 +1,5 @@
-// lomacs::freq_gate on CPU, its gradients, and lomacs::gate_project, which goes on to the tokens of both views
-// while a gated channel is in the cache.
+// lomacs::freq_gate on CPU, lomacs::gate_project, which goes on to the tokens of both views while a gated channel is
+// in the cache, and the gradients of both.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -164,24 +164,32 @@ void unpack(const double* sums, const Perceptron<T>& p, const std::vector<std::i
     }
 }
 
+// Gradients of the perceptrons' weights from the sums of all chunks.
+template <typename T>
+void gate_gradients(const Front<T>& front, const T* partial, std::int64_t chunks, const std::vector<Tensor>& gw) {
+  const std::int64_t rows = front.row_mlp.sums(), count = rows + front.col_mlp.sums();
+  std::vector<double> total(static_cast<std::size_t>(count));
+  const Isa isa = choose_isa();
+  torch::stable::parallel_for(0, count, share_of(chunks), [&](std::int64_t begin, std::int64_t end) {
+    LOMACS_DISPATCH(isa, add_chunks(partial + begin, chunks, count, end - begin, total.data() + begin));
+  });
+  unpack(total.data(), front.row_mlp, front.rows->frequency, output<T>(gw[0]), output<T>(gw[1]));
+  unpack(total.data() + rows, front.col_mlp, front.cols->frequency, output<T>(gw[2]), output<T>(gw[3]));
+}
+
 template <typename T>
 void backward(const Sizes& z, Front<T>& front, Tensor& gH, const std::vector<Tensor>& gw, bool gh,
               bool weights) {
   Gate<T>& job = front.job;
   const std::int64_t chunks = (z.B + job.chunk - 1) / job.chunk;
-  const std::int64_t count = front.row_mlp.sums() + front.col_mlp.sums();
-  std::vector<T> partial(static_cast<std::size_t>(weights ? chunks * count : 0));
-  job.gH = output<T>(gH, gh), job.sums = weights ? partial.data() : nullptr;
+  const Memory<T> partial(weights ? chunks * (front.row_mlp.sums() + front.col_mlp.sums()) : 0);
+  job.gH = output<T>(gH, gh), job.sums = weights ? partial.p : nullptr;
   const Isa isa = choose_isa();
   const std::int64_t grain = share_of(2 * job.chunk * operations(z));
   torch::stable::parallel_for(0, chunks, grain, [&](std::int64_t begin, std::int64_t end) {
     LOMACS_DISPATCH(isa, gate_chunks_back(job, z.B, begin, end));
   });
-  if (!weights) return;
-  const std::vector<double> total = sum_of_chunks(partial, count);
-  unpack(total.data(), front.row_mlp, front.rows->frequency, output<T>(gw[0]), output<T>(gw[1]));
-  unpack(total.data() + front.row_mlp.sums(), front.col_mlp, front.cols->frequency, output<T>(gw[2]),
-         output<T>(gw[3]));
+  if (weights) gate_gradients(front, job.sums, chunks, gw);
 }
 
 std::tuple<Tensor, Tensor> freq_gate(const Tensor& H, const Tensor& row_w1, const Tensor& row_w2,
@@ -262,6 +270,64 @@ std::tuple<Tensor, Tensor, Tensor> gate_project(const Tensor& H, const Tensor& r
   return {X, Hd, norms};
 }
 
+using FrontGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+FrontGradients gate_project_backward(const Tensor& gX, const std::optional<Tensor>& gHd,
+                                     const std::optional<Tensor>& gnorms, const Tensor& H, const Tensor& row_w1,
+                                     const Tensor& row_w2, const Tensor& col_w1, const Tensor& col_w2,
+                                     double temperature, bool normalize, const Tensor& weight, const Tensor& Hd,
+                                     bool gh, bool of_gate, bool of_projection) {
+  constexpr Checks checks{"gate_project_backward"};
+  const Weights w{row_w1, row_w2, col_w1, col_w2};
+  const Sizes z = sizes_of(checks, H, w, temperature);
+  const ScalarType dtype = H.scalar_type();
+  checks.expect(z.M > 1 && z.N > 1, "M and N must be at least 2");
+  checks.expect(weight.dim() == 2 && weight.size(0) > 0, "weight must have shape (d, 4N)");
+  const std::int64_t d = weight.size(0);
+  checks.tensor("weight", weight, dtype, {d, 4 * z.N});
+  checks.tensor("gX", gX, dtype, {z.B, z.M, d});
+  checks.tensor("Hd", Hd, dtype, {z.B, z.M, z.N, 2});
+  if (gHd) checks.tensor("gHd", *gHd, dtype, {z.B, z.M, z.N, 2});
+  const bool of_norms = normalize && gnorms.has_value();
+  if (of_norms) checks.tensor("gnorms", *gnorms, dtype, {z.B});
+  const auto make = [&](bool wanted, const std::vector<std::int64_t>& sizes) {
+    return wanted ? torch::stable::new_empty(H, sizes) : torch::stable::new_empty(H, {0});
+  };
+  Tensor gH = make(gh, {z.B, z.M, z.N, 2});
+  const std::vector<Tensor> of_weights{make(of_gate, {z.row_hidden, z.M}), make(of_gate, {z.M, z.row_hidden}),
+                                       make(of_gate, {z.col_hidden, z.N}), make(of_gate, {z.N, z.col_hidden})};
+  Tensor gweight = make(of_projection, {d, 4 * z.N}), gbias = make(of_projection, {d});
+  Tensor gpos = make(of_projection, {1, z.M, d});
+  const Isa isa = choose_isa();
+  const auto run = [&]<typename T>(T) {
+    Front<T> front(z, H, w, temperature, normalize, true);
+    const Projection<T> projection(pointer<T>(weight), z.M, z.N, d);
+    Gate<T>& job = front.job;
+    const std::int64_t chunks = (z.B + job.chunk - 1) / job.chunk;
+    const Memory<T> gate_sums(of_gate ? chunks * (front.row_mlp.sums() + front.col_mlp.sums()) : 0);
+    const Memory<T> sums(of_projection ? chunks * projection.sums() : 0);
+    // read alone
+    job.Hd = const_cast<T*>(pointer<T>(Hd));
+    job.gnorms = of_norms ? pointer<T>(*gnorms) : nullptr;
+    job.gH = output<T>(gH, gh), job.sums = of_gate ? gate_sums.p : nullptr;
+    const T *g = pointer<T>(gX), *more = gHd ? pointer<T>(*gHd) : nullptr;
+    T* to = of_projection ? sums.p : nullptr;
+    torch::stable::parallel_for(0, chunks, share_of(2 * job.chunk * operations(z)),
+                                [&](std::int64_t begin, std::int64_t end) {
+                                  LOMACS_DISPATCH(isa, front_chunks_back(job, projection, g, more, to, z.B, begin, end));
+                                });
+    if (of_gate) gate_gradients(front, job.sums, chunks, of_weights);
+    if (!of_projection) return;
+    const auto add = [isa](const T* from, std::int64_t count, std::int64_t stride, std::int64_t n, double* total) {
+      LOMACS_DISPATCH(isa, add_chunks(from, count, stride, n, total));
+    };
+    projection_gradients(projection, to, chunks, add, output<T>(gweight), output<T>(gbias), output<T>(gpos));
+  };
+  if (dtype == ScalarType::Float) run(float{});
+  else run(double{});
+  return {gH, of_weights[0], of_weights[1], of_weights[2], of_weights[3], gweight, gbias, gpos};
+}
+
 }  // namespace
 }  // namespace lomacs
 
@@ -300,4 +366,5 @@ STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) {
   m.impl("freq_gate", TORCH_BOX(&lomacs::freq_gate));
   m.impl("freq_gate_backward", TORCH_BOX(&lomacs::freq_gate_backward));
   m.impl("gate_project", TORCH_BOX(&lomacs::gate_project));
+  m.impl("gate_project_backward", TORCH_BOX(&lomacs::gate_project_backward));
 }

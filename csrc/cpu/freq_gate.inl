@@ -299,12 +299,13 @@ LOMACS_TARGET void perceptron_back(const Perceptron<T>& p, const T* in, const T*
   if (gh) combine_rows(g_hidden, p.w1.data(), p.hidden, padded(p.n), g);
 }
 
+// gradients of sample b from that of its result, gHd
 template <typename T>
-LOMACS_TARGET void gate_sample_back(const Gate<T>& job, std::int64_t b, const GateScratch<T>& s,
+LOMACS_TARGET void gate_sample_back(const Gate<T>& job, std::int64_t b, const T* gHd, const GateScratch<T>& s,
                                     const GateSums<T>& sums) {
   const std::int64_t M = job.M, N = job.N, width = padded(N) * lanes<T>;
   const Scale scale = measure<T, true>(job, b, s);
-  transform(job, job.gHd + 2 * b * M * N, static_cast<T>(job.ortho), s.other, s);
+  transform(job, gHd, static_cast<T>(job.ortho), s.other, s);
 
   const Vec<T> factor = splat(static_cast<T>(scale.up / job.temperature));
   // Re <F, gate gY>: the part of the norm's gradient that the statistics do not give
@@ -389,14 +390,43 @@ LOMACS_TARGET void project_part(const Projection<T>& projection, const T* Hd, st
   project_rows(projection, Hd, begin, end, X, scratch);
 }
 
+template <typename T>
+LOMACS_INLINE void clear_sums(const Gate<T>& job, const GateSums<T>& sums) {
+  const std::int64_t count = job.row_mlp->sums() + job.col_mlp->sums();
+  if (sums.row_w1 != nullptr) std::memset(sums.row_w1, 0, sizeof(T) * static_cast<std::size_t>(count));
+}
+
 // chunks of samples; each has its own sums of the gradients of the weights
 template <typename T>
 LOMACS_TARGET void gate_chunks_back(const Gate<T>& job, std::int64_t B, std::int64_t begin, std::int64_t end) {
   const GateScratch<T> scratch(job, true);
   for (std::int64_t c = begin; c < end; ++c) {
     const GateSums<T> sums = job.sums_of(c);
+    clear_sums(job, sums);
     const std::int64_t stop = std::min(B, (c + 1) * job.chunk);
-    for (std::int64_t b = c * job.chunk; b < stop; ++b) gate_sample_back(job, b, scratch, sums);
+    for (std::int64_t b = c * job.chunk; b < stop; ++b)
+      gate_sample_back(job, b, job.gHd + 2 * b * job.M * job.N, scratch, sums);
+  }
+}
+
+// The same from the gradient gX of the tokens and `more`, that of Hd itself: their sum stays in the cache.
+template <typename T>
+LOMACS_TARGET void front_chunks_back(const Gate<T>& job, const Projection<T>& projection, const T* gX, const T* more,
+                                     T* projection_sums, std::int64_t B, std::int64_t begin, std::int64_t end) {
+  const GateScratch<T> scratch(job, true);
+  ProjectionScratch<T> other(projection);
+  const std::int64_t whole = 2 * job.M * job.N, tokens = job.M * projection.d;
+  const Memory<T> gHd(whole);
+  for (std::int64_t c = begin; c < end; ++c) {
+    const GateSums<T> sums = job.sums_of(c);
+    clear_sums(job, sums);
+    T* own = projection_sums ? projection_sums + c * projection.sums() : nullptr;
+    const std::int64_t from = c * job.chunk, stop = std::min(B, from + job.chunk);
+    for (std::int64_t b = from; b < stop; ++b) {
+      project_sample_back(projection, gX + b * tokens, job.Hd + b * whole, more ? more + b * whole : nullptr, gHd.p,
+                          own, b == from, other);
+      gate_sample_back(job, b, gHd.p, scratch, sums);
+    }
   }
 }
 

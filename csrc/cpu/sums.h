@@ -16,12 +16,4 @@ inline std::int64_t share_of(std::int64_t operations) {
   return std::max<std::int64_t>(1, (1 << 19) / std::max<std::int64_t>(1, operations));
 }
 
-template <typename T>
-std::vector<double> sum_of_chunks(const std::vector<T>& partial, std::int64_t count) {
-  std::vector<double> total(static_cast<std::size_t>(count));
-  for (std::size_t at = 0; at < partial.size(); at += total.size())
-    for (std::size_t i = 0; i < total.size(); ++i) total[i] += static_cast<double>(partial[at + i]);
-  return total;
-}
-
 }  // namespace lomacs

@@ -7,6 +7,7 @@ from .dual_view import dual_view_project, gate_project
 from .freq_gate import freq_gate
 from .frozen import flat_weights, frozen_angular_svd, frozen_svd, frozen_svd_at_once
 from .gated_conv import gated_conv1d, gated_conv1d_at_once
+from .heads import svd_heads
 from .low_rank import low_rank_loss
 from .native import library_states, load_ops
 from .neural_svd import neural_svd_steps
@@ -40,6 +41,7 @@ __all__ = [
     "projected_attention_at_once",
     "refine_svd",
     "spectral_calibrate",
+    "svd_heads",
     "svd_tail",
     "use_backend",
 ]

@@ -25,6 +25,13 @@ library.define(
     f"gate_project(Tensor H, {freq_gate.WEIGHTS}, {PROJECTION}) -> (Tensor X, Tensor Hd, Tensor norms)",
     tags=common.TAGS,
 )
+# the gradients of Hd, by the tokens and its own, meet inside
+library.define(
+    f"gate_project_backward(Tensor gX, Tensor? gHd, Tensor? gnorms, Tensor H, {freq_gate.WEIGHTS}, "
+    "Tensor weight, Tensor Hd, bool gh, bool of_gate, bool of_projection) -> (Tensor gH, Tensor gr1, "
+    "Tensor gr2, Tensor gc1, Tensor gc2, Tensor gweight, Tensor gbias, Tensor gpos)",
+    tags=common.TAGS,
+)
 
 
 def _check(name: str, Hd: Tensor, weight: Tensor, *others: Tensor) -> tuple[int, int, int]:
@@ -81,6 +88,34 @@ def _fake_front(
     return H.new_empty(shape), H.new_empty(H.shape), H.new_empty((H.shape[0] if normalize else 0,))
 
 
+@torch.library.register_fake("lomacs::gate_project_backward", lib=library)
+def _fake_front_backward(
+    gX: Tensor,
+    gHd: Tensor | None,
+    gnorms: Tensor | None,
+    H: Tensor,
+    row_w1: Tensor,
+    row_w2: Tensor,
+    col_w1: Tensor,
+    col_w2: Tensor,
+    temperature: float,
+    normalize: bool,
+    weight: Tensor,
+    Hd: Tensor,
+    gh: bool,
+    of_gate: bool,
+    of_projection: bool,
+) -> tuple[Tensor, ...]:
+    gate = row_w1, row_w2, col_w1, col_w2
+    freq_gate.check_gate(H, *gate, temperature)
+    for name, x in (("Hd", Hd), ("gHd", gHd)):
+        fits = x is None or x.shape == H.shape
+        torch._check(fits, lambda n=name, x=x: f"{n} must be {tuple(H.shape)}, got {tuple(x.shape)}")
+    _, *of_weights = _fake_backward(gX, Hd, weight, False, of_projection)
+    of_gates = (w.new_empty(w.shape if of_gate else (0,)) for w in gate)
+    return H.new_empty(H.shape if gh else (0,)), *of_gates, *of_weights
+
+
 @torch.library.impl("lomacs::dual_view_project", "CUDA", lib=library)
 def _on_cuda(*args: Any) -> Tensor:
     from ..kernels import dual_view as kernels
@@ -105,15 +140,27 @@ def _front_on_cuda(*args: Any) -> tuple[Tensor, ...]:
     return kernels.gate_project(*args)
 
 
+@torch.library.impl("lomacs::gate_project_backward", "CUDA", lib=library)
+def _front_backward_on_cuda(
+    gX: Tensor, gHd: Tensor | None, gnorms: Tensor | None, H: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    from ..kernels import dual_view, freq_gate
+
+    *gate, weight, Hd, gh, of_gate, of_projection = args
+    whole, *of_weights = dual_view.dual_view_project_backward(gX, Hd, weight, True, of_projection)
+    if gHd is not None:
+        whole.add_(gHd)
+    return *freq_gate.freq_gate_backward(whole, gnorms, H, *gate, gh, of_gate), *of_weights
+
+
 def _project_backward(
-    needs: Sequence[bool], gX: Tensor | None, Hd: Tensor, weight: Tensor, more: Tensor | None = None
+    needs: Sequence[bool], gX: Tensor | None, Hd: Tensor, weight: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of Hd, weight, bias and pos, None where `needs` wants none; that of Hd with `more` added."""
+    """Gradients of Hd, weight, bias and pos, None where `needs` wants none."""
     gh, gw = needs[0], any(needs[1:4])
     if gX is None or not (gh or gw):
-        return (more, None, None, None)
-    more = more.contiguous() if more is not None and gh else None
-    gradients = torch.ops.lomacs.dual_view_project_backward(gX.contiguous(), Hd, weight, gh, gw, more)
+        return (None,) * 4
+    gradients = torch.ops.lomacs.dual_view_project_backward(gX.contiguous(), Hd, weight, gh, gw)
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
@@ -142,10 +189,19 @@ def _front_backward(
     common.refuse_second_derivatives("the fused front")
     H, *weights, weight, Hd = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    # what comes by Hd itself is added where the projection's is made: a pass over the batch less
-    whole, *of_projection = _project_backward((any(needs[:5]), *needs[7:10]), gX, Hd, weight, gHd)
-    of_gate = freq_gate.gate_backward(needs[:5], whole, gnorms, H, weights, ctx.temperature, ctx.normalize)
-    return (*of_gate, None, None, *of_projection)
+    of_gate, of_projection = needs[:5], needs[7:10]
+    scalars = ctx.temperature, ctx.normalize
+    if gX is None or not any(of_gate):
+        found = freq_gate.gate_backward(of_gate, gHd, gnorms, H, weights, *scalars)
+        return *found, None, None, *_project_backward((False, *of_projection), gX, Hd, weight)[1:]
+    gHd = None if gHd is None else gHd.contiguous()
+    gnorms = None if gnorms is None or not ctx.normalize else gnorms.contiguous()
+    wanted = needs[0], any(needs[1:5]), any(of_projection)
+    gradients = torch.ops.lomacs.gate_project_backward(
+        gX.contiguous(), gHd, gnorms, H, *weights, *scalars, weight, Hd, *wanted
+    )
+    every = [g if need else None for g, need in zip(gradients, (*of_gate, *of_projection), strict=True)]
+    return *every[:5], None, None, *every[5:]
 
 
 torch.library.register_autograd("lomacs::dual_view_project", _backward, setup_context=_setup, lib=library)
@@ -154,7 +210,12 @@ torch.library.register_autograd(
 )
 # Hd is complex: half precision of the caller's becomes single
 for _device in ("cpu", "cuda"):
-    for _name in ("dual_view_project", "dual_view_project_backward", "gate_project"):
+    for _name in (
+        "dual_view_project",
+        "dual_view_project_backward",
+        "gate_project",
+        "gate_project_backward",
+    ):
         torch.library.register_autocast(f"lomacs::{_name}", _device, torch.float32, lib=library)
 
 
@@ -167,6 +228,14 @@ def _flops(Hd: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
 @register_flop_formula(torch.ops.lomacs.dual_view_project_backward)
 def _backward_flops(gX: Any, Hd: Any, weight: Any, gh: bool, gw: bool, *_: Any, **__: Any) -> int:
     return _flops(Hd, weight) * (gh + gw)
+
+
+@register_flop_formula(torch.ops.lomacs.gate_project_backward)
+def _front_backward_flops(gX: Any, gHd: Any, gnorms: Any, H: Any, *args: Any, **__: Any) -> int:
+    row_w1, _, col_w1, _, _, _, weight, _, gh, of_gate, of_projection, *_ = args
+    return freq_gate.gate_flops(H, row_w1, col_w1, 1 + gh + 2 * of_gate) + _flops(H, weight) * (
+        1 + of_projection
+    )
 
 
 @register_flop_formula(torch.ops.lomacs.gate_project)

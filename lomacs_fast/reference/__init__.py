@@ -14,6 +14,7 @@ from .frozen import (
     frozen_svd,
 )
 from .gated_conv import GatedConv1D, gated_conv1d
+from .heads import svd_heads
 from .low_rank import low_rank_loss
 from .network import LoMACSSVDNet
 from .neural_svd import neural_svd_steps
@@ -59,6 +60,7 @@ __all__ = [
     "refine_svd",
     "spectral_calibrate",
     "spectral_gate",
+    "svd_heads",
     "svd_tail",
     "unit_norm",
 ]

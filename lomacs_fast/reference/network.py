@@ -18,6 +18,7 @@ from .completion import complete_from_dft
 from .dual_view import both_views, gate_project, real_view
 from .freq_gate import AxialLowRankFreqGate
 from .gated_conv import GatedConv1D
+from .heads import svd_heads
 from .ortho import NeuralOrthoRefiner, column_normalize
 from .projected_attention import GroupedProjectedAttention
 from .refine import SpectralRefiner, dft_start, refine_svd
@@ -122,6 +123,7 @@ class LoMACSSVDNet(nn.Module):
         backbone=backbone,
         column_normalize=column_normalize,
         spectral_calibrate=spectral_calibrate,
+        svd_heads=svd_heads,
         svd_tail=svd_tail,
         refine_svd=refine_svd,
     )
@@ -334,7 +336,7 @@ class LoMACSSVDNet(nn.Module):
         x, Hd = self._front(H)
         feat = self._backbone(x) + self.scene_emb(scene)
         # autocast gives half precision here; columns, spectrum and their order are full precision
-        u, v, s = (head(feat).to(self.pos.dtype) for head in (self.u_head, self.v_head, self.s_head))
+        (u, v), s = self._columns(feat), self.s_head(feat).to(self.pos.dtype)
         U = self.complex_of(u.view(-1, self.M, self.r, 2))
         V = self.complex_of(v.view(-1, self.N, self.r, 2))
         U, S, V = self._tail(U, V, s + 1e-6, Hd)
@@ -343,6 +345,14 @@ class LoMACSSVDNet(nn.Module):
             options = {"active": refiner.active, "hermitian": self.hermitian, "scalars": refiner.scalars}
             U, S, V = self.functions.refine_svd(X, U, V, self.refine_steps, **options)
         return U, S, V, Hd
+
+    def _columns(self, feat: Tensor) -> Sequence[Tensor]:
+        heads = self.u_head, self.v_head
+        written = all(_as_written(head, nn.Linear) and head.bias is not None for head in heads)
+        if written and _unhooked(*heads) and not _autocast(feat.device.type):
+            weights = (x for head in heads for x in (head.weight, head.bias))
+            return cast(Sequence[Tensor], self.functions.svd_heads(feat, *weights))
+        return [head(feat).to(self.pos.dtype) for head in heads]
 
     def _angular(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         refiner, k, floor = self.refiner, self.refiner.active, None

@@ -1,0 +1,77 @@
+// The heads of the network, strip by strip of their outputs: no number of a weight or of a gradient is read twice.
+// Included inside isa.inl.
+#include "tokens.inl"
+
+namespace lomacs {
+namespace LOMACS_ISA {
+namespace {
+
+// strips begin to end of the results
+template <typename T>
+LOMACS_TARGET void heads_forward(const Heads<T>& job, const T* feat, std::int64_t begin, std::int64_t end) {
+  const std::int64_t d = job.d;
+  // the strip's weights transposed, and as a last row its bias, which the features' column of ones meets
+  const Memory<T> memory((d + 1) * head_strip);
+  for (std::int64_t n = begin; n < end; ++n) {
+    const HeadStrip strip = job.strip(n);
+    const Head<T>& head = job.heads[strip.head];
+    tokens_to_rows(head.weight + strip.from * d, d, strip.width, d, memory.p, head_strip);
+    std::copy(head.bias + strip.from, head.bias + strip.from + strip.width, memory.p + d * head_strip);
+    matmul<T>({feat, d + 1, 1}, {memory.p, head_strip}, head.out + strip.from, head.size, job.batch, strip.width, d + 1);
+  }
+}
+
+// to (batch x width) = the strip of g, and the sums of its columns in short chains
+template <typename T>
+LOMACS_TARGET void head_columns_of(const T* g, std::int64_t row, std::int64_t batch, std::int64_t width, T* to,
+                                   T* sums) {
+  constexpr std::int64_t chain = 16;
+  std::int64_t j = 0;
+  for (; j + lanes<T> <= width; j += lanes<T>) {
+    Vec<T> total{};
+    for (std::int64_t b = 0; b < batch; b += chain) {
+      Vec<T> part{};
+      for (std::int64_t i = b; i < std::min(batch, b + chain); ++i) {
+        const Vec<T> x = load(g + i * row + j);
+        store(to + i * head_strip + j, x);
+        part += x;
+      }
+      total += part;
+    }
+    if (sums != nullptr) store(sums + j, total);
+  }
+  for (; j < width; ++j) {
+    T total = 0;
+    for (std::int64_t b = 0; b < batch; b += chain) {
+      T part = 0;
+      for (std::int64_t i = b; i < std::min(batch, b + chain); ++i) part += to[i * head_strip + j] = g[i * row + j];
+      total += part;
+    }
+    if (sums != nullptr) sums[j] = total;
+  }
+}
+
+// parts begin to end, each some strips in order: gradients of their weights, and the part's share of the features'
+template <typename T>
+LOMACS_TARGET void heads_backward(const Heads<T>& job, std::int64_t begin, std::int64_t end) {
+  const std::int64_t d = job.d, batch = job.batch;
+  const Memory<T> memory(batch * head_strip);
+  for (std::int64_t part = begin; part < end; ++part) {
+    const std::int64_t first = job.first(part), stop = job.first(part + 1);
+    for (std::int64_t n = first; n < stop; ++n) {
+      const HeadStrip strip = job.strip(n);
+      const Head<T>& head = job.heads[strip.head];
+      T* bias = head.gbias == nullptr ? nullptr : head.gbias + strip.from;
+      head_columns_of(head.g + strip.from, head.size, batch, strip.width, memory.p, bias);
+      if (head.gweight != nullptr)
+        matmul<T>({memory.p, 1, head_strip}, {job.feat, d}, head.gweight + strip.from * d, d, strip.width, d, batch);
+      if (job.gfeat != nullptr)
+        matmul<T>({memory.p, head_strip, 1}, {head.weight + strip.from * d, d}, job.gfeat + part * batch * d, d, batch,
+                  d, strip.width, n > first);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace LOMACS_ISA
+}  // namespace lomacs
