@@ -604,36 +604,50 @@ def power_of_two(exponent):
     return tl.cast((exponent + 127) << 23, tl.float32, bitcast=True)
 
 
+# side of a tile of all numbers of a matrix
+FLAT = tl.constexpr(32)
+
+
+@triton.jit
+def flat(at):
+    """Places of a tile of numbers."""
+    i = tl.arange(0, FLAT)
+    return at + i[:, None] * FLAT + i[None, :]
+
+
+# A loop of a known number of passes is unrolled, barriers or not, and loads what registers hold at once:
+# `count` is a number that the compiler does not know.
+
+
 @triton.jit(noinline=True)
-def load_unit(p_h, p_x, p_sums, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """`X = H / |H|` to p_x at any scale; the factors of which X is H times both, and |H|, 0 at H = 0."""
-    largest = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for i0 in tl.range(0, M, ROWS, loop_unroll_factor=1):
-        for j0 in tl.range(0, N, COLUMNS, loop_unroll_factor=1):
-            hr, hi = load_tile(p_h, M, N, i0, j0, ROWS, COLUMNS)
-            largest = tl.maximum(largest, tl.maximum(tl.abs(hr), tl.abs(hi)))
-            # or the compiler unrolls, and loads as much at once as there are registers
-            tl.debug_barrier()
-    peak = tl.max(through_scratch(p_sums, tl.max(largest, 1), ROWS), 0)
+def load_unit(p_h, p_x, p_sums, count, COUNT: tl.constexpr):
+    """`X = H / |H|` to p_x at any scale; the factors of which X is H times both, and |H|, 0 at H = 0.
+
+    H and X have COUNT real numbers, which is `count`.
+    """
+    step: tl.constexpr = FLAT * FLAT
+    largest = tl.zeros((FLAT, FLAT), tl.float32)
+    for at in tl.range(0, count, step, loop_unroll_factor=1):
+        i = flat(at)
+        largest = tl.maximum(largest, tl.abs(tl.load(p_h + i, mask=i < COUNT, other=0.0)))
+    peak = tl.max(through_scratch(p_sums, tl.max(largest, 1), FLAT), 0)
     exponent = ((tl.cast(peak, tl.int32, bitcast=True) >> 23) & 255) - 127
     exponent = tl.where(peak > 0.0, exponent, 0)
     half = exponent >> 1
     # in two halves, which are numbers both
     first, second = power_of_two(-half), power_of_two(half - exponent)
-    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for i0 in tl.range(0, M, ROWS, loop_unroll_factor=1):
-        for j0 in tl.range(0, N, COLUMNS, loop_unroll_factor=1):
-            hr, hi = load_tile(p_h, M, N, i0, j0, ROWS, COLUMNS)
-            hr, hi = hr * first * second, hi * first * second
-            squares += hr * hr + hi * hi
-            tl.debug_barrier()
-    square = tl.sum(through_scratch(p_sums + ROWS, tl.sum(squares, 1), ROWS), 0)
+    squares = tl.zeros((FLAT, FLAT), tl.float32)
+    for at in tl.range(0, count, step, loop_unroll_factor=1):
+        i = flat(at)
+        h = tl.load(p_h + i, mask=i < COUNT, other=0.0) * first * second
+        squares += h * h
+    square = tl.sum(through_scratch(p_sums + FLAT, tl.sum(squares, 1), FLAT), 0)
     norm = tl.sqrt(tl.where(square == 0.0, 1.0, square))
     second = second / norm
-    for i0 in tl.range(0, M, ROWS, loop_unroll_factor=1):
-        for j0 in tl.range(0, N, COLUMNS, loop_unroll_factor=1):
-            hr, hi = load_tile(p_h, M, N, i0, j0, ROWS, COLUMNS)
-            store_tile(p_x, hr * first * second, hi * first * second, M, N, i0, j0, ROWS, COLUMNS)
+    for at in tl.range(0, count, step, loop_unroll_factor=1):
+        i = flat(at)
+        h = tl.load(p_h + i, mask=i < COUNT, other=0.0)
+        tl.store(p_x + i, h * first * second, mask=i < COUNT)
     tl.debug_barrier()
     size = norm * power_of_two(half) * power_of_two(exponent - half)
     return first, second, tl.where(square == 0.0, 0.0, size)
@@ -774,6 +788,7 @@ def refine_fwd_kernel(
     p_scratch,
     steps,
     sweeps,
+    count,
     B,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -803,7 +818,7 @@ def refine_fwd_kernel(
     unscaled = tl.full((), 1.0, tl.float32)
     soft = tl.load(p_scalars + 4 * tl.maximum(steps - 1, 0), mask=steps > 0, other=SOFT)
     for b in tl.range(pid, B, tl.num_programs(0), loop_unroll_factor=1):
-        _first, _second, norm = load_unit(p_h + b * (2 * M * N), p_x, p_chain, M, N, ROWS, CHUNK)
+        _first, _second, norm = load_unit(p_h + b * (2 * M * N), p_x, p_chain, count, 2 * M * N)
         tl.store(p_norm + b, norm)
         pad(p_u + b * (2 * M * k), p_su, M, k, ROWS, K)
         if not HERMITIAN:
@@ -863,7 +878,7 @@ def refine_launch(
     arguments = {"p_h": H, "p_u": U, "p_v": V, "p_scalars": scalars, "p_u_out": outputs[0], "p_s_out": S}
     arguments |= {"p_v_out": outputs[2], "p_order": order, "p_norm": norm}
     arguments["p_scratch"] = H.new_empty((count, scratch))
-    arguments |= {"steps": steps, "sweeps": sweeps, "B": B}
+    arguments |= {"steps": steps, "sweeps": sweeps, "count": 2 * M * N, "B": B}
     constants = constants_of(M, N, k, V is None)
     launch = Launch(refine_fwd_kernel, (count,), arguments, constants, **THREADS)
     return launch, (*outputs, order, norm)

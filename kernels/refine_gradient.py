@@ -15,6 +15,7 @@ from .complex import cdot, cdot_add, load_tile, store_columns, store_tile
 from .launch import Launch, block
 from .ortho import THREADS, programs
 from .refine import (
+    FLAT,
     FLOOR,
     LINK,
     ROTATION,
@@ -33,6 +34,7 @@ from .refine import (
     diagonalize,
     energies,
     expand,
+    flat,
     generators,
     identity,
     keep,
@@ -1008,36 +1010,23 @@ def congruent_gradient(p_ga, p_f, p_n, p_t, p_out, K: tl.constexpr, PRECISION: t
 
 
 @triton.jit(noinline=True)
-def unit_gradient(
-    p_x,
-    p_g,
-    p_sums,
-    first,
-    second,
-    of_norm,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    C: tl.constexpr,
-):
-    """Of H from that of `X = H / |H|` in its place, and from that of |H|; X is H times both factors."""
-    products = tl.zeros((ROWS, C), tl.float32)
-    for i0 in tl.range(0, M, ROWS, loop_unroll_factor=1):
-        for j0 in tl.range(0, N, C, loop_unroll_factor=1):
-            gr, gi = load_tile(p_g, M, N, i0, j0, ROWS, C)
-            xr, xi = load_tile(p_x, M, N, i0, j0, ROWS, C)
-            products += gr * xr + gi * xi
-            # or the compiler unrolls, and loads as much at once as there are registers
-            tl.debug_barrier()
-    along = tl.sum(through_scratch(p_sums, tl.sum(products, 1), ROWS), 0)
-    for i0 in tl.range(0, M, ROWS, loop_unroll_factor=1):
-        for j0 in tl.range(0, N, C, loop_unroll_factor=1):
-            gr, gi = load_tile(p_g, M, N, i0, j0, ROWS, C)
-            xr, xi = load_tile(p_x, M, N, i0, j0, ROWS, C)
-            gr = (gr - xr * along) * first * second + xr * of_norm
-            gi = (gi - xi * along) * first * second + xi * of_norm
-            tl.debug_barrier()
-            store_tile(p_g, gr, gi, M, N, i0, j0, ROWS, C)
+def unit_gradient(p_x, p_g, p_sums, first, second, of_norm, count, COUNT: tl.constexpr):
+    """Of H from that of `X = H / |H|` in its place, and from that of |H|; X is H times both factors.
+
+    `count` is COUNT, as in `load_unit`.
+    """
+    step: tl.constexpr = FLAT * FLAT
+    products = tl.zeros((FLAT, FLAT), tl.float32)
+    for at in tl.range(0, count, step, loop_unroll_factor=1):
+        i = flat(at)
+        g = tl.load(p_g + i, mask=i < COUNT, other=0.0)
+        products += g * tl.load(p_x + i, mask=i < COUNT, other=0.0)
+    along = tl.sum(through_scratch(p_sums, tl.sum(products, 1), FLAT), 0)
+    for at in tl.range(0, count, step, loop_unroll_factor=1):
+        i = flat(at)
+        g = tl.load(p_g + i, mask=i < COUNT, other=0.0)
+        x = tl.load(p_x + i, mask=i < COUNT, other=0.0)
+        tl.store(p_g + i, (g - x * along) * first * second + x * of_norm, mask=i < COUNT)
     tl.debug_barrier()
 
 
@@ -1108,6 +1097,7 @@ def start_again(
     p_u,
     p_v,
     b,
+    count,
     p_raw,
     SWEEPS: tl.constexpr,
     M: tl.constexpr,
@@ -1116,7 +1106,6 @@ def start_again(
     HERMITIAN: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
     """`H / |H|`, the numbers of which it is H times both, and the first factors."""
     p_su = p_raw + factors_at(0, SWEEPS, M, N, HERMITIAN, K)
@@ -1125,7 +1114,7 @@ def start_again(
     if not HERMITIAN:
         pad(p_v + b * (2 * N * k), p_su + M * (2 * K), N, k, ROWS, K)
     p_x = p_raw + unit_at(M, N, HERMITIAN, K)
-    first, second, _norm = load_unit(p_h + b * (2 * M * N), p_x, p_raw, M, N, ROWS, CHUNK)
+    first, second, _norm = load_unit(p_h + b * (2 * M * N), p_x, p_raw, count, 2 * M * N)
     p_vectors = p_raw + VECTORS * (2 * K * K) + 5 * K
     tl.store(p_vectors, first)
     tl.store(p_vectors + 1, second)
@@ -1537,13 +1526,13 @@ def start_gradient(
     p_gv,
     p_gnorm,
     b,
+    count,
     M: tl.constexpr,
     N: tl.constexpr,
     k: tl.constexpr,
     HERMITIAN: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
     """Of the first factors and of H."""
     p_found = p_raw + of_factors_at(0, M, N, HERMITIAN, K)
@@ -1555,7 +1544,8 @@ def start_gradient(
     p_gx = p_gh + b * (2 * M * N)
     p_vectors = p_raw + VECTORS * (2 * K * K) + 5 * K
     first, second = tl.load(p_vectors), tl.load(p_vectors + 1)
-    unit_gradient(p_raw + unit_at(M, N, HERMITIAN, K), p_gx, p_raw, first, second, of_norm, M, N, ROWS, CHUNK)
+    p_x = p_raw + unit_at(M, N, HERMITIAN, K)
+    unit_gradient(p_x, p_gx, p_raw, first, second, of_norm, count, 2 * M * N)
 
 
 @triton.jit
@@ -1576,6 +1566,7 @@ def refine_bwd_kernel(
     p_scratch,
     size,
     steps,
+    count,
     B,
     SWEEPS: tl.constexpr,
     M: tl.constexpr,
@@ -1594,7 +1585,7 @@ def refine_bwd_kernel(
     p_raw = p_scratch + pid.to(tl.int64) * size
     # the parts find their operands themselves: addresses that this loop had would be kept for all of it
     for b in tl.range(pid, B, tl.num_programs(0), loop_unroll_factor=1):
-        start_again(p_h, p_u, p_u if HERMITIAN else p_v, b, p_raw, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK)
+        start_again(p_h, p_u, p_u if HERMITIAN else p_v, b, count, p_raw, SWEEPS, M, N, k, HERMITIAN, K, ROWS)
         for t in tl.range(0, steps, loop_unroll_factor=1):
             step_again(p_raw, p_scalars, t, SWEEPS, M, N, k, HERMITIAN, K, ROWS, CHUNK, PRECISION)
         # the closing, and back through it
@@ -1639,8 +1630,8 @@ def refine_bwd_kernel(
                 p_raw, p_gh_out, b, back, steps, False, SWEEPS, M, N, HERMITIAN, K, ROWS, CHUNK, PRECISION
             )
         start_gradient(
-            p_raw, p_gh_out, p_gu_out, p_gu_out if HERMITIAN else p_gv_out, p_gnorm, b,
-            M, N, k, HERMITIAN, K, ROWS, CHUNK,
+            p_raw, p_gh_out, p_gu_out, p_gu_out if HERMITIAN else p_gv_out, p_gnorm, b, count,
+            M, N, k, HERMITIAN, K, ROWS,
         )  # fmt: skip
 
 
@@ -1675,7 +1666,7 @@ def refine_backward_launch(
     arguments = {"p_gu": gU, "p_gs": gS, "p_gv": gV, "p_gnorm": gnorm, "p_h": H, "p_u": U, "p_v": V}
     arguments |= {"p_scalars": scalars, "p_order": order, "p_gh_out": outputs[0], "p_gu_out": outputs[1]}
     arguments |= {"p_gv_out": outputs[2], "p_gscalars": gscalars, "p_scratch": H.new_empty((count, scratch))}
-    arguments |= {"size": scratch, "steps": steps, "B": B}
+    arguments |= {"size": scratch, "steps": steps, "count": 2 * M * N, "B": B}
     constants = {"SWEEPS": sweeps} | constants_of(M, N, k, V is None)
     return Launch(refine_bwd_kernel, (count,), arguments, constants, **THREADS), (*outputs, gscalars)
 
