@@ -57,10 +57,13 @@ class Step:
         value.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.optimizer.step()
-        return [
-            value.detach(),
-            torch.cat([p.grad.flatten() for p in self.net.parameters() if p.grad is not None]),
-        ]
+        return [value.detach(), *(p.grad for p in self.net.parameters() if p.grad is not None)]
+
+
+def whole(results: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The loss, and all gradients as one."""
+    value, *gradients = results
+    return [value, torch.cat([g.flatten() for g in gradients])]
 
 
 def forward(net: nn.Module, H: Tensor, sid: Tensor) -> Sequence[Tensor]:
@@ -134,7 +137,8 @@ def cases(rate: float, budget: float) -> Iterator[dict[str, Any]]:
             backward=True,
             eager=steps[0],
             ours=steps[1],
-            exact=exact(),
+            exact=whole(exact()),
+            compared=whole,
             macs=3 * macs,
             factor=4,
             **common,

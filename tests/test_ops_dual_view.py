@@ -140,6 +140,19 @@ def test_the_gradients_of_the_front_are_those_of_its_two_ops(size):
             assert torch.equal(x, y) if gate_asks is None else (x - y).norm() <= 1e-5 * y.norm()
 
 
+def test_the_gradients_of_the_front_have_the_same_bits_for_any_number_of_threads():
+    args = problem("front", 33, 24, 20, B=70, dtype=torch.complex64)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            found.append(value_and_gradients(normalized, args))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
 def test_wrong_arguments_of_the_backward_of_the_front():
     H, *weights = problem("front")
     planes, gX = torch.view_as_real(H).contiguous(), weights[-1].expand(3, 6, 4).contiguous()

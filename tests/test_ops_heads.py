@@ -15,7 +15,8 @@ pytestmark = pytest.mark.skipif(
 )
 OPS = torch.ops.lomacs
 EPS = torch.finfo(torch.float32).eps
-# widths of one strip, of several and a ragged one; batches of one sample, of none, and beside whole vectors
+# widths of one strip, of several, of more than there are parts, and ragged ones; batches of one sample, of none, and
+# beside whole vectors
 SIZES = [
     (5, 3, 7, 1),
     (1, 1, 1, 1),
@@ -23,6 +24,7 @@ SIZES = [
     (40, 17, 300, 129),
     (0, 4, 6, 5),
     (256, 64, 1000, 64),
+    (9, 5, 5000, 3100),
 ]
 SETS = ("avx512", "avx2", "portable")
 
