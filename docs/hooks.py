@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import re
 from pathlib import Path
@@ -13,7 +12,6 @@ from mkdocs.structure.files import File
 
 from lomacs_fast.benchmarks import figures, report
 from lomacs_fast.cli import table
-from lomacs_fast.reference import refine_products
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "epyc-2-cores" / "suite.json"
@@ -54,39 +52,7 @@ def refinement() -> str:
         "the kernel does three, so it can be below."
     )
     measured = table(cells, ("data", "batch", "call", "µs", "SVD / this", "floor µs"))
-    return f"{told}\n\n{measured}\n\n{estimated()}"
-
-
-def estimated() -> str:
-    """Microseconds a channel of the refinement on a device, from counted operations and its rates."""
-    rate, copy = 1e9 * on_device["product_gmacs"], 1e9 * on_device["copy_gb"]
-    cells = []
-    for (size, k), tied, steps in itertools.product(((64, 16), (128, 16)), (True, False), (4, 8)):
-        step = refine_products.step_products(size, size, k, 2, tied)
-        forward = steps * step + refine_products.close_products(size, size, k, 2, tied)
-        # the gradients take the ends, the factors of every step, every step again, and two products for one
-        both = forward + 5 * forward
-        factors = 8 * size * k * (1 if tied else 2)
-        moved = 8 * size * size + 2 * factors, 4 * 8 * size * size + 7 * factors
-        cells.append(
-            [
-                f"{size}x{size}",
-                "Hermitian" if tied else "general",
-                steps,
-                *(f"{1e6 * 4 * products / rate:.2f}" for products in (forward, both)),
-                *(f"{1e6 * number / copy:.2f}" for number in moved),
-            ]
-        )
-    header = (
-        "size", "form", "steps", "forward µs", "with gradients µs", "memory, forward µs", "with gradients µs"
-    )  # fmt: skip
-    told = (
-        "Estimated, not measured: microseconds a channel of the Triton kernels, 16 active columns, a complex "
-        f"product as four real ones at the {on_device['product_gmacs'] / 1e3:.1f} T float32 multiply-adds/s "
-        f"and the {on_device['copy_gb'] / 1e3:.1f} TB/s that were measured on an {on_device['gpu']}. Start "
-        "and completion are not in it, nor that k x k matrices wait for one another."
-    )
-    return f"{told}\n\n{table(cells, header)}\n"
+    return f"{told}\n\n{measured}\n"
 
 
 def distances(rows: list[dict[str, Any]], digits: int) -> str:
