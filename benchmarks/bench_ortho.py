@@ -30,10 +30,10 @@ def refine_macs(M: int, r: int, backward: bool) -> int:
 def bjorck_macs(M: int, r: int, backward: bool) -> int:
     """Real multiply-adds a sample, first order, of columns as near orthonormal as these.
 
-    Forward `U^H U` and `U Q` once for all steps, and five triangles of `r x r` products for Q. Backward by
+    Forward `U^H U` and `U Q` once for all steps, and four triangles of `r x r` products for Q. Backward by
     steps: `U^H U` and `U P` but for the last, `U^H g`, `g P` and `U C`.
     """
-    once = 6 * M * r * r + 5 * 2 * r**3
+    once = 6 * M * r * r + 4 * 2 * r**3
     return once + ((STEPS - 1) * 6 + STEPS * 12) * M * r * r * backward
 
 

@@ -252,12 +252,19 @@ LOMACS_TARGET void scale_columns(const T* x, const T* s, std::int64_t rows, std:
   }
 }
 
-// A left factor: number (i, k) lies at a[2 (i row + k column)].
+// A left factor: the real part of number (i, k) lies at a[unit (i row + k column)], and at `jump` more with every
+// `chunk` of columns; the imaginary part lies `imag` further.
 template <typename T>
 struct Left {
   const T* a;
   std::int64_t row, column;
+  std::int64_t unit = 2, imag = 1, chunk = std::numeric_limits<std::int64_t>::max(), jump = 0;
 };
+
+template <typename T>
+LOMACS_INLINE Left<T> left_of(Panels<T> x) {
+  return {x.data, Panels<T>::step, 1, 1, Panels<T>::imag, panel<T>, x.rows * Panels<T>::step - panel<T>};
+}
 
 template <typename T>
 struct Term {
@@ -282,63 +289,67 @@ LOMACS_INLINE Vec<T> spread(const T* p) {
 template <bool CONJ, int R, int V, typename T>
 LOMACS_INLINE void multiply(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], Vec<T> (&both)[R][V], const Term<T>& term,
                             std::int64_t i0, std::int64_t vec, Ahead::Run& run) {
-  const std::int64_t row = 2 * term.left.row, column = 2 * term.left.column;
-  const T* a = term.left.a + i0 * row;
+  const Left<T>& left = term.left;
+  const std::int64_t row = left.unit * left.row, column = left.unit * left.column, imag = left.imag;
+  const T* a = left.a + i0 * row;
   const T* b = term.right.at(0, vec);
-  for (std::int64_t k = term.depth; k > 0; --k, a += column, b += Panels<T>::step) {
-    run.step();
-    Vec<T> br[V], bi[V], bs[V];
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) {
-      br[j] = load(b + j * lanes<T>);
-      bi[j] = load(b + j * lanes<T> + Panels<T>::imag);
-      bs[j] = br[j] + bi[j];
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const Vec<T> ar = spread(a + i * row), ai = spread(a + i * row + 1), as = CONJ ? ar - ai : ar + ai;
+  for (std::int64_t depth = term.depth; depth > 0; depth -= left.chunk, a += left.jump)
+    for (std::int64_t k = std::min(depth, left.chunk); k > 0; --k, a += column, b += Panels<T>::step) {
+      run.step();
+      Vec<T> br[V], bi[V], bs[V];
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) {
-        re[i][j] += ar * br[j];
-        im[i][j] += ai * bi[j];
-        both[i][j] += as * bs[j];
+        br[j] = load(b + j * lanes<T>);
+        bi[j] = load(b + j * lanes<T> + Panels<T>::imag);
+        bs[j] = br[j] + bi[j];
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        const Vec<T> ar = spread(a + i * row), ai = spread(a + i * row + imag), as = CONJ ? ar - ai : ar + ai;
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) {
+          re[i][j] += ar * br[j];
+          im[i][j] += ai * bi[j];
+          both[i][j] += as * bs[j];
+        }
       }
     }
-  }
 }
 #else
 // re + i im += (R rows of the left factor, conjugated or not) x (V vectors of columns of the right one)
 template <bool CONJ, int R, int V, typename T>
 LOMACS_INLINE void multiply(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], const Term<T>& term, std::int64_t i0,
                             std::int64_t vec, Ahead::Run& run) {
-  const std::int64_t row = 2 * term.left.row, column = 2 * term.left.column;
-  const T* a = term.left.a + i0 * row;
+  const Left<T>& left = term.left;
+  const std::int64_t row = left.unit * left.row, column = left.unit * left.column, imag = left.imag;
+  const T* a = left.a + i0 * row;
   const T* b = term.right.at(0, vec);
-  for (std::int64_t k = term.depth; k > 0; --k, a += column, b += Panels<T>::step) {
-    run.step();
-    Vec<T> br[V], bi[V];
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) {
-      br[j] = load(b + j * lanes<T>);
-      bi[j] = load(b + j * lanes<T> + Panels<T>::imag);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const Vec<T> ar = splat(a[i * row]), ai = splat(a[i * row + 1]);
+  for (std::int64_t depth = term.depth; depth > 0; depth -= left.chunk, a += left.jump)
+    for (std::int64_t k = std::min(depth, left.chunk); k > 0; --k, a += column, b += Panels<T>::step) {
+      run.step();
+      Vec<T> br[V], bi[V];
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) {
-        re[i][j] += ar * br[j];
-        im[i][j] += ar * bi[j];
-        if constexpr (CONJ) {
-          re[i][j] += ai * bi[j];
-          im[i][j] -= ai * br[j];
-        } else {
-          re[i][j] -= ai * bi[j];
-          im[i][j] += ai * br[j];
+        br[j] = load(b + j * lanes<T>);
+        bi[j] = load(b + j * lanes<T> + Panels<T>::imag);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        const Vec<T> ar = splat(a[i * row]), ai = splat(a[i * row + imag]);
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) {
+          re[i][j] += ar * br[j];
+          im[i][j] += ar * bi[j];
+          if constexpr (CONJ) {
+            re[i][j] += ai * bi[j];
+            im[i][j] -= ai * br[j];
+          } else {
+            re[i][j] -= ai * bi[j];
+            im[i][j] += ai * br[j];
+          }
         }
       }
     }
-  }
 }
 #endif
 

@@ -123,18 +123,25 @@ LOMACS_TARGET void hermitian_sum(Panels<T> X, T x, std::int64_t n, Panels<T> to)
   combine(X, x, to, x, n, to);
 }
 
-// sum of Re(X_ij conj(Y_ij))
+// to = x (X + X^H); returns the sum of Re(X_ij conj(G_ij)) for a Hermitian G, which X + X^H has twice
 template <typename T>
-LOMACS_TARGET double inner(Panels<T> X, Panels<T> Y, std::int64_t n) {
+LOMACS_TARGET double hermitian_sum_and_inner(Panels<T> X, T x, Panels<T> G, std::int64_t n, Panels<T> to) {
   double total = 0;
-  for (std::int64_t vec = 0; vec * lanes<T> < n; ++vec)
-    for (std::int64_t i = 0; i < n;) {
+  for (std::int64_t j = 0; j * lanes<T> < n; ++j)
+    for (std::int64_t i = 0; i <= j; ++i) {
+      adjoint_square(X, j, i, to);
       Vec<T> part{};
-      for (const std::int64_t stop = std::min<std::int64_t>(i + 8, n); i < stop; ++i) {
-        const T *p = X.at(i, vec), *q = Y.at(i, vec);
-        part += load(p) * load(q) + load(p + Panels<T>::imag) * load(q + Panels<T>::imag);
+      const std::int64_t stop = std::min((i + 1) * lanes<T>, n);
+      for (std::int64_t k = i * lanes<T>; k < stop; ++k) {
+        const T *p = X.at(k, j), *g = G.at(k, j);
+        T* o = to.at(k, j);
+        const Vec<T> re = load(p) + load(o), im = load(p + Panels<T>::imag) + load(o + Panels<T>::imag);
+        part += re * load(g) + im * load(g + Panels<T>::imag);
+        store(o, x * re);
+        store(o + Panels<T>::imag, x * im);
       }
-      total += sum<T>(part);
+      total += (i == j ? 0.5 : 1.0) * sum<T>(part);
+      if (i < j) adjoint_square(to, i, j, to);
     }
   return total;
 }
@@ -151,7 +158,7 @@ LOMACS_TARGET void gram_matrix(const T* x, Panels<T> planar, std::int64_t rows, 
 
 // Gradient of columns x that were divided by (norm + eps), given that of the quotients, g:
 // to = g diag(a) - x diag(q Re(x^H g)), a = 1 / (norm + eps), q = a^2 / norm, or 1 / norm for x the quotients;
-// to may be x or g; in panels too where there are some
+// to may be x or g; as rows, in panels, or both, whatever there is
 template <typename T>
 LOMACS_TARGET void normal_gradient(const T* x, const T* g, const T* a, const T* q, std::int64_t rows,
                                    std::int64_t columns, T* to, Panels<T> planar = {}) {
@@ -176,7 +183,7 @@ LOMACS_TARGET void normal_gradient(const T* x, const T* g, const T* a, const T* 
       load_complex(x + at, count, xr, xi);
       load_complex(g + at, count, gr, gi);
       const Vec<T> re = of_g * gr - of_x * xr, im = of_g * gi - of_x * xi;
-      store_complex(to + at, count, re, im);
+      if (to != nullptr) store_complex(to + at, count, re, im);
       if (planar.data == nullptr) continue;
       T* p = planar.at(i, j / lanes<T>);
       store(p, re);
@@ -239,15 +246,15 @@ LOMACS_TARGET void refine_columns(const T* u, const Factor<T>& x, std::int64_t r
 template <typename T>
 LOMACS_TARGET double refine_gradient(const T* u, const T* columns, const T* g, const Factor<T>& x, std::int64_t rows,
                                      std::int64_t r, double step, T* gU, Ahead& ahead) {
-  normal_gradient(columns, g, x.scale, x.slope, rows, r, x.Y, x.U);
+  normal_gradient(columns, g, x.scale, x.slope, rows, r, static_cast<T*>(nullptr), x.U);
   const Term<T> cross[] = {{{u, 1, r}, x.U, rows}};
   ToPanels<T> of_gram{x.K};
   product<true>(cross, of_gram, r, r, ahead);
-  hermitian_sum(x.K, static_cast<T>(-step), r, x.C);
-  const Term<T> terms[] = {{{x.Y, r, 1}, x.P, r}, {{u, r, 1}, x.C, r}};
+  const double gstep = -hermitian_sum_and_inner(x.K, static_cast<T>(-step), x.G, r, x.C);
+  const Term<T> terms[] = {{left_of(x.U), x.P, r}, {{u, r, 1}, x.C, r}};
   ToRows<T> sink{gU, r};
   product<false>(terms, sink, rows, r, ahead);
-  return -inner(x.K, x.G, r);
+  return gstep;
 }
 
 }  // namespace

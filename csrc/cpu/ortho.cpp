@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -36,11 +37,12 @@ struct OrthoRefine {
   bool backward;
 };
 
-// A polynomial in X of degree `power * (products + 1)`, for |X| up to a radius.
+// A polynomial of degree 4 power in an X of eigenvalues from low to high: with B = sum of base_k X^k,
+// A = B^2 + sum of added_k X^k and C = sum of half_k X^k it is (A - C)(A + C) + sum of rest_k X^k.
 struct Polynomial {
-  double radius;
-  int power, products;
-  std::vector<double> c;
+  double low, high;
+  int power;
+  std::array<double, 5> base, added, half, rest;
 };
 
 template <typename T>
@@ -225,16 +227,69 @@ std::tuple<Tensor, Tensor, Tensor> ortho_refine_kept_backward(
   return refine_backward<double>(gU, gV, U, V, steps, &kept);
 }
 
-// All steps as one polynomial in X = U^H U - I: it takes the Chebyshev points' values, and within the radius its
-// relative error is at most 2e-8, for every number of steps and both orders, as these converge to (I + X)^-1/2.
+// a polynomial's coefficients from the highest on, `count` of those of its square root
+std::vector<double> square_root_of(const std::vector<double>& p, int count) {
+  std::vector<double> q(count);
+  for (int n = 0; n < count; ++n) {
+    double rest = p[n];
+    for (int i = 1; i < n; ++i) rest -= q[i] * q[n - i];
+    q[n] = n == 0 ? std::sqrt(rest) : rest / (2 * q[0]);
+  }
+  return q;
+}
+
+// Coefficients of the products from c, those of the polynomial, with A's constant. What p - A^2 has above X^power
+// is -C^2, and what A has there is B^2. False where p - A^2 does not begin with a negative number.
+bool factor(const std::vector<double>& c, double constant, Polynomial& fit) {
+  const int m = fit.power;
+  std::vector<double> high(c.rbegin(), c.rend());
+  std::vector<double> a = square_root_of(high, 2 * m);
+  a.push_back(constant);
+  std::vector<double> rest(high.begin() + 2 * m, high.end());
+  for (int n = 0; n <= 2 * m; ++n)
+    for (int i = n; i <= 2 * m; ++i) rest[n] -= a[i] * a[2 * m + n - i];
+  if (!(rest[0] < 0)) return false;
+  std::vector<double> turned(rest);
+  for (double& x : turned) x = -x;
+  std::vector<double> half = square_root_of(turned, m), base = square_root_of(a, m + 1);
+  half.push_back(0);
+  fit.base = fit.added = fit.half = fit.rest = {};
+  for (int k = 0; k <= m; ++k) {
+    fit.base[k] = base[m - k];
+    fit.half[k] = half[m - k];
+    fit.rest[k] = rest[2 * m - k];
+    if (k < m) fit.added[k] = a[2 * m - k];
+    for (int i = 0; i <= k; ++i) {
+      fit.rest[k] += half[m - i] * half[m - (k - i)];
+      if (k < m) fit.added[k] -= base[m - i] * base[m - (k - i)];
+    }
+  }
+  return true;
+}
+
+// what the parts of the sums come to, at most: rounding is in proportion
+double size_of(const Polynomial& fit) {
+  const double x = std::max(-fit.low, fit.high);
+  double base = 0, added = 0, half = 0, rest = 0, power = 1;
+  for (int k = 0; k <= fit.power; ++k, power *= x) {
+    base += std::abs(fit.base[k]) * power;
+    added += std::abs(fit.added[k]) * power;
+    half += std::abs(fit.half[k]) * power;
+    rest += std::abs(fit.rest[k]) * power;
+  }
+  return std::pow(base * base + added + half, 2) + rest;
+}
+
+// All steps as one polynomial in X = U^H U - I: it takes the Chebyshev points' values, and its relative error is at
+// most 2e-8, for every number of steps and both orders, as these converge to (I + X)^-1/2.
 Polynomial all_steps(std::int64_t steps, const double (&c)[3], Polynomial fit) {
   constexpr int points = 32;
-  const int degree = fit.power * (fit.products + 1);
-  const double pi = std::acos(-1.0);
+  const int degree = 4 * fit.power;
+  const double pi = std::acos(-1.0), middle = (fit.high + fit.low) / 2, radius = (fit.high - fit.low) / 2;
   std::vector<double> chebyshev(degree + 1);
   for (int n = 0; n < points; ++n) {
     const double angle = pi * (n + 0.5) / points;
-    double g = 1 + fit.radius * std::cos(angle), value = 1;
+    double g = 1 + middle + radius * std::cos(angle), value = 1;
     for (std::int64_t i = 0; i < steps; ++i) {
       const double q = c[0] + g * (c[1] + g * c[2]);
       value *= q;
@@ -242,17 +297,42 @@ Polynomial all_steps(std::int64_t steps, const double (&c)[3], Polynomial fit) {
     }
     for (int k = 0; k <= degree; ++k) chebyshev[k] += (k ? 2.0 : 1.0) / points * value * std::cos(k * angle);
   }
-  // T_k(x / radius) in powers of x
-  std::vector<double> last(degree + 1), now(degree + 1), next(degree + 1);
-  fit.c.assign(degree + 1, 0);
+  // of few steps it is nothing, and the square root asks for more than nothing
+  chebyshev[degree] = std::max(chebyshev[degree], 1e-9);
+  // T_k((x - middle) / radius) in powers of x
+  std::vector<double> last(degree + 1), now(degree + 1), next(degree + 1), powers(degree + 1);
   now[0] = 1;
   for (int k = 0; k <= degree; ++k) {
-    for (int i = 0; i <= k; ++i) fit.c[i] += chebyshev[k] * now[i];
-    for (int i = 0; i <= degree; ++i) next[i] = (i ? (k ? 2 : 1) / fit.radius * now[i - 1] : 0.0) - (k ? last[i] : 0.0);
+    for (int i = 0; i <= k; ++i) powers[i] += chebyshev[k] * now[i];
+    const double twice = k ? 2 : 1;
+    for (int i = 0; i <= degree; ++i)
+      next[i] = twice / radius * ((i ? now[i - 1] : 0.0) - middle * now[i]) - (k ? last[i] : 0.0);
     last = now;
     now = next;
   }
-  return fit;
+  Polynomial best = fit;
+  double least = std::numeric_limits<double>::infinity();
+  for (int n = 0; n <= 40; ++n) {
+    if (!factor(powers, 0.05 * n, fit) || !(size_of(fit) < least)) continue;
+    least = size_of(fit);
+    best = fit;
+  }
+  return best;
+}
+
+// by the products they take; a thread keeps those of its last call
+const std::vector<Polynomial>& polynomials_of(std::int64_t steps, int order, const double (&c)[3]) {
+  thread_local std::vector<Polynomial> kept;
+  thread_local std::int64_t kept_steps = 0;
+  thread_local int kept_order = 0;
+  if (kept_steps != steps || kept_order != order) {
+    kept.clear();
+    for (const auto& [low, high, power] : {std::tuple{-0.27, 0.33, 2}, {-0.48, 0.56, 3}, {-0.62, 0.62, 4}})
+      kept.push_back(all_steps(steps, c, {low, high, power, {}, {}, {}, {}}));
+    kept_steps = steps;
+    kept_order = order;
+  }
+  return kept;
 }
 
 template <typename T>
@@ -265,9 +345,7 @@ Tensor iterate(const Tensor* g, const Tensor& U, std::int64_t steps, std::int64_
   if (order == 1) job.bound = 1.6, job.c[0] = 1.5, job.c[1] = -0.5;
   else job.bound = 1.5, job.c[0] = 1.875, job.c[1] = -1.25, job.c[2] = 0.375;
   // three steps and more need more products one by one
-  if (sizeof(T) == 4 && !g && steps > 2)
-    for (const Polynomial& fit : {Polynomial{0.35, 3, 2, {}}, {0.49, 4, 2, {}}, {0.62, 4, 3, {}}})
-      job.together.push_back(all_steps(steps, job.c, fit));
+  if (sizeof(T) == 4 && !g && steps > 2) job.together = polynomials_of(steps, job.order, job.c);
   if (U.size(0) > 0) run(job, U.size(0));
   return out;
 }

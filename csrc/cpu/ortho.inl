@@ -264,49 +264,170 @@ struct ToSumOfPanels {
   }
 };
 
-// The polynomial of all steps at the Gram matrix in x.G, which is spent, where its eigenvalues are near enough 1;
-// else nothing, and x.G is left. By Paterson and Stockmeyer: the first powers, then Horner's rule in the last.
+// to = sum of c_k A_k, k from 1 on, and c_0 I
 template <typename T>
-LOMACS_TARGET Panels<T> all_steps_at_once(const Bjorck<T>& job, const Iterates<T>& x, Ahead& ahead) {
+LOMACS_TARGET void combination(const double* c, const Panels<T>* A, int count, std::int64_t n, Panels<T> to) {
+  for (std::int64_t vec = 0; vec * lanes<T> < n; ++vec)
+    for (std::int64_t i = 0; i < n; ++i) {
+      Vec<T> re{}, im{};
+      for (int k = 0; k < count; ++k) {
+        const Vec<T> x = splat(static_cast<T>(c[k + 1]));
+        const T* p = A[k].at(i, vec);
+        re += x * load(p);
+        im += x * load(p + Panels<T>::imag);
+      }
+      T* o = to.at(i, vec);
+      store(o, re);
+      store(o + Panels<T>::imag, im);
+    }
+  add_identity(to, static_cast<T>(c[0]), n);
+}
+
+// Traces of the powers of a Hermitian X, from the zeroth on, with X^2 and, where there is one, X^3
+template <typename T>
+struct Moments {
+  double trace[7] = {};
+  int count;
+
+  LOMACS_TARGET Moments(Panels<T> X, Panels<T> squared, Panels<T> cubed, std::int64_t n)
+      : count(cubed.data == nullptr ? 5 : 7) {
+    trace[0] = static_cast<double>(n);
+    for (std::int64_t k = 0; k < n; ++k) trace[1] += *X.element(k, k);
+    Vec<T> total[5] = {};
+    for (std::int64_t vec = 0; vec * lanes<T> < n; ++vec) {
+      // above the diagonal's square every number stands for two
+      const std::int64_t first = vec * lanes<T>, stop = std::min(first + lanes<T>, n);
+      for (std::int64_t i = 0; i < stop; ++i) {
+        const Panels<T> powers[] = {X, squared, count == 7 ? cubed : squared};
+        const T weight = i < first ? 2 : 1;
+        Vec<T> re[3], im[3];
+        for (int k = 0; k < 3; ++k) {
+          const T* p = powers[k].at(i, vec);
+          re[k] = load(p);
+          im[k] = load(p + Panels<T>::imag);
+        }
+#pragma GCC unroll 5
+        for (int k = 0; k < 5; ++k) {
+          const int a = k / 2, b = (k + 1) / 2;
+          total[k] += weight * (re[a] * re[b] + im[a] * im[b]);
+        }
+      }
+    }
+    for (int k = 2; k < count; ++k) trace[k] = sum<T>(total[k - 2]);
+  }
+
+  // Whether all eigenvalues lie between low and high. Polynomials q of degree 3 (2 without the cube) with q(t) = 1
+  // have a sum of q^2 over all eigenvalues of at least 1 / |p(t)|^2, p the orthonormal polynomials of that sum, and
+  // one takes it; at an eigenvalue it is no less than 1. Left of all zeros of p, where their signs take turns, and
+  // right of them it falls outwards: a t there with less than 1 has no eigenvalue beyond it.
+  bool within(double low, double high) const {
+    const int size = (count + 1) / 2;
+    const double unit = std::max(-low, high), grain = 1e-5 * trace[0];
+    double moments[7], root[4][4], over = 1, third = 1;
+    // points of little weight at the unit and a third of it, of both signs, keep the measure from having too few
+    for (int k = 0; k < count; ++k, over /= unit, third /= 3)
+      moments[k] = trace[k] * over + (k % 2 ? 0.0 : 2 * grain * (1 + third));
+    for (int i = 0; i < size; ++i)
+      for (int j = 0; j <= i; ++j) {
+        double x = moments[i + j];
+        for (int k = 0; k < j; ++k) x -= root[i][k] * root[j][k];
+        root[i][j] = i == j ? std::sqrt(x) : x / root[j][j];
+      }
+    for (const double end : {low, high}) {
+      const double t = end / unit;
+      double p[4], power = 1, square = 0;
+      bool beyond = true;
+      for (int i = 0; i < size; ++i, power *= t) {
+        p[i] = power;
+        for (int k = 0; k < i; ++k) p[i] -= root[i][k] * p[k];
+        p[i] /= root[i][i];
+        square += p[i] * p[i];
+        beyond = beyond && (end < 0 && i % 2 ? -p[i] : p[i]) > 0;
+      }
+      // NaN is beyond nothing
+      if (!(beyond && square > 1)) return false;
+    }
+    return true;
+  }
+};
+
+// whether columns of any spectrum within the polynomial's range come as near orthonormal by the steps as its error,
+// the scale of the start or none: then it is not needed, and without it they lie nearer
+template <typename T>
+bool settled(const Bjorck<T>& job, const Polynomial& fit, double scale) {
+  for (const double end : {1 + fit.low, 1 + fit.high}) {
+    double g = scale * scale * end, value = std::sqrt(g);
+    for (std::int64_t i = 0; i < job.steps && std::abs(value - 1) > 1e-9; ++i) {
+      const double q = job.c[0] + g * (job.c[1] + g * job.c[2]);
+      value *= q;
+      g *= q * q;
+    }
+    if (!(std::abs(value - 1) <= 1e-8)) return false;
+  }
+  return true;
+}
+
+// to = left right, Hermitian matrices that commute
+template <typename T, typename Sink>
+LOMACS_TARGET void hermitian_into(Panels<T> left, Panels<T> right, Sink sink, std::int64_t r, Panels<T> to,
+                                  Ahead& ahead) {
+  const Term<T> terms[] = {{left_of(left), right, r}};
+  product<false>(terms, sink, r, r, ahead, Part::upper);
+  mirror(to, r);
+}
+
+// The polynomial of all steps, and the scale, at the Gram matrix in x.G, which is spent, where its eigenvalues are
+// near enough 1; else nothing, and x.G is left.
+template <typename T>
+LOMACS_TARGET Panels<T> all_steps_at_once(const Bjorck<T>& job, const Iterates<T>& x, T scale, Ahead& ahead) {
   if (job.together.empty()) return {};
   const std::int64_t r = x.r;
-  const double widest = job.together.back().radius;
-  const Panels<T> X = x.W, powers[] = {X, x.S, x.X, x.gram(0)};
-  multiple(x.gram(0), T(1), r, X);
-  add_identity(X, T(-1), r);
-  rows_of(X, r, x.square);
-  times_square(x, X, x.S, ahead);
-  // |X| is at least |X^2|_F^(1/2) / r^(1/4), and at most |X^3|_F^(1/3)
-  double norm = std::sqrt(std::sqrt(inner(x.S, x.S, r) / static_cast<double>(r)));
-  if (norm <= widest) {
-    times_square(x, x.S, x.X, ahead);
-    norm = std::cbrt(std::sqrt(inner(x.X, x.X, r)));
-  }
+  const Panels<T> powers[] = {x.W, x.S, x.X, x.gram(0)}, X = powers[0], B = x.polynomial(0), A = x.Z;
   const Polynomial* fit = nullptr;
-  for (const Polynomial& candidate : job.together)
-    if (fit == nullptr && norm <= candidate.radius) fit = &candidate;
-  if (fit == nullptr) return {};
-  if (fit->power == 4) times_square(x, x.X, powers[3], ahead);
-  rows_of(powers[fit->power - 1], r, x.square);
-  Panels<T> now = x.Z, next = x.polynomial(0);
-  const double* c = fit->c.data() + fit->power * fit->products;
-  multiple(X, static_cast<T>(c[1]), r, now);
-  for (int n = 1; n < fit->power; ++n) combine(now, T(1), powers[n], static_cast<T>(c[n + 1]), r, now);
-  add_identity(now, static_cast<T>(c[0]), r);
-  for (int n = 0; n < fit->products; ++n) {
-    c -= fit->power;
-    const Term<T> terms[] = {{{x.square, r, 1}, now, r}};
-    ToSumOfPanels<T> sink{{next}, powers, c + 1, fit->power - 1};
-    product<false>(terms, sink, r, r, ahead, Part::upper);
-    add_identity(next, static_cast<T>(c[0]), r);
-    mirror(next, r);
-    std::swap(now, next);
+  int ready = 1;
+  const auto raise = [&](int power) LOMACS_TARGET {
+    for (; ready < power; ++ready)
+      hermitian_into(X, powers[ready - 1], ToPanels<T>{powers[ready]}, r, powers[ready], ahead);
+  };
+  T taken = 1;
+  for (const T start : {T(1), scale}) {
+    if (fit != nullptr || (start == 1 && ready > 1)) break;
+    bool begun = false;
+    for (const Polynomial& candidate : job.together) {
+      if (start != scale && !settled(job, candidate, scale)) continue;
+      if (!begun) {
+        multiple(x.gram(0), start * start, r, X);
+        add_identity(X, T(-1), r);
+        ready = 1;
+        begun = true;
+      }
+      raise(std::min(candidate.power, 3));
+      const Moments<T> moments(X, powers[1], ready > 2 ? powers[2] : Panels<T>{}, r);
+      if (!moments.within(candidate.low, candidate.high)) continue;
+      fit = &candidate;
+      taken = start;
+      break;
+    }
   }
-  return now;
+  if (fit == nullptr) return {};
+  raise(fit->power);
+  // A + C and A - C, then the product of these in the place of the last power
+  double plus[5], twice[5];
+  for (int k = 0; k < 5; ++k) plus[k] = fit->added[k] + fit->half[k], twice[k] = -2 * fit->half[k];
+  combination(fit->base.data(), powers, fit->power, r, B);
+  hermitian_into(B, B, ToSumOfPanels<T>{{A}, powers, plus + 1, fit->power}, r, A, ahead);
+  add_identity(A, static_cast<T>(plus[0]), r);
+  combination(twice, powers, fit->power, r, B);
+  combine(B, T(1), A, T(1), r, B);
+  const Panels<T> all = powers[3];
+  hermitian_into(B, A, ToSumOfPanels<T>{{all}, powers, fit->rest.data() + 1, fit->power}, r, all, ahead);
+  add_identity(all, static_cast<T>(fit->rest[0]), r);
+  if (taken != 1) multiple(all, taken, r, all);
+  return all;
 }
 
 // The Gram matrix of u and the sums of its magnitudes, the largest of which is `largest`; returns the scale of the
-// start, by which the Gram matrix is multiplied already
+// start, of which the Gram matrix is not yet
 template <typename T>
 LOMACS_TARGET T bjorck_start(const Bjorck<T>& job, const Iterates<T>& x, const T* u, double& largest, Part part,
                              Ahead& ahead) {
@@ -315,9 +436,7 @@ LOMACS_TARGET T bjorck_start(const Bjorck<T>& job, const Iterates<T>& x, const T
   largest = row_sums(x, x.gram(0));
   const double bound = job.bound;
   // NaN fails every comparison and passes on
-  const T scale = static_cast<T>(largest < bound * bound ? 1.0 : bound / std::sqrt(largest));
-  multiple(x.gram(0), scale * scale, job.r, x.gram(0));
-  return scale;
+  return static_cast<T>(largest < bound * bound ? 1.0 : bound / std::sqrt(largest));
 }
 
 // What a step leaves in directions of no singular value grows 1.5-fold with every later step of order 1 and
@@ -345,14 +464,13 @@ LOMACS_TARGET void bjorck_forward(const Bjorck<T>& job, const Iterates<T>& x, co
   double largest = 0;
   T scale = bjorck_start(job, x, u, largest, fine > 0 ? Part::all : Part::upper, ahead);
   if (job.steps == 0) return copy_scaled(u, scale, 2 * M * r, out);
-  const Panels<T> all = all_steps_at_once(job, x, ahead);
+  const Panels<T> all = all_steps_at_once(job, x, scale, ahead);
   if (all.data != nullptr) {
-    add_identity(all, T(-1), r);
-    if (scale != 1) multiple(all, scale, r, all);
     const Term<T> terms[] = {{{u, r, 1}, all, r}};
-    ToMoreRowsAndPanels<T> sink{{out, r}, {}, u, scale};
+    ToRows<T> sink{out, r};
     return product<false>(terms, sink, M, r, ahead);
   }
+  if (scale != 1) multiple(x.gram(0), scale * scale, r, x.gram(0));
   const T* now = u;
   for (std::int64_t i = 0; i < fine; ++i) {
     if (i > 0) iterate_gram(x, now, x.gram(0), Part::all, ahead);
@@ -391,6 +509,7 @@ LOMACS_TARGET T bjorck_iterate(const Bjorck<T>& job, const Iterates<T>& x, const
   const std::int64_t M = job.M, r = job.r, fine = first_that_may_be_rough(job);
   // all of it: equal columns must have equal sums to share a gradient
   const T scale = bjorck_start(job, x, u, largest, Part::all, ahead);
+  if (scale != 1) multiple(x.gram(0), scale * scale, r, x.gram(0));
   copy_scaled(u, scale, 2 * M * r, x.iterate(0));
   for (std::int64_t i = 0; i < job.steps; ++i) {
     const T* now = x.iterate(i);
