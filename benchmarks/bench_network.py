@@ -60,7 +60,7 @@ class Step:
         return [value.detach(), *(p.grad for p in self.net.parameters() if p.grad is not None)]
 
 
-def whole(results: Sequence[Tensor]) -> Sequence[Tensor]:
+def joined(results: Sequence[Tensor]) -> Sequence[Tensor]:
     """The loss, and all gradients as one."""
     value, *gradients = results
     return [value, torch.cat([g.flatten() for g in gradients])]
@@ -137,8 +137,8 @@ def cases(rate: float, budget: float) -> Iterator[dict[str, Any]]:
             backward=True,
             eager=steps[0],
             ours=steps[1],
-            exact=whole(exact()),
-            compared=whole,
+            exact=joined(exact()),
+            compared=joined,
             macs=3 * macs,
             factor=4,
             **common,

@@ -23,7 +23,7 @@ from torch import Tensor
 import lomacs_fast
 from lomacs_fast import reference
 from lomacs_fast.benchmarks import harness
-from lomacs_fast.benchmarks.bench_network import Step, channels, forward, product
+from lomacs_fast.benchmarks.bench_network import Step, channels, forward, joined, product
 from lomacs_fast.metrics import contest_macs, eager_twin, true_macs
 from lomacs_fast.pruning import prune
 
@@ -103,8 +103,8 @@ def cases(rate: float, budget: float) -> Iterator[dict[str, Any]]:
         for size, net in nets.items():
             if step:
                 eager[size] = pruned_step(net, reference.LoMACSSVDNet, reference.AEPlusLoss(), single)
-                exact = pruned_step(net, reference.LoMACSSVDNet, reference.AEPlusLoss(), H)()
-                errors[size] = checked(op, size, eager[size](), ours[size](), exact)
+                exact = joined(pruned_step(net, reference.LoMACSSVDNet, reference.AEPlusLoss(), H)())
+                errors[size] = checked(op, size, joined(eager[size]()), joined(ours[size]()), exact)
             else:
                 eager[size] = partial(forward, twins[size], single, sid)
                 exact = product(forward(eager_twin(net).double(), H, sid))
