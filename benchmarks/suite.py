@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -44,7 +45,7 @@ ACTIVE = 16
 # a percentile is given from so many repeats on
 TAIL = 100
 # seconds that torch.compile gets for a variant
-PATIENCE = 120.0
+PATIENCE = 60.0
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,8 @@ class Timing:
                 elif case.errors is not None:
                     self.errors[name] = case.errors.get(name)
             except Exception as failure:
+                if name == "torch.compile":
+                    end_compilers()
                 self.trouble[name] = f"failed: {_reason(failure)}"
         eager = self.errors.get("eager") or 0.0
         for name in case.alike:
@@ -308,6 +311,32 @@ def patience(limit: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def end_compilers() -> None:
+    """End what a compilation that failed or was left has running: it would be timed with the next case."""
+    with contextlib.suppress(Exception):
+        from torch._inductor.async_compile import shutdown_compile_workers
+
+        shutdown_compile_workers()
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            parents[int(path.parent.name)] = int(
+                path.read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+            )
+    mine, compilers = os.getpid(), []
+    for pid in parents:
+        above: int | None = pid
+        while above is not None and above != mine:
+            above = parents.get(above)
+        if above == mine and pid != mine:
+            with contextlib.suppress(OSError):
+                name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
+                compilers += [pid] * any(part in name for part in ("cc1plus", "g++", "clang", "c++"))
+    for pid in compilers:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def measure(case: Case, machine: Machine, budget: float) -> list[Row]:

@@ -5,7 +5,9 @@ import dataclasses
 import json
 import re
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +110,28 @@ def test_a_compilation_without_end_is_left(monkeypatch):
     assert rows[2]["median_s"] is not None
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="processes are found in /proc")
+def test_compilers_of_a_left_compilation_end(tmp_path):
+    # a script's process has the name of its file
+    compiler = tmp_path / "cc1plus"
+    compiler.write_text("#!/bin/sh\nread line\n")
+    compiler.chmod(0o755)
+    shell = subprocess.Popen(["sh", "-c", f"{compiler}; true"], stdin=subprocess.PIPE)
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and shell.poll() is None:
+            suite.end_compilers()
+            time.sleep(0.05)
+        assert shell.poll() is not None
+        assert other.poll() is None
+    finally:
+        for process in (shell, other):
+            process.kill()
+            process.wait()
+        shell.stdin.close()
 
 
 def test_ratio_and_floor_are_those_of_the_clock():
