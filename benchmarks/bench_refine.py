@@ -160,6 +160,12 @@ def with_gradients(backend: str, H: Tensor, steps: int, hermitian: bool) -> None
         torch.autograd.backward((S, U, V), (S.detach(), U.detach(), V.detach()))
 
 
+def without_gradients(backend: str, H: Tensor, steps: int, hermitian: bool) -> None:
+    """Forward of `refine_svd` from the DFT's start, without completion."""
+    with use_backend(backend):
+        functional.refine_svd(H, *dft_start(H, 16), steps, hermitian=hermitian, orthonormal=True)
+
+
 def row_of(
     kind: str, batch: int, name: str, us: float, svd: float, repeats: int, **more: Any
 ) -> dict[str, Any]:
@@ -187,13 +193,15 @@ def timed(seconds: float, rate: float) -> Iterator[dict[str, Any]]:
                 calls[f"eager, {steps} steps"] = lambda H=H, t=steps, eager=eager: eager(H, t)
             for steps in (0, 4) if batch > 1 else ():
                 for who, backend in (("fused", "cpp"), ("eager", "eager")):
+                    calls[f"{who}, {steps} steps alone"] = partial(without_gradients, backend, H, steps, tied)
                     calls[f"{who}, {steps} steps and gradients"] = partial(
                         with_gradients, backend, H, steps, tied
                     )
             micro, repeats = medians(calls, batch, seconds)
             # at batch 1 a difference of two times is noise
             for who in ("fused", "eager") if batch > 1 else ():
-                micro[f"{who}, a step"] = (micro[f"{who}, 4 steps"] - micro[f"{who}, 0 steps"]) / 4
+                most, least = (micro.pop(f"{who}, {t} steps alone") for t in (4, 0))
+                micro[f"{who}, a step"] = (most - least) / 4
                 most, least = (micro.pop(f"{who}, {t} steps and gradients") for t in (4, 0))
                 micro[f"{who}, with gradients, a step"] = (most - least) / 4
             step = 4 * refine_products.step_products(64, 64, 16, 2, tied)
