@@ -146,14 +146,14 @@ def main(file, everything=False):
     spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    # what is slow to compile names the targets that matter
-    only = {} if everything else getattr(module, "ONLY", {})
     if everything:
         for name, launch in module.launches().items():
             for target in TARGETS:
                 found = {key: n for key, n in report(launch, target).items() if key != "reads"}
                 print(json.dumps({"launch": name, "target": target} | found), flush=True)
         return
+    # what is slow to compile names the targets that matter
+    only = getattr(module, "ONLY", {})
     found = {
         name: {target: report(launch, target) for target in only.get(name, TARGETS)}
         for name, launch in module.launches().items()
