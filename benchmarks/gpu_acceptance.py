@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,9 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PREBUILT = ROOT / "build" / "native"
 # seconds; together under nine minutes
-LIMITS = {"load": 30, "test": 110, "kernels": 140, "sanitize": 80, "bench": 180}
-# files of kernels' tests that compile more than one process could in time
-PROCESSES = {"test_kernels_projected_attention": 4}
+LIMITS = {"load": 30, "test": 240, "sanitize": 80, "bench": 180}
 
 
 def build_ahead() -> None:
@@ -83,14 +83,20 @@ def together(
     for label, command in commands.items():
         with (out / f"{name}-{label}.txt").open("wb") as file:
             running[label] = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=ROOT,
+                start_new_session=True,
             )
     statuses: dict[str, int | str] = {}
     for label, process in running.items():
         try:
             statuses[label] = process.wait(max(0.1, limit - (time.monotonic() - begin)))
         except subprocess.TimeoutExpired:
-            process.kill()
+            # with the workers of its own
+            os.killpg(process.pid, signal.SIGKILL)
             statuses[label] = f"stopped after {limit} s"
     ends, parts = [], []
     for label in commands:
@@ -99,8 +105,8 @@ def together(
         log.unlink()
         parts.append(f"=== {label}: {statuses[label]}\n{text}")
         lines = text.splitlines()
-        told = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:12]
-        ends += [f"{label}: {statuses[label]}; {lines[-1] if lines else ''}", *told]
+        told = [found[0] for line in lines if (found := re.search(r"(FAILED|ERROR) \S+", line))]
+        ends += [f"{label}: {statuses[label]}; {lines[-1] if lines else ''}", *dict.fromkeys(told)]
     (out / f"{name}.txt").write_text("\n".join(parts), encoding="utf-8")
     # pytest says 5 where nothing was selected
     wrong = [s for s in statuses.values() if s not in (0, 5)]
@@ -118,6 +124,9 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--build", action="store_true")
     parser.add_argument("--only", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="steps to run")
+    parser.add_argument(
+        "--stems", nargs="+", default=[], help="stems to measure; all of the suite's if not given"
+    )
     parser.add_argument("--step", choices=["load", "sanitize", "bench"], help=argparse.SUPPRESS)
     parser.add_argument("--function", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -131,7 +140,7 @@ def main() -> int:
         if args.step == "sanitize":
             sanitize(device, args.function)
         else:
-            STEPS[args.step](args.out, device)
+            load(args.out, device) if args.step == "load" else bench(args.out, device, args.stems)
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     if any(args.out.iterdir()):
@@ -147,7 +156,7 @@ def main() -> int:
             # the staged package, not the checkout: pytest would put the current folder first
             "PYTHONSAFEPATH": "1",
         }
-        return run_all(args.out, args.dry_run, environment, args.only)
+        return run_all(args.out, args.dry_run, environment, args.only, args.stems)
 
 
 def functions() -> list[str]:
@@ -156,46 +165,48 @@ def functions() -> list[str]:
     return re.findall(r'^    Case\("\w+", "(\w+)"', text, re.MULTILINE)
 
 
-def parts(path: Path, count: int) -> dict[str, list[str]]:
-    """Tests of a file dealt out to processes: `{label: arguments of pytest}`."""
-    names = re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-    dealt = [names[i::count] for i in range(count)]
-    return {f"{path.stem}-{i}": [f"{path}::{name}" for name in part] for i, part in enumerate(dealt) if part}
+def tests(python: str, dry: bool) -> list[str]:
+    """One run of pytest over what needs a device; most of its time compiles, a core each where xdist is."""
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-v",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        "--durations=25",
+    ]
+    folder = ROOT / "tests"
+    if dry:
+        return [*command, str(folder / "test_stems.py"), "-k", "aeplus_loss and 64x64x32"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(os.cpu_count()), "--dist", "worksteal"]
+    kernels = sorted(folder.glob("test_kernels_*.py"))
+    marked = [p for p in sorted(folder.glob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
+    # the interpreter's tests of kernels run on the device; what is compiled ahead needs none
+    selected = "gpu or (test_kernels_ and not ahead and not compiled)"
+    return [*command, *map(str, dict.fromkeys([*kernels, *marked])), "-k", selected]
 
 
-def run_all(out: Path, dry: bool, environment: dict[str, str], wanted: Sequence[str]) -> int:
+def run_all(
+    out: Path, dry: bool, environment: dict[str, str], wanted: Sequence[str], stems: Sequence[str]
+) -> int:
     python = sys.executable
     own = [python, __file__, str(out), *(["--dry-run"] if dry else []), "--step"]
-    pytest = [python, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
     names = ["aeplus_loss"] if dry else functions()
-    marked = [] if dry else ["-m", "gpu"]
-    tests = {
-        f: [*pytest, "tests/test_stems.py", *marked, "-k", f"{f} and 64x64x32" if dry else f] for f in names
-    }
-    if not dry:
-        # what is compiled ahead, or run by the host, needs no device
-        for path in [
-            *sorted((ROOT / "tests").glob("test_cuda_*.py")),
-            ROOT / "tests" / "test_ops_backbone.py",
-        ]:
-            tests[path.stem] = [*pytest, str(path), "-m", "gpu"]
     sanitizer = shutil.which("compute-sanitizer") if not dry else None
     watched = [sanitizer, "--error-exitcode", "9"] if sanitizer else []
-    paths = [] if dry else sorted((ROOT / "tests").glob("test_kernels_*.py"))
-    kernels = {
-        label: [*pytest, *selected, "-k", "not ahead and not compiled"]
-        for path in paths
-        for label, selected in parts(path, PROCESSES.get(path.stem, 1)).items()
-    }
     groups = {
-        "test": tests,
-        "kernels": kernels,
+        "test": {"tests": tests(python, dry)},
         "sanitize": {f: [*watched, *own, "sanitize", "--function", f] for f in names},
     }
     steps = [
         together(name, groups[name], out, environment, LIMITS[name])
         if name in groups
-        else step(name, [*own, name], out, environment, LIMITS[name])
+        else step(name, [*own, name, *(["--stems", *stems] if stems else [])], out, environment, LIMITS[name])
         for name in LIMITS
         if name in wanted
     ]
@@ -269,7 +280,7 @@ def sanitize(device: str, function: str) -> None:
         torch.cuda.synchronize()
 
 
-def bench(out: Path, device: str) -> None:
+def bench(out: Path, device: str, stems: Sequence[str]) -> None:
     """The suite of `lomacs-fast bench` until time is up, the network and the decompositions first."""
     import torch
 
@@ -285,15 +296,15 @@ def bench(out: Path, device: str) -> None:
         (out / "rows.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
     end = time.monotonic() + LIMITS["bench"] - 20
-    options = suite.Options(device, device == "cpu", 0.01 if device == "cpu" else 0.05, end=end, sweeps=False)
+    options = suite.Options(
+        device, device == "cpu", 0.01 if device == "cpu" else 0.05, stems=tuple(stems), end=end, sweeps=False
+    )
     if device == "cpu":
         options = dataclasses.replace(options, stems=("aeplus",), compiled=False)
     result = suite.run(options, keep)
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (out / "bench.md").write_text(report.markdown(result), encoding="utf-8")
 
-
-STEPS = {"load": load, "bench": bench}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from typing import Any, Self, cast
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -31,6 +33,83 @@ __all__ = ["FrozenSVDNet", "freeze"]
 
 FORMAT = 1
 
+Factors = tuple[Tensor, Tensor, Tensor]
+
+# numbers of H above which a batch keeps a device busy for longer than its launches take
+LARGEST = 1 << 21
+# batch sizes that a network holds graphs of
+MOST = 8
+
+
+class _Graph(NamedTuple):
+    """A captured CUDA graph, where it reads and where it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    H: Tensor
+    scene: Tensor
+    factors: Factors
+
+
+class _Graphs:
+    """CUDA graphs of one network, the latest `MOST` of what was called twice, a pool of memory a stream."""
+
+    def __init__(self) -> None:
+        self._clear(None)
+        # two threads must not write a graph's input between its copy and its replay
+        self._lock = threading.Lock()
+
+    def _clear(self, weights: Any) -> None:
+        self._weights = weights
+        self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()
+        self._pools: dict[int, Any] = {}
+
+    def __call__(
+        self, call: Callable[[Tensor, Tensor], Factors], H: Tensor, scene: Tensor, weights: Any
+    ) -> Factors:
+        """What `call(H, scene)` gives: the first time by it, the second captured, then replayed."""
+        stream = torch.cuda.current_stream(H.device).cuda_stream
+        # what the choice of kernels depends on, beside H
+        precision = torch.get_float32_matmul_precision()
+        how = functional.chosen(), precision, torch.are_deterministic_algorithms_enabled()
+        key = H.shape[0], stream, H.device, how
+        with self._lock:
+            if weights is not self._weights:
+                self._clear(weights)
+            known = key in self._graphs
+            if known:
+                self._graphs.move_to_end(key)
+                found = self._graphs[key] or self._capture(call, H, scene, stream)
+                self._graphs[key] = found
+                found.H.copy_(H)
+                found.scene.copy_(scene)
+                found.graph.replay()
+                # the next replay writes over them
+                U, S, V = (x.clone() for x in found.factors)
+                return U, S, V
+        # it also compiles and loads what no capture may
+        factors = call(H, scene)
+        with self._lock:
+            if weights is self._weights:
+                self._graphs.setdefault(key, None)
+            while len(self._graphs) > MOST:
+                self._graphs.popitem(last=False)
+        return factors
+
+    def _capture(
+        self, call: Callable[[Tensor, Tensor], Factors], H: Tensor, scene: Tensor, stream: int
+    ) -> _Graph:
+        # of no call's mode: later calls write them
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(H.device):
+            static = torch.empty(H.shape, dtype=H.dtype, device=H.device).copy_(H)
+            rows = torch.empty(scene.shape, dtype=scene.dtype, device=H.device).copy_(scene)
+            if stream not in self._pools:
+                self._pools[stream] = torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            # another thread's work on the device is no business of the capture
+            with torch.cuda.graph(graph, pool=self._pools[stream], capture_error_mode="thread_local"):
+                factors = call(static, rows)
+        return _Graph(graph, static, rows, factors)
+
 
 class FrozenSVDNet(nn.Module):
     """A network for inference alone; `frozen(H, sid=None)` gives `U, S, V` in the scale of H.
@@ -40,9 +119,14 @@ class FrozenSVDNet(nn.Module):
     the projection, norm and scene embedding into the heads; of a refined network with the angular head the
     scene's bias into the gate's first convolution.
 
+    On a GPU a batch of at most 2 Mi numbers (512 channels of 64 x 64) whose size comes again is served by a
+    CUDA graph, captured at the second call and replayed from then on; 8 sizes are kept. Inside a capture of
+    the caller's, and for larger batches, its kernels are launched one by one.
+
     Attributes:
         config: the constructor's arguments of the network it came from.
         scenarios: what the scenes stand for, in their order; None where nobody said.
+        graphs: whether CUDA graphs are captured; they hold memory between calls.
     """
 
     def __init__(
@@ -58,6 +142,7 @@ class FrozenSVDNet(nn.Module):
         self._numbers = _numbers(weights)
         self._views: tuple[Tensor, ...] = ()
         self._last: tuple[tuple[int, ...], FrozenWeights | FrozenAngular, Sequence[Any]] | None = None
+        self.graphs, self._captured = True, _Graphs()
         for name, tensor in _flat(weights).items():
             self.register_buffer(name, tensor)
         self._pack()
@@ -150,10 +235,11 @@ class FrozenSVDNet(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # identities mean nothing in a copy or another process, where every view would bring all of them
         buffers = {name: x.clone() for name, x in self._arrays().items()}
-        return self.__dict__ | {"_last": None, "_views": (), "_buffers": buffers}
+        return self.__dict__ | {"_last": None, "_views": (), "_captured": None, "_buffers": buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._captured = _Graphs()
         self._pack()
 
     def forward(self, H: Tensor, sid: Tensor | int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,9 +262,28 @@ class FrozenSVDNet(nn.Module):
             return found
         with torch.no_grad():
             H = self._channels(H)
-            if isinstance(weights, FrozenAngular):
-                return functional.frozen_angular_svd(H, self._scenes(sid, H), weights)
-            return functional.frozen_svd(H, self._scenes(sid, H), weights)
+            scene = self._scenes(sid, H)
+
+            def call(H: Tensor, scene: Tensor) -> Factors:
+                if isinstance(weights, FrozenAngular):
+                    return functional.frozen_angular_svd(H, scene, weights)
+                return functional.frozen_svd(H, scene, weights)
+
+            return self._captured(call, H, scene, weights) if self._repeats(H) else call(H, scene)
+
+    def _repeats(self, H: Tensor) -> bool:
+        """Whether a CUDA graph may serve H: not under a tracer, a transform, autocast or another capture."""
+        return (
+            H.is_cuda
+            and self.graphs
+            and 0 < H.numel() <= LARGEST
+            and torch.version.hip is None
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+            and _get_current_dispatch_mode() is None
+            and not torch.is_autocast_enabled("cuda")
+            and not torch.cuda.is_current_stream_capturing()
+        )
 
     def _channels(self, H: Tensor) -> Tensor:
         expected = f"complex (B, {self.M}, {self.N}) or real (B, {self.M}, {self.N}, 2)"
@@ -198,26 +303,23 @@ class FrozenSVDNet(nn.Module):
 
     def _scenes(self, sid: Tensor | int | None, H: Tensor) -> Tensor:
         if sid is None:
-            sid = torch.full((), self.n_scene)
-        else:
-            if not isinstance(sid, Tensor):
-                try:
-                    sid = integer("sid", sid)
-                except TypeError:
-                    came = type(sid).__name__
-                    raise TypeError(
-                        f"sid must be an integer, an integer tensor or None, got {came}"
-                    ) from None
-            sid = torch.as_tensor(sid)
-            if sid.is_floating_point() or sid.is_complex() or sid.dtype == torch.bool:
-                raise TypeError(f"sid must be an integer tensor, got {sid.dtype}")
-            if sid.ndim and sid.shape != H.shape[:1]:
-                raise ValueError(f"sid must have shape ({H.shape[0]},) as H has, got {tuple(sid.shape)}")
-            # a traced value cannot be looked at; the op looks at it
-            looked = sid.numel() and not torch.compiler.is_compiling()
-            low, high = (int(x) for x in sid.aminmax()) if looked else (0, 0)
-            if low < 0 or high >= self.n_scene:
-                raise ValueError(f"sid must lie between 0 and {self.n_scene - 1}, got {low} to {high}")
+            return torch.full(H.shape[:1], self.n_scene, device=H.device)
+        if not isinstance(sid, Tensor):
+            try:
+                sid = integer("sid", sid)
+            except TypeError:
+                came = type(sid).__name__
+                raise TypeError(f"sid must be an integer, an integer tensor or None, got {came}") from None
+        sid = torch.as_tensor(sid)
+        if sid.is_floating_point() or sid.is_complex() or sid.dtype == torch.bool:
+            raise TypeError(f"sid must be an integer tensor, got {sid.dtype}")
+        if sid.ndim and sid.shape != H.shape[:1]:
+            raise ValueError(f"sid must have shape ({H.shape[0]},) as H has, got {tuple(sid.shape)}")
+        # a traced value cannot be looked at, the op looks at it; nor one of a graph that is captured
+        looked = sid.numel() and not torch.compiler.is_compiling() and not _capturing(sid)
+        low, high = (int(x) for x in sid.aminmax()) if looked else (0, 0)
+        if low < 0 or high >= self.n_scene:
+            raise ValueError(f"sid must lie between 0 and {self.n_scene - 1}, got {low} to {high}")
         return sid.to(H.device, torch.int64).expand(H.shape[0])
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -261,6 +363,10 @@ class FrozenSVDNet(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.config.items())
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def freeze(net: LoMACSSVDNet, scenarios: tuple[int, ...] | None = None) -> FrozenSVDNet:

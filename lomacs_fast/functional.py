@@ -654,4 +654,4 @@ def frozen_angular_svd(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tupl
     return ops.frozen_angular_svd(H, scene, weights)
 
 
-flat_weights, frozen_svd_at_once = ops.flat_weights, ops.frozen_svd_at_once
+flat_weights, frozen_svd_at_once, chosen = ops.flat_weights, ops.frozen_svd_at_once, ops.chosen

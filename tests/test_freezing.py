@@ -9,7 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import lomacs_fast
-from lomacs_fast import FrozenSVDNet, freeze, reference, use_backend
+from lomacs_fast import FrozenSVDNet, freeze, freezing, reference, use_backend
 from lomacs_fast.inference import decompose
 from lomacs_fast.ops.native import reasons as native_reasons
 from lomacs_fast.pruning import prune
@@ -655,6 +655,166 @@ def test_parametrized_weights_are_those_of_the_network():
         torch.nn.utils.parametrize.register_parametrization(part, "weight", torch.nn.Softplus())
     for x, y in zip(freeze(net)(H, 1), decompose(net, H, 1), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+class TestGraphs:
+    """The bookkeeping of captured graphs, with what is captured replaced by a count."""
+
+    @pytest.fixture
+    def graphs(self, monkeypatch):
+        def capture(self, call, H, scene, stream):
+            class Graph:
+                def replay(self):
+                    for x, y in zip(found.factors, call(found.H, found.scene), strict=True):
+                        x.copy_(y)
+
+            self.made = getattr(self, "made", 0) + 1
+            found = freezing._Graph(Graph(), H.clone(), scene.clone(), call(H, scene))
+            return found
+
+        stream = type("Stream", (), {"cuda_stream": 0})
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        monkeypatch.setattr(freezing._Graphs, "_capture", capture)
+        return freezing._Graphs()
+
+    @staticmethod
+    def call(H, scene):
+        return H * 2, H.real[:, 0] + scene[:, None], H - 1
+
+    def inputs(self, B, seed):
+        return channels(B, 3, 3, seed, torch.complex64), torch.arange(B) + seed
+
+    def test_the_second_call_captures_and_results_are_the_caller_s(self, graphs):
+        weights, results = object(), []
+        for seed in range(4):
+            H, scene = self.inputs(5, seed)
+            results.append((graphs(self.call, H, scene, weights), self.call(H, scene)))
+            assert getattr(graphs, "made", 0) == min(seed, 1)
+        for got, want in results:
+            assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+    def test_other_weights_and_other_ways_are_captured_anew(self, graphs):
+        first, other = object(), object()
+        for made, weights in ((1, first), (2, other), (3, first)):
+            for seed in range(3):
+                graphs(self.call, *self.inputs(5, seed), weights)
+            assert graphs.made == made
+        with use_backend("eager"):
+            for seed in range(2):
+                graphs(self.call, *self.inputs(5, seed), first)
+        assert graphs.made == 4
+
+    def test_the_latest_sizes_are_kept(self, graphs):
+        weights = object()
+        for B in range(1, freezing.MOST + 3):
+            for seed in range(2):
+                graphs(self.call, *self.inputs(B, seed), weights)
+        assert [key[0] for key in graphs._graphs] == list(range(3, freezing.MOST + 3))
+        # a size of its own every time captures none
+        made = graphs.made
+        for B in range(20, 40):
+            graphs(self.call, *self.inputs(B, 0), weights)
+        assert (graphs.made, len(graphs._graphs)) == (made, freezing.MOST)
+
+
+def sized(kind, seed=0, dtype=torch.float32):
+    if kind == "published":
+        return network(seed, dtype, M=64, N=64, r=32, dim=32, groups=4, k_len=16, gate_hidden=32)
+    sizes = {"M": 64, "r": 32, "active": 16}
+    if kind == "covariances":
+        return angular(seed, dtype, N=64, array=(2, 4, 8), **sizes)
+    return angular(seed, dtype, N=48, hermitian=False, **sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["published", "covariances", "channels"])
+class TestOnADevice:
+    @pytest.fixture(autouse=True)
+    def device(self):
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+    @staticmethod
+    def inputs(net, B, seed):
+        if hasattr(net, "hermitian"):
+            H = input_of(net, B, seed, torch.complex64)
+        else:
+            H = channels(B, net.M, net.N, seed, torch.complex64)
+        return H.cuda(), torch.arange(B, device="cuda") % 3
+
+    @pytest.mark.parametrize("graphs", [False, True])
+    def test_by_the_rule(self, kind, graphs):
+        errors, size = np.zeros(2), 0.0
+        for seed in range(3):
+            net = sized(kind, seed)
+            H, sid = self.inputs(net, 24, seed)
+            exact = product(*decompose(copy.deepcopy(net).double(), H.cpu().to(torch.complex128), sid.cpu()))
+            net, frozen = net.cuda(), freeze(net).cuda()
+            frozen.graphs = graphs
+            with use_backend("eager"):
+                eager = decompose(net, H, sid)
+            with use_backend("triton"):
+                got = [frozen(H, sid) for _ in range(3)][-1]
+            for i, found in enumerate((eager, got)):
+                errors[i] += float(torch.linalg.vector_norm(product(*found).cpu() - exact).square())
+            size += float(torch.linalg.vector_norm(exact).square())
+            for X in (got[0], got[2]):
+                assert (X.mH @ X - torch.eye(32, device="cuda")).abs().max() < 1e-4 or kind == "published"
+        eager, ours = np.sqrt(errors / size)
+        assert ours <= 2 * eager + 4 * EPS
+
+    @pytest.mark.parametrize("backend", ["triton", "eager"])
+    def test_replays_equal_launches(self, kind, backend):
+        net, other = sized(kind).cuda(), sized(kind, 1).cuda()
+        frozen, plain = freeze(net), freeze(net)
+        plain.graphs = False
+
+        def check(count, B=9, sid=True):
+            for seed in range(3):
+                H, scenes = self.inputs(net, B, seed)
+                scenes = scenes if sid else None
+                for x, y in zip(frozen(H, scenes), plain(H, scenes), strict=True):
+                    assert torch.equal(x, y)
+            assert sum(g is not None for g in frozen._captured._graphs.values()) == count
+
+        with use_backend(backend):
+            check(1)
+            check(1, sid=False)
+            check(2, B=1)
+            for module in (frozen, plain):
+                module.load_state_dict(freeze(other).state_dict())
+            # written in place the weights are the graphs' own
+            check(2)
+            with torch.inference_mode():
+                check(2)
+            check(2)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                check(3)
+            again = pickle.loads(pickle.dumps(frozen))
+            assert not again._captured._graphs
+            H, _ = self.inputs(net, 9, 0)
+            assert all(torch.equal(x, y) for x, y in zip(again(H), plain(H), strict=True))
+
+    def test_inside_a_capture_of_the_caller_s(self, kind):
+        frozen = freeze(sized(kind).cuda())
+        H, sid = self.inputs(sized(kind), 7, 0)
+        with use_backend("triton"):
+            for _ in range(3):
+                frozen(H, sid)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = frozen(H, sid)
+            H.copy_(self.inputs(sized(kind), 7, 1)[0])
+            graph.replay()
+            assert all(torch.equal(x, y) for x, y in zip(captured, frozen(H, sid), strict=True))
+
+    def test_autocast_takes_no_part(self, kind):
+        frozen = freeze(sized(kind).cuda())
+        H, sid = self.inputs(sized(kind), 7, 0)
+        with use_backend("triton"):
+            want = frozen(H, sid)
+            with torch.autocast("cuda", torch.bfloat16):
+                assert all(torch.equal(x, y) for x, y in zip(frozen(H, sid), want, strict=True))
 
 
 def test_upsampling_is_torch_s():

@@ -1,7 +1,6 @@
 """The acceptance run on a device, as far as it needs none."""
 
 import os
-import re
 import subprocess
 import sys
 
@@ -53,13 +52,22 @@ def test_every_function_of_the_suite_is_accepted():
     assert set(gpu_acceptance.names_of("backbone")) == {"triton"}
 
 
-def test_no_test_is_lost_between_processes():
-    path = gpu_acceptance.ROOT / "tests" / "test_kernels_projected_attention.py"
-    dealt = [test for part in gpu_acceptance.parts(path, 4).values() for test in part]
-    names = re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(dealt) == sorted(f"{path}::{name}" for name in names)
-    assert len(gpu_acceptance.parts(path, 4)) == 4
-    assert all((path.parent / f"{name}.py").is_file() for name in gpu_acceptance.PROCESSES)
+def test_what_needs_a_device_is_selected():
+    command = gpu_acceptance.tests(sys.executable, dry=False)
+    plain = [word for word in command if word not in ("-v", "-n", "--dist", "worksteal", str(os.cpu_count()))]
+    done = subprocess.run(
+        [*plain, "--collect-only", "-q"], capture_output=True, text=True, timeout=120, check=True
+    )
+    found = done.stdout
+    for part in (
+        "test_stems.py::test_values_and_gradients_by_the_rule[aeplus_loss-cuda-64x64x32]",
+        "test_kernels_refine.py::test_on_a_device_at_the_main_size",
+        "test_kernels_ortho.py::",
+        "test_freezing.py::TestOnADevice",
+    ):
+        assert part in found
+    for part in ("-cpu-", "test_gpu_acceptance", "ahead"):
+        assert part not in found
 
 
 def test_limits_leave_room_in_nine_minutes():

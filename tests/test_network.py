@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import foreign
 import numpy as np
 import pytest
 import torch
@@ -512,6 +513,62 @@ def test_compiled_forward_in_one_graph():
     for scenes in (sid, 0, 2, 1):
         for x, y in zip(compiled(H, scenes), net(H, scenes), strict=True):
             torch.testing.assert_close(x, y)
+
+
+@pytest.mark.gpu
+class TestOnADevice:
+    @pytest.fixture(autouse=True)
+    def device(self, monkeypatch):
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        monkeypatch.setenv("LOMACS_FAST_UNPROVED", "1")
+
+    @staticmethod
+    def problem(namespace=lomacs_fast, seed=0, device="cuda"):
+        torch.manual_seed(seed)
+        net = namespace.LoMACSSVDNet(64, 64, 32, 3, dim=32, k_len=16, gate_hidden=32).to(device)
+        H = channels(16, 64, 64).to(device) / 64
+        return net, H, torch.arange(16, device=device) % 3
+
+    @staticmethod
+    def gradients(namespace, net, H, sid, call=None):
+        U, S, V, _ = (call or net)(H, sid)
+        value = namespace.AEPlusLoss()(U, S, V, H, 0.4, 0.3, 0.3, 0.2)
+        found = torch.autograd.grad(value, list(net.parameters()))
+        return torch.cat([value.detach()[None], *(g.flatten() for g in found)]).double().cpu()
+
+    def test_a_step_by_the_rule(self):
+        errors = np.zeros(2)
+        for seed in range(3):
+            net, H, sid = self.problem(reference, seed, "cpu")
+            exact = self.gradients(reference, net.double(), H.to(torch.complex128), sid)
+            for i, namespace in enumerate(NAMESPACES):
+                errors[i] += relative(self.gradients(namespace, *self.problem(namespace, seed)), exact) ** 2
+        eager, ours = np.sqrt(errors / 3)
+        assert ours <= 2 * eager + 4 * torch.finfo(torch.float32).eps
+
+    def test_compiled_in_one_graph(self):
+        net, H, sid = self.problem()
+        compiled = torch.compile(net, fullgraph=True)
+        found, want = (self.gradients(lomacs_fast, net, H, sid, call) for call in (compiled, net))
+        assert relative(found, want) < 1e-4
+
+    def test_autocast(self):
+        net, H, sid = self.problem()
+        want = self.gradients(lomacs_fast, net, H, sid)
+        with torch.autocast("cuda", torch.bfloat16):
+            found = self.gradients(lomacs_fast, net, H, sid)
+        assert torch.nn.functional.cosine_similarity(found, want, dim=0) > 0.99
+
+    def test_accelerated(self):
+        torch.manual_seed(0)
+        net = foreign.LowMACS_SVDNet(64, 64, 32, 3, dim=32, groups=4, k_len=16, hidden=32).cuda()
+        H, sid = self.problem()[1:]
+        want = net(H, sid)
+        report = lomacs_fast.accelerate(net)
+        assert not report.left
+        for x, y in zip(net(H, sid), want, strict=True):
+            assert relative(x.abs(), y.abs()) < 1e-3
 
 
 MEMORY = """

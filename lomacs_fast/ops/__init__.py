@@ -2,7 +2,7 @@
 
 from .aeplus import aeplus_loss
 from .backbone import backbone_at_once
-from .dispatch import BackendError, backend_table, use_backend
+from .dispatch import BackendError, backend_table, chosen, use_backend
 from .dual_view import dual_view_project, gate_project
 from .freq_gate import freq_gate
 from .frozen import flat_weights, frozen_angular_svd, frozen_svd, frozen_svd_at_once
@@ -23,6 +23,7 @@ __all__ = [
     "backbone_at_once",
     "backend_table",
     "bjorck",
+    "chosen",
     "dual_view_project",
     "flat_weights",
     "freq_gate",

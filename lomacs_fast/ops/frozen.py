@@ -22,6 +22,7 @@ from .common import library
 from .dispatch import Backend, Op
 from .freq_gate import cpp_reasons, cpu_gate_reasons, freq_gate, gate_flops
 from .ortho import flops_of_refine, native_reasons
+from .refine import refine_svd
 
 library.define(
     "frozen_svd(Tensor H, Tensor scene, Tensor packed, int[] sizes, Tensor scalars, float temperature, "
@@ -134,14 +135,37 @@ def _reasons(H: Tensor, scene: Tensor, weights: FrozenWeights) -> list[str]:
     return found or cpp_reasons(H.device)
 
 
+def _refine(
+    H: Tensor,
+    U: Tensor,
+    V: Tensor,
+    steps: int,
+    *,
+    scalars: Tensor,
+    sweeps: int,
+    hermitian: bool,
+    orthonormal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return refine_svd(H, U, V, steps, None, hermitian, scalars, sweeps, orthonormal)
+
+
 # the stems on a device, each by what serves it
 _STEMS = SimpleNamespace(
-    freq_gate=lambda H, *weights: freq_gate(H, *weights, False), backbone=backbone, svd_tail=spectral.svd_tail
+    freq_gate=lambda H, *weights: freq_gate(H, *weights, False),
+    backbone=backbone,
+    svd_tail=spectral.svd_tail,
+    refine_svd=_refine,
 )
 
 
+def _without_autocast() -> torch.autocast:
+    # as the op of the CPU: frozen weights take no part in it
+    return torch.autocast("cuda", enabled=False)
+
+
 def _stem_by_stem(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.frozen_svd(H, scene, weights, _STEMS)
+    with _without_autocast():
+        return reference.frozen_svd(H, scene, weights, _STEMS)
 
 
 def _triton_reasons(H: Tensor, scene: Tensor, weights: FrozenWeights) -> list[str]:
@@ -223,6 +247,16 @@ def _angular_reasons(H: Tensor, scene: Tensor, weights: FrozenAngular) -> list[s
     return native_reasons(size, H=H, weights=weights.table)
 
 
+def _angular_triton_reasons(H: Tensor, scene: Tensor, weights: FrozenAngular) -> list[str]:
+    found = common.mixed_reasons(H=H, weights=weights.table) + common.transform_reasons()
+    return found + common.single_triton_reasons("H", H, common.NOWHERE)
+
+
+def _angular_stem_by_stem(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tuple[Tensor, Tensor, Tensor]:
+    with _without_autocast():
+        return reference.frozen_angular_svd(H, scene, weights, _STEMS)
+
+
 def _angular_eager(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tuple[Tensor, Tensor, Tensor]:
     return reference.frozen_angular_svd(H, scene, weights)
 
@@ -235,7 +269,11 @@ def _nominal_angular(device: torch.device) -> tuple[Any, ...]:
 
 frozen_angular_svd = Op(
     "frozen_angular_svd",
-    [Backend("cpp", _angular_reasons, _native), Backend("eager", lambda *_: (), _angular_eager)],
+    [
+        Backend("triton", _angular_triton_reasons, _angular_stem_by_stem),
+        Backend("cpp", _angular_reasons, _native),
+        Backend("eager", lambda *_: (), _angular_eager),
+    ],
     ("H", "scene", "weights"),
     _nominal_angular,
 )

@@ -28,18 +28,18 @@ def panel(array: Sequence[int] | None, antennas: int) -> tuple[int, int, int]:
     return p, a, b
 
 
-def lag_tables(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def lag_tables(rows: int, columns: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Where entries of a matrix over a panel's elements lie by lag, and the lag of every entry.
 
     Lags `(di, dj)` are counted modulo `(2 rows, 2 columns)`. The first table `(4 e, e)`, e elements, holds
     flat indices into `(e, e)` and e^2 where there is no entry; the second `(e, e)` indices of lags.
     """
     e = rows * columns
-    i = torch.arange(e)
+    i = torch.arange(e, device=device)
     down = (i[:, None] // columns - i // columns).remainder(2 * rows)
     across = (i[:, None] % columns - i % columns).remainder(2 * columns)
     lag = down * (2 * columns) + across
-    entries = torch.full((4 * e, e), e * e)
+    entries = torch.full((4 * e, e), e * e, device=device)
     entries[lag, i.expand(e, e)] = i[:, None] * e + i
     return entries, lag
 

@@ -47,6 +47,8 @@ def complete_from_dft(U: Tensor, columns: int) -> Tensor:
     X = _outside(X, U)
     G = X.mH @ X
     defect = (G - torch.eye(c, dtype=U.dtype, device=U.device)).abs().amax()
-    if not bool(defect < CLOSE):
-        return complete(U, columns)[..., k:]
-    return 1.5 * X - 0.5 * (X @ G)
+    short = 1.5 * X - 0.5 * (X @ G)
+    if U.is_cuda and torch.cuda.is_current_stream_capturing():
+        # a graph that is captured takes one way, whatever the values
+        return torch.where(defect < CLOSE, short, complete(U, columns)[..., k:])
+    return short if bool(defect < CLOSE) else complete(U, columns)[..., k:]

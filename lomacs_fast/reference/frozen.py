@@ -175,7 +175,7 @@ def fold_network(net: Any) -> FrozenWeights:
     )
 
 
-STEMS = SimpleNamespace(freq_gate=freq_gate, backbone=backbone, svd_tail=svd_tail)
+STEMS = SimpleNamespace(freq_gate=freq_gate, backbone=backbone, svd_tail=svd_tail, refine_svd=refine_svd)
 
 
 def frozen_svd(
@@ -265,7 +265,9 @@ def fold_angular(net: Any) -> FrozenAngular:
     )
 
 
-def frozen_angular_svd(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tuple[Tensor, Tensor, Tensor]:
+def frozen_angular_svd(
+    H: Tensor, scene: Tensor, weights: FrozenAngular, functions: Any = STEMS
+) -> tuple[Tensor, Tensor, Tensor]:
     """`U, S, V` with `H ~ U diag(S) V^H`: the refined angular head at `H / |H|_F`, S times `|H|_F`.
 
     Args:
@@ -281,7 +283,7 @@ def frozen_angular_svd(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tupl
     floor = X.real.new_zeros(len(X), 1)
     if w.array is not None:
         X = 0.5 * (X + X.mH)
-        entries, lag = (x.to(H.device) for x in lag_tables(*w.array[1:]))
+        entries, lag = lag_tables(*w.array[1:], device=H.device)
         first, second = w.first.reshape(-1, 1, 3, 3), w.second.reshape(1, -1, 3, 3)
         P = angular_spectrum(X, w.array, entries)
         gate, floor = gate_of_spectrum(
@@ -290,7 +292,7 @@ def frozen_angular_svd(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tupl
         X = filtered(X, gate, floor, w.array, lag)
     U, V = dft_start(X, w.active)
     steps, options = len(w.scalars), {"hermitian": tied, "orthonormal": True}
-    U, S, V = refine_svd(X, U, V, steps, scalars=w.scalars, sweeps=w.sweeps, **options)
+    U, S, V = functions.refine_svd(X, U, V, steps, scalars=w.scalars, sweeps=w.sweeps, **options)
     rest = complete_from_dft(U, w.rank)
     other = rest if tied else complete_from_dft(V, w.rank)
     S = (S * w.numbers[4] - w.numbers[5] * floor).clamp_min(0)
