@@ -7,7 +7,7 @@ JSON go to the folder given, and a step that fails stops no other.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -19,14 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PREBUILT = ROOT / "build" / "native"
 # seconds; together under nine minutes
-LIMITS = {"load": 30, "test": 240, "sanitize": 80, "bench": 180}
+LIMITS = {"load": 30, "test": 230, "sanitize": 70, "profile": 30, "bench": 180}
 
 
 def build_ahead() -> None:
@@ -127,7 +126,11 @@ def main() -> int:
     parser.add_argument(
         "--stems", nargs="+", default=[], help="stems to measure; all of the suite's if not given"
     )
-    parser.add_argument("--step", choices=["load", "sanitize", "bench"], help=argparse.SUPPRESS)
+    parser.add_argument("--no-compile", action="store_true", help="measure without torch.compile")
+    parser.add_argument(
+        "--seconds", type=int, default=LIMITS["bench"], help="for bench, %(default)s if not given"
+    )
+    parser.add_argument("--step", choices=["load", "sanitize", "profile", "bench"], help=argparse.SUPPRESS)
     parser.add_argument("--function", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.build:
@@ -140,7 +143,7 @@ def main() -> int:
         if args.step == "sanitize":
             sanitize(device, args.function)
         else:
-            load(args.out, device) if args.step == "load" else bench(args.out, device, args.stems)
+            {"load": load, "profile": profile, "bench": bench}[args.step](device, args)
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     if any(args.out.iterdir()):
@@ -156,7 +159,7 @@ def main() -> int:
             # the staged package, not the checkout: pytest would put the current folder first
             "PYTHONSAFEPATH": "1",
         }
-        return run_all(args.out, args.dry_run, environment, args.only, args.stems)
+        return run_all(environment, args)
 
 
 def functions() -> list[str]:
@@ -191,11 +194,14 @@ def tests(python: str, dry: bool) -> list[str]:
     return [*command, *map(str, dict.fromkeys([*kernels, *marked])), "-k", selected]
 
 
-def run_all(
-    out: Path, dry: bool, environment: dict[str, str], wanted: Sequence[str], stems: Sequence[str]
-) -> int:
-    python = sys.executable
+def run_all(environment: dict[str, str], args: argparse.Namespace) -> int:
+    python, out, dry = sys.executable, args.out, args.dry_run
     own = [python, __file__, str(out), *(["--dry-run"] if dry else []), "--step"]
+    chosen = [
+        *(["--stems", *args.stems] if args.stems else []),
+        *(["--no-compile"] if args.no_compile else []),
+    ]
+    chosen += ["--seconds", str(args.seconds)]
     names = ["aeplus_loss"] if dry else functions()
     sanitizer = shutil.which("compute-sanitizer") if not dry else None
     watched = [sanitizer, "--error-exitcode", "9"] if sanitizer else []
@@ -203,12 +209,13 @@ def run_all(
         "test": {"tests": tests(python, dry)},
         "sanitize": {f: [*watched, *own, "sanitize", "--function", f] for f in names},
     }
+    limits = LIMITS | {"bench": args.seconds}
     steps = [
-        together(name, groups[name], out, environment, LIMITS[name])
+        together(name, groups[name], out, environment, limits[name])
         if name in groups
-        else step(name, [*own, name, *(["--stems", *stems] if stems else [])], out, environment, LIMITS[name])
+        else step(name, [*own, name, *chosen], out, environment, limits[name])
         for name in LIMITS
-        if name in wanted
+        if name in args.only
     ]
     (out / "steps.json").write_text(json.dumps(steps, indent=1) + "\n", encoding="utf-8")
     for done in steps:
@@ -220,7 +227,7 @@ def run_all(
     return 0 if all(done["status"] == 0 for done in steps) else 1
 
 
-def load(out: Path, device: str) -> None:
+def load(device: str, args: argparse.Namespace) -> None:
     """Load or build the libraries, and say what serves what."""
     import torch
 
@@ -244,7 +251,7 @@ def load(out: Path, device: str) -> None:
     except ImportError:
         facts["triton"] = None
     facts["table"] = lomacs_fast.backend_table()
-    (out / "environment.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (args.out / "environment.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({name: value for name, value in facts.items() if name != "table"}, indent=1))
 
 
@@ -280,14 +287,54 @@ def sanitize(device: str, function: str) -> None:
         torch.cuda.synchronize()
 
 
-def bench(out: Path, device: str, stems: Sequence[str]) -> None:
+def profile(device: str, args: argparse.Namespace) -> None:
+    """What the time of a training step and of the frozen network goes to, kernel by kernel."""
+    import torch
+
+    from lomacs_fast import AEPlusLoss, LoMACSSVDNet, freeze
+    from lomacs_fast.benchmarks import suite
+
+    activity = torch.profiler.ProfilerActivity
+    watched = [activity.CPU] if device == "cpu" else [activity.CPU, activity.CUDA]
+    rows: list[dict[str, Any]] = []
+    for size, main_batch in suite.MAIN:
+        batch = 2 if device == "cpu" else main_batch
+        H, sid = suite.channels(size, batch, device), torch.arange(batch, device=device) % 4
+        net = suite.network(LoMACSSVDNet, size, device)
+        frozen = freeze(net)
+        # a replay would be one launch
+        frozen.graphs = False
+        stepper = suite._stepper(net, AEPlusLoss(), H, sid, device)
+        for what, call in {"step": stepper, "frozen": functools.partial(frozen, H, sid)}.items():
+            for _ in range(3):
+                call()
+            times = 5
+            with torch.profiler.profile(activities=watched) as found:
+                for _ in range(times):
+                    call()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            for event in found.key_averages():
+                own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+                if own and (device == "cpu" or event.device_type == torch.autograd.DeviceType.CUDA):
+                    facts = {"what": what, "size": str(size), "batch": batch, "kernel": event.key[:200]}
+                    rows.append(facts | {"count": event.count / times, "us": round(own / times, 2)})
+    rows.sort(key=lambda row: (row["size"], row["what"], -row["us"]))
+    (args.out / "profile.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    for row in rows:
+        print(
+            f"{row['what']:7} {row['size']:10} {row['us']:8.1f} us {row['count']:6.1f}  {row['kernel'][:90]}"
+        )
+
+
+def bench(device: str, args: argparse.Namespace) -> None:
     """The suite of `lomacs-fast bench` until time is up, the network and the decompositions first."""
     import torch
 
     from lomacs_fast.benchmarks import report, suite
 
     torch.set_float32_matmul_precision("highest")
-    rows: list[dict[str, Any]] = []
+    out, rows = args.out, list[dict[str, Any]]()
     target = out / "suite.json"
 
     def keep(number: int, found: list[dict[str, Any]]) -> None:
@@ -295,12 +342,15 @@ def bench(out: Path, device: str, stems: Sequence[str]) -> None:
         rows.extend(found)
         (out / "rows.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
-    end = time.monotonic() + LIMITS["bench"] - 20
     options = suite.Options(
-        device, device == "cpu", 0.01 if device == "cpu" else 0.05, stems=tuple(stems), end=end, sweeps=False
+        device,
+        quick=device == "cpu",
+        seconds=0.01 if device == "cpu" else 0.05,
+        stems=("aeplus",) if device == "cpu" else tuple(args.stems),
+        end=time.monotonic() + args.seconds - 20,
+        sweeps=False,
+        compiled=not (device == "cpu" or args.no_compile),
     )
-    if device == "cpu":
-        options = dataclasses.replace(options, stems=("aeplus",), compiled=False)
     result = suite.run(options, keep)
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (out / "bench.md").write_text(report.markdown(result), encoding="utf-8")

@@ -1045,32 +1045,32 @@ def unpad(p_x, p_y, rows, k: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
 # registers: all of a program's scratch lies at distances from its core that a step and constants make.
 
 
-@triton.jit
-def products_at(K: tl.constexpr):
+@triton.constexpr_function
+def products_at(K):
     """H V, and H^H U after it."""
     return WORK * (2 * K * K)
 
 
-@triton.jit
-def tall_at(M: tl.constexpr, N: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr):
+@triton.constexpr_function
+def tall_at(M, N, HERMITIAN, K):
     """Three matrices of the longer side's rows, one after another."""
     return products_at(K) + (M if HERMITIAN else M + N) * (2 * K)
 
 
-@triton.jit
-def gradients_at(M: tl.constexpr, N: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr):
+@triton.constexpr_function
+def gradients_at(M, N, HERMITIAN, K):
     """Those of the products with H; of the factors, before and after a step in turns, behind it."""
     return tall_at(M, N, HERMITIAN, K) + (M if M > N else N) * (6 * K)
 
 
-@triton.jit
-def unit_at(M: tl.constexpr, N: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr):
+@triton.constexpr_function
+def unit_at(M, N, HERMITIAN, K):
     """`H / |H|`."""
     return gradients_at(M, N, HERMITIAN, K) + (M if HERMITIAN else M + N) * (6 * K)
 
 
-@triton.jit
-def chain_at(M: tl.constexpr, N: tl.constexpr, HERMITIAN: tl.constexpr, K: tl.constexpr):
+@triton.constexpr_function
+def chain_at(M, N, HERMITIAN, K):
     """The chain that makes a core diagonal."""
     return unit_at(M, N, HERMITIAN, K) + (2 * M * N + 3) // 4 * 4
 

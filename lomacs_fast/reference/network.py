@@ -349,7 +349,8 @@ class LoMACSSVDNet(nn.Module):
     def _columns(self, feat: Tensor) -> Sequence[Tensor]:
         heads = self.u_head, self.v_head
         written = all(_as_written(head, nn.Linear) and head.bias is not None for head in heads)
-        if written and _unhooked(*heads) and not _autocast(feat.device.type):
+        # on a device the products are a library's
+        if written and not _launches(feat) and _unhooked(*heads) and not _autocast(feat.device.type):
             weights = (x for head in heads for x in (head.weight, head.bias))
             return cast(Sequence[Tensor], self.functions.svd_heads(feat, *weights))
         return [head(feat).to(self.pos.dtype) for head in heads]
