@@ -19,13 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PREBUILT = ROOT / "build" / "native"
 # seconds; together under nine minutes
-LIMITS = {"load": 30, "test": 230, "sanitize": 70, "profile": 30, "bench": 180}
+LIMITS = {"load": 30, "test": 230, "sanitize": 60, "bench": 160, "latency": 30, "profile": 30}
 
 
 def build_ahead() -> None:
@@ -130,7 +132,7 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=int, default=LIMITS["bench"], help="for bench, %(default)s if not given"
     )
-    parser.add_argument("--step", choices=["load", "sanitize", "profile", "bench"], help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=[*LIMITS], help=argparse.SUPPRESS)
     parser.add_argument("--function", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.build:
@@ -143,7 +145,7 @@ def main() -> int:
         if args.step == "sanitize":
             sanitize(device, args.function)
         else:
-            {"load": load, "profile": profile, "bench": bench}[args.step](device, args)
+            STEPS[args.step](device, args)
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     if any(args.out.iterdir()):
@@ -327,6 +329,37 @@ def profile(device: str, args: argparse.Namespace) -> None:
         )
 
 
+def latency(device: str, args: argparse.Namespace) -> None:
+    """Wall time of a call of the frozen network, its CUDA graph and the launches, beside what it replaces."""
+    import torch
+
+    from lomacs_fast import LoMACSSVDNet, freeze, use_backend
+    from lomacs_fast.benchmarks import suite
+
+    def wall(call: Callable[[], Any], turns: int) -> float:
+        for _ in range(3):
+            call()
+        return 1e6 * median(suite.seconds(call, device) for _ in range(turns))
+
+    rows: list[dict[str, Any]] = []
+    for (size, _), batches in zip(suite.MAIN, ((1, 16, 64, 256, 512, 4096), (1, 16, 64, 1024)), strict=True):
+        net = suite.network(LoMACSSVDNet, size, device).eval()
+        graph, launches = freeze(net), freeze(net)
+        launches.graphs = False
+        for batch in batches if device == "cuda" else (1,):
+            H = suite.channels(size, batch, device)
+            calls = {"graph": functools.partial(graph, H), "launches": functools.partial(launches, H)}
+            if batch <= 16:
+                calls["svd"] = functools.partial(torch.linalg.svd, H, full_matrices=False)
+            turns = 30 if device == "cuda" else 2
+            times = {name: wall(call, turns) for name, call in calls.items()}
+            with use_backend("eager"), torch.no_grad():
+                times["eager"] = wall(functools.partial(net, H, 0), 5)
+            rows.append({"size": str(size), "batch": batch} | {k: round(x, 1) for k, x in times.items()})
+            print(size, batch, *(f"{name} {x:.0f} us" for name, x in times.items()), flush=True)
+    (args.out / "latency.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
 def bench(device: str, args: argparse.Namespace) -> None:
     """The suite of `lomacs-fast bench` until time is up, the network and the decompositions first."""
     import torch
@@ -355,6 +388,8 @@ def bench(device: str, args: argparse.Namespace) -> None:
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (out / "bench.md").write_text(report.markdown(result), encoding="utf-8")
 
+
+STEPS = {"load": load, "bench": bench, "latency": latency, "profile": profile}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -565,7 +565,10 @@ def inference_case(size: stems.Size, batch: int, device: str, compiled: bool, ki
 
 
 def cases(options: Options) -> Iterator[Callable[[], Case]]:
-    """The suite, functions first, then the network; each is made when its turn comes."""
+    """The suite, each case made when its turn comes: functions, then the network, then sweeps.
+
+    On a device the network comes first, and last the refinement, whose kernels take minutes to compile.
+    """
     device = options.device
     wanted = options.stems or tuple(dict.fromkeys([*(c.stem for c in stems.CASES), "network", "inference"]))
     main = [(s, SLOT[s.M] if device == "cuda" else b, b) for s, b in MAIN]
@@ -574,20 +577,31 @@ def cases(options: Options) -> Iterator[Callable[[], Case]]:
     # compiling every function takes minutes, which an acceptance run does not have
     compiled = options.compiled and not options.quick and device == "cpu"
     sizes = [(size, batch, "main") for size, _, batch in main] + [(SMALL, 1, "latency")]
-    for size, batch, kind in sizes:
-        for case in stems.CASES:
-            if case.stem in wanted:
-                for backward in (False, True):
-                    yield partial(
-                        function_case, case, size, batch, backward, device, compiled and kind == "main", kind
-                    )
-    for size, slot, batch in main:
-        if "network" in wanted:
-            yield partial(training_case, size, batch, device, whole, "main")
+
+    def functions(last: bool) -> Iterator[Callable[[], Case]]:
+        for size, batch, kind in sizes:
+            for case in stems.CASES:
+                if case.stem in wanted and last == (device == "cuda" and case.stem == "refine"):
+                    for backward in (False, True):
+                        traced = compiled and kind == "main"
+                        yield partial(function_case, case, size, batch, backward, device, traced, kind)
+
+    def networks() -> Iterator[Callable[[], Case]]:
+        for size, slot, batch in main:
+            if "network" in wanted:
+                yield partial(training_case, size, batch, device, whole, "main")
+            if "inference" in wanted:
+                yield partial(inference_case, size, slot, device, whole, "main")
         if "inference" in wanted:
-            yield partial(inference_case, size, slot, device, whole, "main")
-    if "inference" in wanted:
-        yield partial(inference_case, SMALL, 1, device, whole and not options.quick, "latency")
+            yield partial(inference_case, SMALL, 1, device, whole and not options.quick, "latency")
+
+    if device == "cuda":
+        yield from networks()
+        yield from functions(last=False)
+        yield from functions(last=True)
+    else:
+        yield from functions(last=False)
+        yield from networks()
     if options.sweeps and "inference" in wanted:
         for batch in BATCHES[:5:2] if options.quick else BATCHES:
             yield partial(inference_case, SMALL, batch, device, False, "batch")

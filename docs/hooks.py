@@ -15,14 +15,14 @@ from lomacs_fast.cli import table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "epyc-2-cores" / "suite.json"
-DEVICE = ROOT / "benchmarks" / "results" / "h100" / "suite.json"
+DEVICES = [ROOT / "benchmarks" / "results" / chip / "suite.json" for chip in ("h200", "h100")]
 MARK = re.compile(r"<!-- measured: (\w+) -->")
 HEADER = (
     "function", "pass", "size", "batch", "eager µs", "ours µs", "ratio", "floor µs", "ours / floor", "binds"
 )  # fmt: skip
 
 result: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
-on_device: dict[str, Any] = json.loads(DEVICE.read_text(encoding="utf-8"))
+on_devices: list[dict[str, Any]] = [json.loads(path.read_text(encoding="utf-8")) for path in DEVICES]
 
 
 def rows_of(stem: str, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -84,14 +84,16 @@ def measured(stem: str) -> str:
     """What the benchmark found of a stem on two cores, and on a device where one has run it."""
     if stem == "refine":
         return refinement()
-    rows, device = rows_of(stem, result), rows_of(stem, on_device)
+    rows = rows_of(stem, result)
     if not rows:
         raise ValueError(f"{RESULTS} holds nothing of {stem!r}: run lomacs-fast bench")
     text = f"Microseconds a channel. {report.conditions(result)}; medians of interleaved runs.\n\n"
     text += f"{distances(rows, 1)}\n\n![Times faster than eager](../figures/{stem}.png)\n"
-    if device:
-        text += f"\nOn a device: {report.conditions(on_device)}; captured graphs, every kernel let in.\n\n"
-        text += f"{distances(device, 3)}\n"
+    for found in on_devices:
+        device = rows_of(stem, found)
+        if device:
+            text += f"\nOn a device: {report.conditions(found)}; captured graphs, every kernel let in.\n\n"
+            text += f"{distances(device, 3)}\n"
     return text
 
 

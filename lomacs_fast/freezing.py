@@ -36,7 +36,7 @@ FORMAT = 1
 Factors = tuple[Tensor, Tensor, Tensor]
 
 # numbers of H above which a batch keeps a device busy for longer than its launches take
-LARGEST = 1 << 21
+LARGEST = 1 << 22
 # batch sizes that a network holds graphs of
 MOST = 8
 
@@ -119,7 +119,7 @@ class FrozenSVDNet(nn.Module):
     the projection, norm and scene embedding into the heads; of a refined network with the angular head the
     scene's bias into the gate's first convolution.
 
-    On a GPU a batch of at most 2 Mi numbers (512 channels of 64 x 64) whose size comes again is served by a
+    On a GPU a batch of at most 4 Mi numbers (1,024 channels of 64 x 64) whose size comes again is served by a
     CUDA graph, captured at the second call and replayed from then on; 8 sizes are kept. Inside a capture of
     the caller's, and for larger batches, its kernels are launched one by one.
 

@@ -420,17 +420,6 @@ def test_triton_says_which_widths_have_no_room(g, a, k, words):
     assert [words in r for r in found] == ([True] if words else [])
 
 
-def test_what_no_device_has_run_waits(monkeypatch):
-    """Forward and backward: both are newer than the last run on a device."""
-    asked = []
-    monkeypatch.setattr(stem.common, "triton_reasons", lambda device, proved: asked.append(proved) or [])
-    x, wq, pk = torch.empty(3, 5, 32), torch.empty(2, 32, 16), torch.empty(2, 5, 32)
-    for leaf in (False, True):
-        arguments = x.clone().requires_grad_(leaf), wq, wq, wq, wq, pk, pk, None, None, 1e-5
-        assert stem._triton_reasons(*arguments) == []
-    assert asked == [stem.common.NOWHERE] * 2
-
-
 def test_a_device_reads_lists_where_they_lie_once_it_has_run_that(monkeypatch):
     x = torch.empty(3, 5, 32, device="meta")
     for reasons in ([], ["none has run it"]):

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lomacs_fast
 from lomacs_fast import BackendError, approx_svd, functional, metrics, reference, use_backend
 from lomacs_fast.ops import native, toolchain
+from lomacs_fast.ops import refine as stem
 
 pytestmark = pytest.mark.skipif(
     toolchain.find_compiler("cpu") is None and bool(native.reasons("cpu")), reason="no C++ compiler"
@@ -214,3 +215,22 @@ def test_auto_takes_the_op_where_gradients_are_wanted_and_in_graphs():
     with use_backend("auto"):
         torch.compile(functional.refine_svd, fullgraph=True, backend=backend)(*args[:3], 2)
     assert any("refine_svd" in name for name in seen)
+
+
+def test_triton_says_from_where_it_gains_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        stem.common, "single_triton_reasons", lambda name, x, proved: asked.append(proved) or []
+    )
+
+    def reasons(samples, active):
+        H = torch.empty(samples, 64, 64, dtype=torch.complex64)
+        U = torch.empty(samples, 64, 32, dtype=torch.complex64)
+        return stem._triton_reasons(H, U, U, 3, active, False, None, 2, True)
+
+    with use_backend("auto"):
+        assert reasons(512, 16) == []
+        assert reasons(513, 16) == ["513 samples are more than the 512 from which plain PyTorch is no slower"]
+    with use_backend("triton"):
+        assert reasons(513, 24) == []
+    assert asked == [stem.common.PROVED, stem.common.PROVED, stem.common.NOWHERE]

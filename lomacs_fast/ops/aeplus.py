@@ -138,8 +138,7 @@ def _native_reasons(U: Tensor, S: Tensor, V: Tensor, H: Tensor, *_: Any) -> list
     found += common.size_reasons(M * N + (M + N) * r)
     found += common.transform_reasons()
     if H.device.type == "cuda":
-        # the kernel takes products with the residual since its last run on a device
-        found += common.unproved_reasons("cpp", H.device, proved=common.NOWHERE)
+        found += common.unproved_reasons("cpp", H.device)
     if not found:
         found += native.reasons(H.device.type)
     return found

@@ -123,7 +123,7 @@ def _flops(x: Sequence[int], weights: Sequence[Any], kinds: Sequence[int], *_: A
 def _one_launch_reasons(
     x: Tensor, blocks: Sequence[Block], norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
 ) -> list[str]:
-    (T, d), found = x.shape[1:], tokens.triton_reasons(x, common.NOWHERE)
+    (T, d), found = x.shape[1:], tokens.triton_reasons(x)
     weights: list[Tensor | None] = []
     for block in blocks:
         for part in block:

@@ -170,7 +170,7 @@ def _stem_by_stem(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Ten
 
 def _triton_reasons(H: Tensor, scene: Tensor, weights: FrozenWeights) -> list[str]:
     found = common.mixed_reasons(H=H, weights=weights.pos) + common.transform_reasons()
-    return found + common.single_triton_reasons("H", H, common.NOWHERE)
+    return found + common.single_triton_reasons("H", H)
 
 
 def _eager(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,7 +249,7 @@ def _angular_reasons(H: Tensor, scene: Tensor, weights: FrozenAngular) -> list[s
 
 def _angular_triton_reasons(H: Tensor, scene: Tensor, weights: FrozenAngular) -> list[str]:
     found = common.mixed_reasons(H=H, weights=weights.table) + common.transform_reasons()
-    return found + common.single_triton_reasons("H", H, common.NOWHERE)
+    return found + common.single_triton_reasons("H", H)
 
 
 def _angular_stem_by_stem(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tuple[Tensor, Tensor, Tensor]:

@@ -205,8 +205,8 @@ GROUPS = 64
 
 
 def _where_they_lie(x: Tensor, groups: int) -> bool:
-    """Whether a kernel reads lists of weights; on a device it is newer than that of stacks."""
-    return x.device.type == "cpu" or (groups <= GROUPS and not tokens.triton_reasons(x, common.NOWHERE))
+    """Whether a kernel reads lists of weights."""
+    return x.device.type == "cpu" or (groups <= GROUPS and not tokens.triton_reasons(x))
 
 
 def _listed(
@@ -262,8 +262,7 @@ def _triton_reasons(
     eps: float,
 ) -> list[str]:
     g, a = x.shape[-1] // len(wq), wq[0].shape[0]
-    # newer than the last run on a device
-    found = tokens.triton_reasons(x, common.NOWHERE)
+    found = tokens.triton_reasons(x)
     for what, n in (("channels a group", g), ("wide queries", a)):
         if n > WIDEST:
             found.append(f"{n} {what} are more than the {WIDEST} that a program's shared memory holds")

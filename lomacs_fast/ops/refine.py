@@ -16,7 +16,7 @@ from ..reference import refine as formula
 from ..reference.refine_products import products
 from . import common
 from .common import REAL, library
-from .dispatch import Backend, Op
+from .dispatch import Backend, Op, chosen
 from .ortho import check_like, complex_of, gradient, native_reasons
 
 library.define(
@@ -330,6 +330,11 @@ approx_svd = Op(
 )
 
 
+# up to which Triton's kernel serves unasked: an H200 takes 17 us a sample of 64 x 64, however many there are,
+# and more columns, whose numbers spill, no device has run
+SAMPLES, COLUMNS = 512, 16
+
+
 def _native_reasons(
     H: Tensor,
     U: Tensor,
@@ -355,13 +360,17 @@ def _triton_reasons(
     scalars: Tensor | None,
     *_: Any,
 ) -> list[str]:
-    found = common.single_triton_reasons("H", H, common.NOWHERE) + common.mixed_reasons(H=H, U=U, V=V)
+    k = U.shape[-1] if active is None else active
+    proved = common.PROVED if k <= COLUMNS else common.NOWHERE
+    found = common.single_triton_reasons("H", H, proved) + common.mixed_reasons(H=H, U=U, V=V)
     if found:
         return found
     from ..kernels.refine import limit
 
-    k = U.shape[-1] if active is None else active
-    return limit(*H.shape[-2:], k) + common.transform_reasons()
+    found = limit(*H.shape[-2:], k) + common.transform_reasons()
+    if chosen() == "auto" and (batch := H.shape[:-2].numel()) > SAMPLES:
+        found.append(f"{batch} samples are more than the {SAMPLES} from which plain PyTorch is no slower")
+    return found
 
 
 def _eager(
