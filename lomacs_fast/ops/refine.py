@@ -16,7 +16,7 @@ from ..reference import refine as formula
 from ..reference.refine_products import products
 from . import common
 from .common import REAL, library
-from .dispatch import Backend, Op, chosen
+from .dispatch import Backend, Op
 from .ortho import check_like, complex_of, gradient, native_reasons
 
 library.define(
@@ -330,9 +330,8 @@ approx_svd = Op(
 )
 
 
-# up to which Triton's kernel serves unasked: an H200 takes 17 us a sample of 64 x 64, however many there are,
-# and more columns, whose numbers spill, no device has run
-SAMPLES, COLUMNS = 512, 16
+# active columns up to which nothing spills; no device has run the gradients of more
+COLUMNS = 16
 
 
 def _native_reasons(
@@ -367,10 +366,7 @@ def _triton_reasons(
         return found
     from ..kernels.refine import limit
 
-    found = limit(*H.shape[-2:], k) + common.transform_reasons()
-    if chosen() == "auto" and (batch := H.shape[:-2].numel()) > SAMPLES:
-        found.append(f"{batch} samples are more than the {SAMPLES} from which plain PyTorch is no slower")
-    return found
+    return limit(*H.shape[-2:], k) + common.transform_reasons()
 
 
 def _eager(
