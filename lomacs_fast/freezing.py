@@ -62,6 +62,7 @@ class _Graphs:
         self._weights = weights
         self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()
         self._pools: dict[int, Any] = {}
+        self._full = False
 
     def __call__(
         self, call: Callable[[Tensor, Tensor], Factors], H: Tensor, scene: Tensor, weights: Any
@@ -75,17 +76,22 @@ class _Graphs:
         with self._lock:
             if weights is not self._weights:
                 self._clear(weights)
-            known = key in self._graphs
-            if known:
-                self._graphs.move_to_end(key)
-                found = self._graphs[key] or self._capture(call, H, scene, stream)
-                self._graphs[key] = found
-                found.H.copy_(H)
-                found.scene.copy_(scene)
-                found.graph.replay()
-                # the next replay writes over them
-                U, S, V = (x.clone() for x in found.factors)
-                return U, S, V
+            if key in self._graphs and not self._full:
+                try:
+                    found = self._graphs.pop(key) or self._capture(call, H, scene, stream)
+                except torch.OutOfMemoryError:
+                    # what a graph holds has no room beside what else is there
+                    self._clear(weights)
+                    self._full = True
+                else:
+                    # the latest is the last
+                    self._graphs[key] = found
+                    found.H.copy_(H)
+                    found.scene.copy_(scene)
+                    found.graph.replay()
+                    # the next replay writes over them
+                    U, S, V = (x.clone() for x in found.factors)
+                    return U, S, V
         # it also compiles and loads what no capture may
         factors = call(H, scene)
         with self._lock:
@@ -276,9 +282,9 @@ class FrozenSVDNet(nn.Module):
         return (
             H.is_cuda
             and self.graphs
+            and not torch.compiler.is_compiling()
             and 0 < H.numel() <= LARGEST
             and torch.version.hip is None
-            and not torch.compiler.is_compiling()
             and not torch._C._are_functorch_transforms_active()
             and _get_current_dispatch_mode() is None
             and not torch.is_autocast_enabled("cuda")

@@ -716,6 +716,21 @@ class TestGraphs:
             graphs(self.call, *self.inputs(B, 0), weights)
         assert (graphs.made, len(graphs._graphs)) == (made, freezing.MOST)
 
+    def test_without_room_calls_go_on(self, graphs, monkeypatch):
+        asked = []
+
+        def capture(*args):
+            asked.append(args)
+            raise torch.OutOfMemoryError("no room")
+
+        monkeypatch.setattr(freezing._Graphs, "_capture", capture)
+        weights = object()
+        for seed in range(4):
+            H, scene = self.inputs(5, seed)
+            for x, y in zip(graphs(self.call, H, scene, weights), self.call(H, scene), strict=True):
+                assert torch.equal(x, y)
+        assert len(asked) == 1
+
 
 def sized(kind, seed=0, dtype=torch.float32):
     if kind == "published":
