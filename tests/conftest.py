@@ -1,8 +1,14 @@
 """Shared by all tests: bounded threads, poisoned uninitialised memory, interpreted kernels without a device."""
 
 import os
+from pathlib import Path
 
 import pytest
+
+# graphs compiled by another state of the sources call ops by the schemas of then
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parents[1] / "build" / "inductor")
+)
 
 # read when OpenMP is loaded: threads that spin while they wait take the cores of the process beside this one
 if "PYTEST_XDIST_WORKER" in os.environ:

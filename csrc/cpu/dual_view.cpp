@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -47,8 +46,8 @@ void forward(const Sizes& z, const Tensor& Hd, const Tensor& weight, const Tenso
 }
 
 template <typename T>
-void backward(const Sizes& z, const Tensor& gX, const Tensor& Hd, const Tensor& weight, const T* more,
-              Tensor& gHd, Tensor& gweight, Tensor& gbias, Tensor& gpos, bool gh, bool gw) {
+void backward(const Sizes& z, const Tensor& gX, const Tensor& Hd, const Tensor& weight, Tensor& gHd, Tensor& gweight,
+              Tensor& gbias, Tensor& gpos, bool gh, bool gw) {
   Projection<T> job(pointer<T>(weight), z.M, z.N, z.d);
   job.chunk = chunk_of(z.B);
   const std::int64_t chunks = (z.B + job.chunk - 1) / job.chunk;
@@ -58,13 +57,10 @@ void backward(const Sizes& z, const Tensor& gX, const Tensor& Hd, const Tensor& 
   const Isa isa = choose_isa();
   torch::stable::parallel_for(
       0, chunks, share_of(job.chunk * z.M * z.N * z.d), [&](std::int64_t begin, std::int64_t end) {
-        LOMACS_DISPATCH(isa, project_chunks_back(job, g, x, more, to, sums, z.B, begin, end));
+        LOMACS_DISPATCH(isa, project_chunks_back(job, g, x, to, sums, z.B, begin, end));
       });
   if (!gw) return;
-  const auto add = [isa](const T* from, std::int64_t count, std::int64_t stride, std::int64_t n, double* total) {
-    LOMACS_DISPATCH(isa, add_chunks(from, count, stride, n, total));
-  };
-  projection_gradients(job, sums, chunks, add, output<T>(gweight), output<T>(gbias), output<T>(gpos));
+  projection_gradients(job, sums, chunks, output<T>(gweight), output<T>(gbias), output<T>(gpos));
 }
 
 Tensor dual_view_project(const Tensor& Hd, const Tensor& weight, const Tensor& bias, const Tensor& pos) {
@@ -80,23 +76,18 @@ Tensor dual_view_project(const Tensor& Hd, const Tensor& weight, const Tensor& b
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dual_view_project_backward(const Tensor& gX, const Tensor& Hd,
-                                                                      const Tensor& weight, bool gh, bool gw,
-                                                                      const std::optional<Tensor>& more) {
+                                                                      const Tensor& weight, bool gh, bool gw) {
   constexpr Checks checks{"dual_view_project_backward"};
   const Sizes z = sizes_of(checks, Hd, weight);
   const ScalarType dtype = Hd.scalar_type();
   checks.tensor("gX", gX, dtype, {z.B, z.M, z.d});
-  if (more) checks.tensor("more", *more, dtype, {z.B, z.M, z.N, 2});
   const auto make = [&](bool wanted, const std::vector<std::int64_t>& sizes) {
     return wanted ? torch::stable::new_empty(Hd, sizes) : torch::stable::new_empty(Hd, {0});
   };
   Tensor gHd = make(gh, {z.B, z.M, z.N, 2}), gweight = make(gw, {z.d, 4 * z.N});
   Tensor gbias = make(gw, {z.d}), gpos = make(gw, {1, z.M, z.d});
-  const auto run = [&]<typename T>(T) {
-    backward<T>(z, gX, Hd, weight, more ? pointer<T>(*more) : nullptr, gHd, gweight, gbias, gpos, gh, gw);
-  };
-  if (dtype == ScalarType::Float) run(float{});
-  else run(double{});
+  if (dtype == ScalarType::Float) backward<float>(z, gX, Hd, weight, gHd, gweight, gbias, gpos, gh, gw);
+  else backward<double>(z, gX, Hd, weight, gHd, gweight, gbias, gpos, gh, gw);
   return {gHd, gweight, gbias, gpos};
 }
 

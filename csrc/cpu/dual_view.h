@@ -97,10 +97,10 @@ struct Projection {
   std::int64_t sums() const { return d * 2 * N + d * narrow() + M * d; }
 };
 
-// Gradients of weight, bias and pos from the sums of all chunks; `add` is add_chunks of dual_view.inl.
-template <typename T, typename Add>
-void projection_gradients(const Projection<T>& job, const T* partial, std::int64_t chunks, const Add& add, T* gweight,
-                          T* gbias, T* gpos) {
+// Gradients of weight, bias and pos from the sums of all chunks.
+template <typename T>
+void projection_gradients(const Projection<T>& job, const T* partial, std::int64_t chunks, T* gweight, T* gbias,
+                          T* gpos) {
   const std::int64_t M = job.M, N = job.N, d = job.d, narrow = job.narrow(), count = job.sums();
   const std::int64_t w2 = d * 2 * N, pos = w2 + d * narrow;
   const auto shared = [&](std::int64_t rows, std::int64_t width, const auto& work) {
@@ -110,8 +110,8 @@ void projection_gradients(const Projection<T>& job, const T* partial, std::int64
     std::vector<double> own(static_cast<std::size_t>(2 * N + narrow));
     double *raw = own.data(), *folded = raw + 2 * N;
     for (std::int64_t c = begin; c < end; ++c) {
-      add(partial + c * 2 * N, chunks, count, 2 * N, raw);
-      add(partial + w2 + c * narrow, chunks, count, narrow, folded);
+      sum_of_chunks(partial + c * 2 * N, count, chunks, 2 * N, 1, raw);
+      sum_of_chunks(partial + w2 + c * narrow, count, chunks, narrow, 1, folded);
       T* row = gweight + c * 4 * N;
       for (std::int64_t j = 0; j < 2 * N; ++j) row[j] = static_cast<T>(raw[j]);
       for (std::int64_t n = 0; n < N; ++n)
@@ -125,7 +125,7 @@ void projection_gradients(const Projection<T>& job, const T* partial, std::int64
   });
   std::vector<double> of_pos(static_cast<std::size_t>(M * d));
   shared(M, d, [&](std::int64_t begin, std::int64_t end) {
-    add(partial + pos + begin * d, chunks, count, (end - begin) * d, of_pos.data() + begin * d);
+    sum_of_chunks(partial + pos + begin * d, count, chunks, (end - begin) * d, 1, of_pos.data() + begin * d);
   });
   std::vector<double> bias(static_cast<std::size_t>(d));
   for (std::int64_t i = 0; i < M * d; ++i) {

@@ -146,36 +146,17 @@ LOMACS_TARGET void project_samples(const Projection<T>& job, const T* Hd, T* X, 
 }
 
 template <typename T>
-LOMACS_TARGET void project_chunks_back(const Projection<T>& job, const T* gX, const T* Hd, const T* more, T* gHd,
-                                       T* sums, std::int64_t B, std::int64_t begin, std::int64_t end) {
+LOMACS_TARGET void project_chunks_back(const Projection<T>& job, const T* gX, const T* Hd, T* gHd, T* sums,
+                                       std::int64_t B, std::int64_t begin, std::int64_t end) {
   ProjectionScratch<T> scratch(job);
   for (std::int64_t c = begin; c < end; ++c) {
     T* own = sums ? sums + c * job.sums() : nullptr;
     const std::int64_t from = c * job.chunk, stop = std::min(B, from + job.chunk);
     for (std::int64_t b = from; b < stop; ++b) {
       const std::int64_t at = 2 * b * job.M * job.N;
-      project_sample_back(job, gX + b * job.M * job.d, Hd + at, more ? more + at : nullptr, gHd ? gHd + at : nullptr,
-                          own, b == from, scratch);
+      const T* none = nullptr;
+      project_sample_back(job, gX + b * job.M * job.d, Hd + at, none, gHd ? gHd + at : nullptr, own, b == from, scratch);
     }
-  }
-}
-
-// total[0..n) = the sum over chunks, `stride` apart, in their order
-template <typename T>
-LOMACS_TARGET void add_chunks(const T* partial, std::int64_t chunks, std::int64_t stride, std::int64_t n,
-                              double* total) {
-  constexpr int width = 64;
-  for (std::int64_t i = 0; i < n; i += width) {
-    double sum[width] = {};
-    const std::int64_t some = std::min<std::int64_t>(width, n - i);
-    for (std::int64_t c = 0; c < chunks; ++c) {
-      const T* p = partial + c * stride + i;
-      if (some == width)
-        for (int j = 0; j < width; ++j) sum[j] += static_cast<double>(p[j]);
-      else
-        for (std::int64_t j = 0; j < some; ++j) sum[j] += static_cast<double>(p[j]);
-    }
-    std::copy(sum, sum + some, total + i);
   }
 }
 

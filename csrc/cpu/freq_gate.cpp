@@ -169,9 +169,8 @@ template <typename T>
 void gate_gradients(const Front<T>& front, const T* partial, std::int64_t chunks, const std::vector<Tensor>& gw) {
   const std::int64_t rows = front.row_mlp.sums(), count = rows + front.col_mlp.sums();
   std::vector<double> total(static_cast<std::size_t>(count));
-  const Isa isa = choose_isa();
   torch::stable::parallel_for(0, count, share_of(chunks), [&](std::int64_t begin, std::int64_t end) {
-    LOMACS_DISPATCH(isa, add_chunks(partial + begin, chunks, count, end - begin, total.data() + begin));
+    sum_of_chunks(partial + begin, count, chunks, end - begin, 1, total.data() + begin);
   });
   unpack(total.data(), front.row_mlp, front.rows->frequency, output<T>(gw[0]), output<T>(gw[1]));
   unpack(total.data() + rows, front.col_mlp, front.cols->frequency, output<T>(gw[2]), output<T>(gw[3]));
@@ -318,10 +317,7 @@ FrontGradients gate_project_backward(const Tensor& gX, const std::optional<Tenso
                                 });
     if (of_gate) gate_gradients(front, job.sums, chunks, of_weights);
     if (!of_projection) return;
-    const auto add = [isa](const T* from, std::int64_t count, std::int64_t stride, std::int64_t n, double* total) {
-      LOMACS_DISPATCH(isa, add_chunks(from, count, stride, n, total));
-    };
-    projection_gradients(projection, to, chunks, add, output<T>(gweight), output<T>(gbias), output<T>(gpos));
+    projection_gradients(projection, to, chunks, output<T>(gweight), output<T>(gbias), output<T>(gpos));
   };
   if (dtype == ScalarType::Float) run(float{});
   else run(double{});

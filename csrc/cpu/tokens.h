@@ -18,24 +18,6 @@ inline std::int64_t vectors(std::int64_t n) { return (n + 15) / 16 * 16; }
 // samples of a chunk: their sums are as large as the weights, so a few samples share them at least
 inline std::int64_t tokens_chunk(std::int64_t batch) { return std::max<std::int64_t>(4, chunk_of(batch)); }
 
-// to[0..n) = factor times the sum over chunks, `stride` apart, in their order
-template <typename T>
-void sum_of_chunks(const T* from, std::int64_t stride, std::int64_t chunks, std::int64_t n, double factor, T* to) {
-  constexpr std::int64_t width = 64;
-  for (std::int64_t i = 0; i < n; i += width) {
-    double total[width] = {};
-    const std::int64_t count = std::min(width, n - i);
-    for (std::int64_t c = 0; c < chunks; ++c) {
-      const T* p = from + c * stride + i;
-      if (count == width)
-        for (std::int64_t j = 0; j < width; ++j) total[j] += static_cast<double>(p[j]);
-      else
-        for (std::int64_t j = 0; j < count; ++j) total[j] += static_cast<double>(p[j]);
-    }
-    for (std::int64_t j = 0; j < count; ++j) to[i + j] = static_cast<T>(factor * total[j]);
-  }
-}
-
 // sums kept as vectors of `lanes` parts, 16 apart: to[0..n) = the sum over parts and chunks
 template <typename T>
 void sum_of_lanes(const T* from, std::int64_t stride, std::int64_t chunks, std::int64_t n, T* to) {

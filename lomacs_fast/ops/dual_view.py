@@ -17,7 +17,7 @@ from .dispatch import Backend, Op
 PROJECTION = "Tensor weight, Tensor bias, Tensor pos"
 library.define(f"dual_view_project(Tensor Hd, {PROJECTION}) -> Tensor X", tags=common.TAGS)
 library.define(
-    "dual_view_project_backward(Tensor gX, Tensor Hd, Tensor weight, bool gh, bool gw, Tensor? more=None) -> "
+    "dual_view_project_backward(Tensor gX, Tensor Hd, Tensor weight, bool gh, bool gw) -> "
     "(Tensor gHd, Tensor gweight, Tensor gbias, Tensor gpos)",
     tags=common.TAGS,
 )
@@ -58,13 +58,8 @@ def _fake(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("lomacs::dual_view_project_backward", lib=library)
-def _fake_backward(
-    gX: Tensor, Hd: Tensor, weight: Tensor, gh: bool, gw: bool, more: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def _fake_backward(gX: Tensor, Hd: Tensor, weight: Tensor, gh: bool, gw: bool) -> tuple[Tensor, ...]:
     B, M, d = _check("Hd", Hd, weight)
-    if more is not None:
-        given = tuple(more.shape)
-        torch._check(more.shape == Hd.shape, lambda: f"more must be {tuple(Hd.shape)}, got {given}")
     torch._check(gX.shape == (B, M, d), lambda: f"gX must be {(B, M, d)}, got {tuple(gX.shape)}")
     shapes = (weight.shape, (d,), (1, M, d))
     return Hd.new_empty(Hd.shape if gh else (0,)), *(Hd.new_empty(s if gw else (0,)) for s in shapes)
@@ -124,13 +119,10 @@ def _on_cuda(*args: Any) -> Tensor:
 
 
 @torch.library.impl("lomacs::dual_view_project_backward", "CUDA", lib=library)
-def _backward_on_cuda(
-    gX: Tensor, Hd: Tensor, weight: Tensor, gh: bool, gw: bool, more: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def _backward_on_cuda(gX: Tensor, Hd: Tensor, weight: Tensor, gh: bool, gw: bool) -> tuple[Tensor, ...]:
     from ..kernels import dual_view as kernels
 
-    gHd, *of_weights = kernels.dual_view_project_backward(gX, Hd, weight, gh, gw)
-    return (gHd.add_(more) if gh and more is not None else gHd), *of_weights
+    return kernels.dual_view_project_backward(gX, Hd, weight, gh, gw)
 
 
 @torch.library.impl("lomacs::gate_project", "CUDA", lib=library)
