@@ -353,7 +353,17 @@ LOMACS_INLINE void multiply(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], const Term<T
 }
 #endif
 
-// Sinks. Each takes a block of R rows from i0 on and V vectors of columns from `vec` on.
+// the line of p, to be written: on a processor that has no such hint it does nothing
+LOMACS_INLINE void prepare_line(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 1, 3);
+#endif
+}
+
+// Sinks. Each takes a block of R rows from i0 on and V vectors of columns from `vec` on. One that has `prepare` is
+// told before the block is multiplied, so that its lines are there when they are written.
 
 template <typename T>
 struct ToRows {
@@ -361,14 +371,34 @@ struct ToRows {
   std::int64_t columns;
 
   template <int R, int V>
-  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+  LOMACS_INLINE void prepare(std::int64_t i0, std::int64_t vec) const {
+    const T* p = c + 2 * (i0 * columns + vec * lanes<T>);
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i)
+    for (int i = 0; i < R; ++i, p += 2 * columns)
+#pragma GCC unroll 8
+      for (std::size_t at = 0; at < sizeof(T) * 2 * V * lanes<T>; at += 64)
+        prepare_line(reinterpret_cast<const char*>(p) + at);
+  }
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+    T* p = c + 2 * (i0 * columns + vec * lanes<T>);
+    // one question a block, not one a vector: GCC keeps what waits for an answer in memory
+    if (__builtin_expect((vec + V) * lanes<T> <= columns, 1)) {
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i, p += 2 * columns)
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) {
-        const std::int64_t column = (vec + j) * lanes<T>;
-        store_complex(c + 2 * ((i0 + i) * columns + column), columns - column, re[i][j], im[i][j]);
-      }
+        for (int j = 0; j < V; ++j) store_complex(p + 2 * j * lanes<T>, lanes<T>, re[i][j], im[i][j]);
+      return;
+    }
+    Vec<T> real[R * V], imag[R * V];
+#pragma GCC unroll 16
+    for (int n = 0; n < R * V; ++n) real[n] = re[n / V][n % V], imag[n] = im[n / V][n % V];
+#pragma GCC unroll 1
+    for (int n = 0; n < R * V; ++n) {
+      const std::int64_t column = (vec + n % V) * lanes<T>;
+      store_complex(c + 2 * ((i0 + n / V) * columns + column), columns - column, real[n], imag[n]);
+    }
   }
 };
 
@@ -445,6 +475,7 @@ struct ToSum {
 template <bool CONJ, int R, int V, typename T, typename Sink>
 LOMACS_INLINE void block(const Term<T>* terms, int count, Sink& sink, std::int64_t i0, std::int64_t vec,
                          Ahead::Run& run) {
+  if constexpr (requires { sink.template prepare<R, V>(i0, vec); }) sink.template prepare<R, V>(i0, vec);
   Vec<T> re[R][V] = {}, im[R][V] = {};
 #if LOMACS_PRODUCTS == 3
   Vec<T> both[R][V] = {};

@@ -63,6 +63,11 @@ struct ToMoreRowsAndPanels {
   T x;
 
   template <int R, int V>
+  LOMACS_INLINE void prepare(std::int64_t i0, std::int64_t vec) const {
+    rows.template prepare<R, V>(i0, vec);
+  }
+
+  template <int R, int V>
   LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
     const std::int64_t columns = rows.columns;
 #pragma GCC unroll 8
