@@ -259,6 +259,24 @@ def test_only_what_is_asked_for_gets_a_gradient(needs):
             close([x.grad], [want[i] if i in (0, 2) else torch.zeros_like(x)])
 
 
+def test_a_recorded_refinement_is_one_node_and_holds_what_it_needs():
+    """Results may be changed in place, the gradient then says so; it may be asked for again, and for many at once."""
+    args = [x.requires_grad_() for x in CASES["pair"][1]()]
+    u, v = functional.ortho_refine_pair(*args)
+    assert u.grad_fn is v.grad_fn
+    assert [edge[0].variable is x for edge, x in zip(u.grad_fn.next_functions, args, strict=True)] == [
+        True
+    ] * 4
+    grads = torch.randn(3, *u.shape, dtype=u.dtype, generator=torch.Generator().manual_seed(0))
+    many = torch.autograd.grad(u, args, grads, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(u, args, g, retain_graph=True) for g in grads]
+    for got, want in zip(many, zip(*one_by_one, strict=True), strict=True):
+        assert torch.equal(got, torch.stack(want))
+    v.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        u.abs().sum().backward()
+
+
 def test_sizes_of_any_precision_get_gradients():
     U = matrices(dtype=torch.complex64)
     for dtype in (torch.float64, torch.float32):

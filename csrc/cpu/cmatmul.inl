@@ -54,6 +54,22 @@ LOMACS_INLINE Vec<T> square_root(Vec<T> x) {
 #endif
 }
 
+#if LOMACS_BYTES == 64
+// the left half of a vector
+template <typename T>
+LOMACS_INLINE void store_left_half(T* p, Vec<T> x) {
+  if constexpr (sizeof(T) == 4) _mm256_storeu_ps(p, _mm512_castps512_ps256((__m512)x));
+  else _mm256_storeu_pd(p, _mm512_castpd512_pd256((__m512d)x));
+}
+
+// zeros, and x
+template <typename T>
+LOMACS_INLINE Vec<T> right_half(typename Simd<T, LOMACS_BYTES / 2>::Vec x) {
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_insertf32x8(_mm512_setzero_ps(), (__m256)x, 1);
+  else return (Vec<T>)_mm512_insertf64x4(_mm512_setzero_pd(), (__m256d)x, 1);
+}
+#endif
+
 template <typename T>
 LOMACS_INLINE double sum(Vec<T> x) {
   double s = 0;
@@ -207,9 +223,28 @@ LOMACS_TARGET void adjoint(Panels<T> from, std::int64_t rows, std::int64_t colum
     for (std::int64_t j = 0; j * lanes<T> < columns; ++j) adjoint_square(from, i, j, to);
 }
 
-// lower squares of a Hermitian matrix from the upper ones
+#if LOMACS_BYTES == 64
+// the left half of the lower rows of a square on the diagonal from the right half of the upper ones
+template <typename T>
+LOMACS_TARGET void mirror_half(T* p, T sign) {
+  Vec<T> x[lanes<T>];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes<T>; ++i) x[i] = load(p + i * Panels<T>::step);
+  transpose_square<T>(x);
+#pragma GCC unroll 8
+  for (int i = lanes<T> / 2; i < lanes<T>; ++i) store_left_half(p + i * Panels<T>::step, x[i] * splat(sign));
+}
+#endif
+
+// what a product left out of a Hermitian matrix: the lower squares, or more, from the upper ones
 template <typename T>
 LOMACS_TARGET void mirror(Panels<T> x, std::int64_t n) {
+#if LOMACS_BYTES == 64
+  for (std::int64_t j = 0; j * lanes<T> < n; ++j) {
+    mirror_half<T>(x.at(j * lanes<T>, j), 1);
+    mirror_half<T>(x.at(j * lanes<T>, j) + Panels<T>::imag, -1);
+  }
+#endif
   for (std::int64_t j = 1; j * lanes<T> < n; ++j)
     for (std::int64_t i = 0; i < j; ++i) adjoint_square(x, i, j, x);
 }
@@ -253,7 +288,8 @@ LOMACS_TARGET void scale_columns(const T* x, const T* s, std::int64_t rows, std:
 }
 
 // A left factor: the real part of number (i, k) lies at a[unit (i row + k column)], and at `jump` more with every
-// `chunk` of columns; the imaginary part lies `imag` further.
+// `chunk` of columns; the imaginary part lies `imag` further. A conjugated one is read by columns of interleaved rows,
+// {a, 1, columns}.
 template <typename T>
 struct Left {
   const T* a;
@@ -275,9 +311,9 @@ struct Term {
 
 #if LOMACS_PRODUCTS == 3
 // a number in all lanes, by a load: GCC would add numbers and spread their sums by shuffles, in a multiplier's port
-template <typename T>
-LOMACS_INLINE Vec<T> spread(const T* p) {
-  Vec<T> x;
+template <typename X, typename T>
+LOMACS_INLINE X spread(const T* p) {
+  X x;
   if constexpr (sizeof(T) == 4) asm("vbroadcastss %1, %0" : "=v"(x) : "m"(*p));
   else asm("vbroadcastsd %1, %0" : "=v"(x) : "m"(*p));
   return x;
@@ -286,26 +322,29 @@ LOMACS_INLINE Vec<T> spread(const T* p) {
 // Three real products instead of four (Karatsuba): re += a_re b_re, im += a_im b_im, both += (a_re + a_im)
 // (b_re + b_im), a_im with its sign turned in `both` where the left factor is conjugated. The real part is
 // re - im (conjugated re + im), the imaginary part both - re - im (both - re + im). Normwise as accurate as four.
-template <bool CONJ, int R, int V, typename T>
-LOMACS_INLINE void multiply(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], Vec<T> (&both)[R][V], const Term<T>& term,
-                            std::int64_t i0, std::int64_t vec, Ahead::Run& run) {
+// X is a vector, or half of one: the right half of the columns of `vec`.
+template <bool CONJ, int R, int V, typename X, typename T>
+LOMACS_INLINE void multiply(X (&re)[R][V], X (&im)[R][V], X (&both)[R][V], const Term<T>& term, std::int64_t i0,
+                            std::int64_t vec, Ahead::Run& run) {
+  using Loose = typename Simd<T, sizeof(X)>::Loose;
   const Left<T>& left = term.left;
-  const std::int64_t row = left.unit * left.row, column = left.unit * left.column, imag = left.imag;
+  const std::int64_t row = CONJ ? 2 : left.unit * left.row, imag = CONJ ? 1 : left.imag;
+  const std::int64_t column = left.unit * left.column;
   const T* a = left.a + i0 * row;
-  const T* b = term.right.at(0, vec);
+  const T* b = term.right.at(0, vec) + (LOMACS_BYTES - sizeof(X)) / sizeof(T);
   for (std::int64_t depth = term.depth; depth > 0; depth -= left.chunk, a += left.jump)
     for (std::int64_t k = std::min(depth, left.chunk); k > 0; --k, a += column, b += Panels<T>::step) {
       run.step();
-      Vec<T> br[V], bi[V], bs[V];
+      X br[V], bi[V], bs[V];
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) {
-        br[j] = load(b + j * lanes<T>);
-        bi[j] = load(b + j * lanes<T> + Panels<T>::imag);
+        br[j] = *reinterpret_cast<const Loose*>(b + j * lanes<T>);
+        bi[j] = *reinterpret_cast<const Loose*>(b + j * lanes<T> + Panels<T>::imag);
         bs[j] = br[j] + bi[j];
       }
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
-        const Vec<T> ar = spread(a + i * row), ai = spread(a + i * row + imag), as = CONJ ? ar - ai : ar + ai;
+        const X ar = spread<X>(a + i * row), ai = spread<X>(a + i * row + imag), as = CONJ ? ar - ai : ar + ai;
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) {
           re[i][j] += ar * br[j];
@@ -313,6 +352,19 @@ LOMACS_INLINE void multiply(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], Vec<T> (&bot
           both[i][j] += as * bs[j];
         }
       }
+    }
+}
+
+// real and imaginary parts in the place of the first two products
+template <bool CONJ, int R, int V, typename X>
+LOMACS_INLINE void parts_of_products(X (&re)[R][V], X (&im)[R][V], const X (&both)[R][V]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      const X x = re[i][j], y = im[i][j];
+      re[i][j] = CONJ ? x + y : x - y;
+      im[i][j] = CONJ ? (both[i][j] - x) + y : (both[i][j] - x) - y;
     }
 }
 #else
@@ -353,7 +405,17 @@ LOMACS_INLINE void multiply(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], const Term<T
 }
 #endif
 
-// Sinks. Each takes a block of R rows from i0 on and V vectors of columns from `vec` on.
+// the line of p, to be written: on a processor that has no such hint it does nothing
+LOMACS_INLINE void prepare_line(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 1, 3);
+#endif
+}
+
+// Sinks. Each takes a block of R rows from i0 on and V vectors of columns from `vec` on. One that has `prepare` is
+// told before the block is multiplied, so that its lines are there when they are written.
 
 template <typename T>
 struct ToRows {
@@ -361,14 +423,34 @@ struct ToRows {
   std::int64_t columns;
 
   template <int R, int V>
-  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+  LOMACS_INLINE void prepare(std::int64_t i0, std::int64_t vec) const {
+    const T* p = c + 2 * (i0 * columns + vec * lanes<T>);
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i)
+    for (int i = 0; i < R; ++i, p += 2 * columns)
+#pragma GCC unroll 8
+      for (std::size_t at = 0; at < sizeof(T) * 2 * V * lanes<T>; at += 64)
+        prepare_line(reinterpret_cast<const char*>(p) + at);
+  }
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+    T* p = c + 2 * (i0 * columns + vec * lanes<T>);
+    // one question a block, not one a vector: GCC keeps what waits for an answer in memory
+    if (__builtin_expect((vec + V) * lanes<T> <= columns, 1)) {
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i, p += 2 * columns)
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) {
-        const std::int64_t column = (vec + j) * lanes<T>;
-        store_complex(c + 2 * ((i0 + i) * columns + column), columns - column, re[i][j], im[i][j]);
-      }
+        for (int j = 0; j < V; ++j) store_complex(p + 2 * j * lanes<T>, lanes<T>, re[i][j], im[i][j]);
+      return;
+    }
+    Vec<T> real[R * V], imag[R * V];
+#pragma GCC unroll 16
+    for (int n = 0; n < R * V; ++n) real[n] = re[n / V][n % V], imag[n] = im[n / V][n % V];
+#pragma GCC unroll 1
+    for (int n = 0; n < R * V; ++n) {
+      const std::int64_t column = (vec + n % V) * lanes<T>;
+      store_complex(c + 2 * ((i0 + n / V) * columns + column), columns - column, real[n], imag[n]);
+    }
   }
 };
 
@@ -445,19 +527,13 @@ struct ToSum {
 template <bool CONJ, int R, int V, typename T, typename Sink>
 LOMACS_INLINE void block(const Term<T>* terms, int count, Sink& sink, std::int64_t i0, std::int64_t vec,
                          Ahead::Run& run) {
+  if constexpr (requires { sink.template prepare<R, V>(i0, vec); }) sink.template prepare<R, V>(i0, vec);
   Vec<T> re[R][V] = {}, im[R][V] = {};
 #if LOMACS_PRODUCTS == 3
   Vec<T> both[R][V] = {};
 #pragma GCC unroll 1
-  for (int t = 0; t < count; ++t) multiply<CONJ, R, V, T>(re, im, both, terms[t], i0, vec, run);
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) {
-      const Vec<T> x = re[i][j], y = im[i][j];
-      re[i][j] = CONJ ? x + y : x - y;
-      im[i][j] = CONJ ? (both[i][j] - x) + y : (both[i][j] - x) - y;
-    }
+  for (int t = 0; t < count; ++t) multiply<CONJ>(re, im, both, terms[t], i0, vec, run);
+  parts_of_products<CONJ>(re, im, both);
 #else
 #pragma GCC unroll 1
   for (int t = 0; t < count; ++t) multiply<CONJ, R, V, T>(re, im, terms[t], i0, vec, run);
@@ -489,10 +565,10 @@ LOMACS_TARGET __attribute__((noinline)) void blocks(const Term<T>* terms, int co
   std::int64_t rounds = 0;
   for (int t = 0; t < count; ++t) rounds += terms[t].depth;
   // of nearly equal height: a low one would wait for its few accumulators
-  const std::int64_t heights = (rows + LOMACS_ROWS - 1) / LOMACS_ROWS;
+  const std::int64_t heights = (rows + LOMACS_ROWS - 1) / LOMACS_ROWS, low = rows / heights, higher = rows % heights;
   for (std::int64_t first = 0; first < vecs; first += LOMACS_VECS) {
-    for (std::int64_t n = 0; n < heights; ++n) {
-      const std::int64_t i0 = n * rows / heights, height = (n + 1) * rows / heights - i0;
+    for (std::int64_t n = 0, i0 = 0, height = 0; n < heights; ++n, i0 += height) {
+      height = low + (n < higher);
       const std::int64_t vec = part == Part::upper ? std::max(first, i0 / lanes<T>) : first;
       const std::int64_t width = std::min<std::int64_t>(first + LOMACS_VECS, vecs) - vec;
       if (width <= 0) continue;
@@ -503,10 +579,67 @@ LOMACS_TARGET __attribute__((noinline)) void blocks(const Term<T>* terms, int co
   }
 }
 
-// sink <- sum of left right over the terms, left conjugated or not; upper: no vectors left of the diagonal's
+#if LOMACS_PRODUCTS == 3
+// as many rows of the right half of a vector of columns; what the sink gets left of them is nothing
+template <bool CONJ, typename T, typename Sink>
+LOMACS_INLINE void half_block(const Term<T>* terms, int count, Sink& sink, std::int64_t i0, std::int64_t vec,
+                              Ahead::Run& run) {
+  constexpr int R = lanes<T> / 2;
+  using Half = typename Simd<T, LOMACS_BYTES / 2>::Vec;
+  Half re[R][1] = {}, im[R][1] = {}, both[R][1] = {};
+#pragma GCC unroll 1
+  for (int t = 0; t < count; ++t) multiply<CONJ>(re, im, both, terms[t], i0, vec, run);
+  parts_of_products<CONJ>(re, im, both);
+  Vec<T> whole_re[R][1], whole_im[R][1];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) whole_re[i][0] = right_half<T>(re[i][0]), whole_im[i][0] = right_half<T>(im[i][0]);
+  sink.template take<R, 1>(whole_re, whole_im, i0, vec);
+}
+
+// Blocks on the diagonal and right of it, strips of half a square's rows; of the diagonal's squares the lower strip
+// needs the right half alone.
+template <bool CONJ, typename T, typename Sink>
+LOMACS_TARGET __attribute__((noinline)) void upper_blocks(const Term<T>* terms, int count, Sink& sink, std::int64_t n,
+                                                          Ahead& ahead) {
+  constexpr std::int64_t strip = lanes<T> / 2;
+  const std::int64_t vecs = (n + lanes<T> - 1) / lanes<T>;
+  std::int64_t rounds = 0;
+  for (int t = 0; t < count; ++t) rounds += terms[t].depth;
+  for (std::int64_t first = 0; first < vecs; first += LOMACS_VECS) {
+    const std::int64_t end = std::min<std::int64_t>(first + LOMACS_VECS, vecs);
+    for (std::int64_t i0 = 0; i0 < std::min(end * lanes<T>, n); i0 += strip) {
+      const std::int64_t height = std::min(strip, n - i0);
+      std::int64_t vec = std::max(first, i0 / lanes<T>);
+      if (vec == i0 / lanes<T> && i0 % lanes<T> != 0 && height == strip) {
+        Ahead::Run run = ahead.next(rounds);
+        half_block<CONJ>(terms, count, sink, i0, vec, run);
+        ++vec;
+      }
+      if (vec == end) continue;
+      if (end - vec < LOMACS_VECS && height == strip) {
+        Ahead::Run run = ahead.next(rounds);
+        block<CONJ, strip, 1>(terms, count, sink, i0, vec, run);
+        continue;
+      }
+      const std::int64_t heights = (height + LOMACS_ROWS - 1) / LOMACS_ROWS;
+      for (std::int64_t k = 0; k < heights; ++k) {
+        const std::int64_t at = i0 + k * height / heights, high = i0 + (k + 1) * height / heights - at;
+        Ahead::Run run = ahead.next(rounds);
+        if (end - vec == LOMACS_VECS) block_of<CONJ, LOMACS_VECS>(high, terms, count, sink, at, vec, run);
+        else block_of<CONJ, 1>(high, terms, count, sink, at, vec, run);
+      }
+    }
+  }
+}
+#endif
+
+// sink <- sum of left right over the terms, left conjugated or not; upper: the square matrix that `mirror` completes
 template <bool CONJ, int TERMS, typename T, typename Sink>
 LOMACS_INLINE void product(const Term<T> (&terms)[TERMS], Sink& sink, std::int64_t rows, std::int64_t columns,
                            Ahead& ahead, Part part = Part::all) {
+#if LOMACS_PRODUCTS == 3
+  if (part == Part::upper) return upper_blocks<CONJ>(terms, TERMS, sink, rows, ahead);
+#endif
   blocks<CONJ>(terms, TERMS, sink, rows, columns, ahead, part);
 }
 

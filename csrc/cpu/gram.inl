@@ -15,6 +15,11 @@ struct ToRowsAndPanels {
   ToPanels<T> panels;
 
   template <int R, int V>
+  LOMACS_INLINE void prepare(std::int64_t i0, std::int64_t vec) const {
+    rows.template prepare<R, V>(i0, vec);
+  }
+
+  template <int R, int V>
   LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
     rows.template take<R, V>(re, im, i0, vec);
     panels.template take<R, V>(re, im, i0, vec);
@@ -26,6 +31,11 @@ template <typename T>
 struct ToRowsAndSquares {
   ToRows<T> rows;
   T* squares;
+
+  template <int R, int V>
+  LOMACS_INLINE void prepare(std::int64_t i0, std::int64_t vec) const {
+    rows.template prepare<R, V>(i0, vec);
+  }
 
   template <int R, int V>
   LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {

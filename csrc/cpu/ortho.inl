@@ -16,7 +16,7 @@ LOMACS_TARGET void ortho_refine_factors(const OrthoRefine<T>& job, std::int64_t 
     const bool second = n >= job.batch;
     const FactorOf<T>& f = job.factors[second];
     const std::int64_t rows = f.rows, size = 2 * rows * r, b = second ? n - job.batch : n;
-    Ahead ahead(f.refined ? 40 : 16);
+    Ahead ahead(f.refined ? 40 : f.residual ? 32 : 16);
     if (n + 1 < end && b + 1 < job.batch) {
       const std::size_t bytes = sizeof(T) * static_cast<std::size_t>(size);
       if (job.backward) ahead.add(f.g + (b + 1) * size, bytes);
@@ -26,10 +26,12 @@ LOMACS_TARGET void ortho_refine_factors(const OrthoRefine<T>& job, std::int64_t 
       }
       ahead.add(f.x + (b + 1) * size, bytes);
     }
+    T* residual = f.residual ? f.residual + 2 * b * f.stride * r : nullptr;
+    // written at the end
+    if (residual && !job.backward) ahead.add(residual, sizeof(T) * static_cast<std::size_t>(2 * r * r));
     x.U.rows = rows;
     const T* u = f.x + b * size;
     T* out = f.out + b * size;
-    T* residual = f.residual ? f.residual + 2 * b * f.stride * r : nullptr;
     T* norms = f.norms ? f.norms + b * f.stride : nullptr;
     if (job.backward && residual) {
       pack(residual, r, r, x.G);
@@ -61,6 +63,11 @@ struct ToMoreRowsAndPanels {
   ToPanels<T> panels;
   const T* X;
   T x;
+
+  template <int R, int V>
+  LOMACS_INLINE void prepare(std::int64_t i0, std::int64_t vec) const {
+    rows.template prepare<R, V>(i0, vec);
+  }
 
   template <int R, int V>
   LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {

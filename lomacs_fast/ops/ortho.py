@@ -310,8 +310,50 @@ def triton_reasons(**tensors: Tensor) -> list[str]:
 Size = Tensor | float
 
 
-def _refine(U: Tensor, V: Tensor | None, a: Size, b: Size | None) -> tuple[Tensor, Tensor]:
+class _Refine(torch.autograd.Function):
+    """Complex tensors in and out, one node, and none of the cost of torch.library's autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, U: Tensor, V: Tensor | None, *sizes: Size) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            u, v = common.planes(U), None if V is None else common.planes(V)
+            steps = common.scalars(sizes, U.device)
+            found = torch.ops.lomacs.ortho_refine_kept.default(u, v, steps)
+            shapes = [x.shape for x in (U, V) if x is not None]
+            # detached, because views of several outputs cannot be changed in place
+            out = tuple(complex_of(x, shape).detach() for x, shape in zip(found, shapes, strict=False))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(u, v, steps, *found)
+        ctx.shapes, ctx.dtypes = shapes, [x.dtype if isinstance(x, Tensor) else None for x in sizes]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        common.refuse_second_derivatives("the fused refinement")
+        u, v, *rest = ctx.saved_tensors
+        gu, gv = (
+            torch.zeros_like(x) if g is None and x is not None else None if g is None else common.planes(g)
+            for g, x in zip((*grads, None), (u, v), strict=False)
+        )
+        *found, gsteps = torch.ops.lomacs.ortho_refine_kept_backward.default(gu, gv, u, v, *rest)
+        of_u, of_v, *of_steps = ctx.needs_input_grad
+        factors = [
+            complex_of(g, shape) if need else None
+            for g, shape, need in zip(found, ctx.shapes, (of_u, of_v), strict=False)
+        ]
+        steps = [
+            g.to(dtype) if need else None
+            for g, dtype, need in zip(gsteps.unbind(), ctx.dtypes, of_steps, strict=True)
+        ]
+        return (*factors, *(None,) * (v is None), *steps)
+
+
+def _refine(U: Tensor, V: Tensor | None, a: Size, b: Size | None) -> tuple[Tensor, Tensor | None]:
     sizes = (a,) if b is None else (a, b)
+    tensors = [x for x in (U, V, *sizes) if isinstance(x, Tensor)]
+    if common.records(tensors) and common.plain(*tensors) and all(x.is_cpu for x in tensors):
+        found = _Refine.apply(U, V, *sizes)
+        return found[0], None if V is None else found[1]
     u, v = common.planes(U), None if V is None else common.planes(V)
     steps = common.scalars(sizes, U.device)
     if U.device.type == "cpu" and common.records((u, v, steps)):
