@@ -106,7 +106,7 @@ class Ahead {
     range.at = range.begin;
   }
 
-  Range ranges_[8];
+  Range ranges_[12];
   std::int64_t lines_;
   int count_ = 0;
 };
