@@ -450,6 +450,9 @@ LOMACS_TARGET void aeplus_samples(const AEPlus<T>& job, std::int64_t begin, std:
       ahead.add(job.V + 2 * (b + 1) * N * r, sizeof(T) * static_cast<std::size_t>(2 * N * r));
       ahead.add(job.U + 2 * (b + 1) * M * r, sizeof(T) * static_cast<std::size_t>(2 * M * r));
     }
+    // what this sample will write would be read too, line by line when it is written
+    if (job.gV) ahead.add(job.gV + 2 * b * N * r, sizeof(T) * static_cast<std::size_t>(2 * N * r));
+    if (job.gU) ahead.add(job.gU + 2 * b * M * r, sizeof(T) * static_cast<std::size_t>(2 * M * r));
     aeplus_sample(job, b, scratch, ahead);
   }
 }
