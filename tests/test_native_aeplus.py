@@ -63,9 +63,9 @@ def run(op, tensors, match="norm", flags=(True, True, True, True), weights=WEIGH
     return op(U, S, V, H, values, match == "mean", *flags)
 
 
-def expected(tensors, match="norm", gradients=True):
+def expected(tensors, match="norm", gradients=True, weights=WEIGHTS):
     inputs = [x.clone().requires_grad_(gradients) for x in tensors]
-    loss, terms = reference.aeplus_loss(*inputs, **WEIGHTS, match=match)
+    loss, terms = reference.aeplus_loss(*inputs, **weights, match=match)
     grads = torch.autograd.grad(loss, inputs) if gradients else ()
     return loss.detach(), torch.stack(terms), *(torch.view_as_real(g) if g.is_complex() else g for g in grads)
 
@@ -118,16 +118,24 @@ def hard_case(kind, M, N, r, seed, B=32):
     elif kind.startswith("columns of any size"):
         scale = torch.logspace(2, -2, r, dtype=torch.float64)
         U, S, V, H = near((U * scale, S / scale**2, V * scale, H), 1e-2, seed)
+    elif kind.startswith("truncated"):
+        # leading columns, nearly, with a share of the energy: E V and E^H U vanish, E does not
+        share = float(kind.split()[1])
+        left, s, right = torch.linalg.svd(H, full_matrices=False)
+        inside, outside = (x.square().sum(1, keepdim=True) for x in (s[:, :r], s[:, r:]))
+        s = torch.cat([s[:, :r] * (share / inside).sqrt(), s[:, r:] * ((1 - share) / outside).sqrt()], 1)
+        H = left * s[:, None] @ right
+        U, S, V = left[..., :r] + 0.01 * U, 0.995 * s[:, :r], right.mH[..., :r] + 0.01 * V
     elif kind.startswith("residual"):
         U, S, V, H = near((U, S, V, H), float(kind.split()[1]), seed)
     return single((U, S, V, H))
 
 
-def eager_figures(tensors, match):
+def eager_figures(tensors, match, weights=WEIGHTS):
     """Loss and terms of every sample, and the gradients of the batch."""
     terms = reference.aeplus_terms(*tensors, match=match)
-    loss = terms[0] + sum(w * term for w, term in zip(WEIGHTS.values(), terms[1:], strict=True))
-    return [x.double() for x in (loss, *terms, *expected(tensors, match)[2:])]
+    loss = terms[0] + sum(w * term for w, term in zip(weights.values(), terms[1:], strict=True))
+    return [x.double() for x in (loss, *terms, *expected(tensors, match, weights=weights)[2:])]
 
 
 @pytest.mark.parametrize("match", ["norm", "mean"])
@@ -148,20 +156,22 @@ def eager_figures(tensors, match):
         "residual 0.5",
         "residual 1e-2",
         "residual 1e-4",
+        "truncated 0.3",
+        "truncated 0.79",
+        "truncated 0.3, the residual alone",
+        "truncated 0.79, the residual alone",
     ],
 )
 @pytest.mark.parametrize("size", [(64, 64, 32), (63, 41, 11)])
 def test_float32_error_is_at_most_twice_eager(op, size, kind, match):
     exact, eager, ours = [], [], []
+    weights = dict.fromkeys(WEIGHTS, 0.0) if kind.endswith("alone") else WEIGHTS
+    kind = kind.split(",")[0]
     for seed in range(3):
         tensors = hard_case(kind, *size, seed)
-        exact.append(eager_figures(double(tensors), match))
-        eager.append(eager_figures(tensors, match))
-        samples = [
-            run(op, [x[b : b + 1] for x in tensors], match, [False] * 4)[:2] for b in range(len(tensors[0]))
-        ]
-        values = torch.stack([torch.cat([loss.reshape(1), terms]) for loss, terms in samples])
-        ours.append([*values.double().T, *(x.double() for x in run(op, tensors, match)[2:])])
+        exact.append(eager_figures(double(tensors), match, weights))
+        eager.append(eager_figures(tensors, match, weights))
+        ours.append(native_figures(op)(tensors, match, weights))
     names = ("loss", *reference.AEPlusTerms._fields, "gU", "gS", "gV", "gH")
     for i, name in enumerate(names):
         want, base, got = (torch.cat([x[i].reshape(-1) for x in runs]) for runs in (exact, eager, ours))
@@ -186,10 +196,13 @@ def relative_errors(scaled, scale, size, match, figures):
 
 
 def native_figures(op):
-    def figures(tensors, match):
-        alone = [run(op, [x[b : b + 1] for x in tensors], match, [False] * 4) for b in range(len(tensors[0]))]
-        values = torch.stack([torch.cat([x[0].reshape(1), x[1]]) for x in alone])
-        return [*values.double().T, *(x.double() for x in run(op, tensors, match)[2:])]
+    def figures(tensors, match, weights=WEIGHTS):
+        alone = [
+            run(op, [x[b : b + 1] for x in tensors], match, [False] * 4, weights)[:2]
+            for b in range(len(tensors[0]))
+        ]
+        values = torch.stack([torch.cat([loss.reshape(1), terms]) for loss, terms in alone])
+        return [*values.double().T, *(x.double() for x in run(op, tensors, match, weights=weights)[2:])]
 
     return figures
 

@@ -159,6 +159,18 @@ def test_small_and_odd_sizes(size):
     assert S.isfinite().all()
 
 
+def test_a_channel_whose_first_number_is_zero_keeps_its_spectrum():
+    net, H, sid = small(), channels(3), torch.zeros(3, dtype=torch.long)
+    H[0, 0, 0] = 0
+    with torch.no_grad():
+        want = net(H, sid)[1]
+        H[1] = 0
+        S = net(H, sid)[1]
+    assert (want > 0).all()
+    assert torch.equal(S[[0, 2]], want[[0, 2]])
+    assert not S[1].any()
+
+
 def test_zero_channel_has_zero_spectrum_and_finite_gradients():
     net, H = small(), channels(4)
     H[1] = 0

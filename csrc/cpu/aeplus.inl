@@ -11,13 +11,20 @@ struct Scratch {
   Panels<T> U, V, Vh, Mh, Gu, Gv, A, B, C;
   // interleaved: H or E times V or U; U S, later U K; S times a Gram matrix; E
   T *X, *US, *SG, *E;
-  // S, the diagonal of M, Re(U^H E V)_kk
-  T *s, *re, *im, *e;
+  T* s;
   Arena<T> arena;
+  // diagonals of M or U^H E V, of U^H U and V^H V, of (U^H U) S (V^H V), and Re(U^H E V)_kk
+  double *re, *im, *gu, *gv, *product_re, *product_im, *e;
+  std::vector<double> diagonals;
 
   // columns and rows beyond the matrices enter sums and transposed squares, so they are zero
   explicit Scratch(const AEPlus<T>& job)
-      : arena([&](Arena<T>& a) { plan(a, job); }, job.r % panel<T> || job.N % lanes<T>) {}
+      : arena([&](Arena<T>& a) { plan(a, job); }, job.r % panel<T> || job.N % lanes<T>) {
+    const std::int64_t n = whole<T>(job.r);
+    diagonals.resize(static_cast<std::size_t>(7 * n));
+    double* p = diagonals.data();
+    for (double** row : {&re, &im, &gu, &gv, &product_re, &product_im, &e}) *row = p, p += n;
+  }
 
   void plan(Arena<T>& arena, const AEPlus<T>& job) {
     const std::int64_t M = job.M, N = job.N, r = job.r;
@@ -29,7 +36,7 @@ struct Scratch {
     US = arena.take(2 * M * r);
     SG = arena.take(2 * r * r);
     E = arena.take(2 * M * N);
-    for (T** row : {&s, &re, &im, &e}) *row = take_row(arena, r);
+    s = take_row(arena, r);
   }
 };
 
@@ -52,13 +59,41 @@ LOMACS_TARGET double square_sum(Panels<T> x, std::int64_t columns) {
   return sum<T>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
+// in short chains: the sum has one sign and its error would show
+template <typename T>
+LOMACS_TARGET double square_sum(const T* x, std::int64_t n) {
+  Vec<T> total[4] = {};
+  std::int64_t i = 0;
+  while (i + 4 * lanes<T> <= n) {
+    Vec<T> part[4] = {};
+    for (int k = 0; k < 8 && i + 4 * lanes<T> <= n; ++k, i += 4 * lanes<T>)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const Vec<T> v = load(x + i + j * lanes<T>);
+        part[j] += v * v;
+      }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) total[j] += part[j];
+  }
+  double rest = 0;
+  for (; i < n; ++i) rest += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  return sum<T>((total[0] + total[1]) + (total[2] + total[3])) + rest;
+}
+
+// whether T is precise for a sum of n squares, and for sums of its parts' squares down to 1e-4 of the mean
+template <typename T>
+bool in_range(double squares, std::int64_t n) {
+  using Range = std::numeric_limits<T>;
+  // then what is 1e-4 of the mean number still has a square above the least normal one
+  const double least = 1e8 * static_cast<double>(Range::min()) * static_cast<double>(n);
+  return squares > least && squares <= static_cast<double>(Range::max());
+}
+
 // |x| out of the sum of its squares; where squares left the range in which T is precise, by parts of the largest
 template <typename T>
 double norm_of(double squares, const T* x, std::int64_t n) {
   using Range = std::numeric_limits<T>;
-  // then what is 1e-4 of the mean number still has a square above the least normal one
-  const double least = 1e8 * static_cast<double>(Range::min()) * static_cast<double>(n);
-  if (squares > least && squares <= static_cast<double>(Range::max())) return std::sqrt(squares);
+  if (in_range<T>(squares, n)) return std::sqrt(squares);
   double largest = 0, total = 0;
   for (std::int64_t i = 0; i < n; ++i) largest = std::max(largest, static_cast<double>(std::abs(x[i])));
   // NaN has failed every comparison
@@ -133,15 +168,60 @@ LOMACS_TARGET void weighted_dot(Panels<T> X, Panels<T> Y, const T* s, std::int64
   im = sum<T>(total_im);
 }
 
-// to = X^H X; returns |X^H X - I|
+// a sum of vectors of T in double
+template <typename T>
+struct WideSum {
+  static constexpr int halves = sizeof(double) / sizeof(T);
+  Vec<double> part[halves] = {};
+
+  LOMACS_INLINE void add(Vec<T> x) {
+    typename Simd<T, LOMACS_BYTES / halves>::Vec half[halves];
+    std::memcpy(half, &x, sizeof x);
+#pragma GCC unroll 2
+    for (int i = 0; i < halves; ++i) part[i] += __builtin_convertvector(half[i], Vec<double>);
+  }
+  LOMACS_INLINE void store_to(double* p) const {
+#pragma GCC unroll 2
+    for (int i = 0; i < halves; ++i) store(p + i * lanes<double>, part[i]);
+  }
+};
+
+// sum_m conj(x_mk) y_mk for every column k, in double but for chains of four: what S lacks of the diagonal of M is the
+// difference of two such sums
+template <typename T>
+LOMACS_TARGET void wide_dots(Panels<T> X, const T* y, std::int64_t rows, std::int64_t r, double* re, double* im) {
+  for (std::int64_t j = 0; j < r; j += lanes<T>) {
+    const T* p = X.at(0, j / lanes<T>);
+    WideSum<T> total_re, total_im;
+    for (std::int64_t m = 0; m < rows;) {
+      Vec<T> rr{}, ii{}, ri{}, ir{};
+      for (const std::int64_t stop = std::min<std::int64_t>(m + 4, rows); m < stop; ++m) {
+        Vec<T> yr, yi;
+        load_complex(y + 2 * (m * r + j), r - j, yr, yi);
+        const Vec<T> xr = load(p + m * Panels<T>::step), xi = load(p + m * Panels<T>::step + Panels<T>::imag);
+        rr += xr * yr;
+        ii += xi * yi;
+        ri += xr * yi;
+        ir += xi * yr;
+      }
+      total_re.add(rr);
+      total_re.add(ii);
+      total_im.add(ri - ir);
+    }
+    total_re.store_to(re + j);
+    total_im.store_to(im + j);
+  }
+}
+
+// to = X^H X less its diagonal, which goes to `diagonal`; returns |X^H X - I|
 template <typename T>
 LOMACS_TARGET double gram(const T* x, Panels<T> planar, std::int64_t rows, std::int64_t r, Panels<T> to,
-                          T* diagonal, T* unused, Ahead& ahead) {
+                          double* diagonal, double* unused, Ahead& ahead) {
   const Term<T> terms[] = {{{x, 1, r}, planar, rows}};
   ToPanels<T> sink{to};
   product<true>(terms, sink, r, r, ahead, Part::upper);
   mirror(to, r);
-  column_dots(planar, x, rows, r, diagonal, unused);
+  wide_dots(planar, x, rows, r, diagonal, unused);
   double square = 0;
   for (std::int64_t k = 0; k < r; ++k) {
     T* g = to.element(k, k);
@@ -149,7 +229,6 @@ LOMACS_TARGET double gram(const T* x, Panels<T> planar, std::int64_t rows, std::
     square += (diagonal[k] - 1.0) * (diagonal[k] - 1.0);
   }
   const double off = norm(to, r);
-  for (std::int64_t k = 0; k < r; ++k) *to.element(k, k) = diagonal[k];
   return std::sqrt(square + off * off);
 }
 
@@ -162,6 +241,16 @@ LOMACS_TARGET void add_residual(Panels<T> X, std::int64_t r, double beta, Panels
     T* t = to.element(k, k);
     *t = static_cast<T>(static_cast<double>(*t) - beta * g + beta * (g - 1));
   }
+}
+
+// Whether Gram matrices and weights s beside a channel of norm h are far from where T loses the squares of some columns
+// that count.
+template <typename T>
+bool moderate(Panels<T> Gu, Panels<T> Gv, const T* s, std::int64_t r, double h) {
+  constexpr double most = 1e4;
+  for (std::int64_t k = 0; k < r; ++k)
+    if (!(*Gu.element(k, k) <= most && *Gv.element(k, k) <= most && std::abs(s[k]) <= most * h)) return false;
+  return true;
 }
 
 template <typename T>
@@ -178,28 +267,64 @@ LOMACS_TARGET void aeplus_sample(const AEPlus<T>& job, std::int64_t b, const Scr
   std::memcpy(x.s, S, sizeof(T) * static_cast<std::size_t>(r));
   pack(U, M, r, x.U);
   pack(V, N, r, x.V);
-  adjoint(x.V, N, r, x.Vh);
-  scale_columns(U, x.s, M, r, x.US);
-  const double ou = gram(U, x.U, M, r, x.Gu, x.re, x.im, ahead);
-  const double ov = gram(V, x.V, N, r, x.Gv, x.re, x.im, ahead);
-
-  ToResidual<T> residual{H, x.E, N, Vec<T>{}, Vec<T>{}};
-  {
-    const Term<T> terms[] = {{{x.US, r, 1}, x.Vh, r}};
-    product<false>(terms, residual, M, N, ahead);
+  const double ou = gram(U, x.U, M, r, x.Gu, x.gu, x.im, ahead);
+  const double ov = gram(V, x.V, N, r, x.Gv, x.gv, x.im, ahead);
+  double pp = 0;
+  for (std::int64_t k = 0; k < r; ++k) {
+    double re, im;
+    weighted_dot(x.Gu, x.Gv, x.s, k, r, re, im);
+    x.product_re[k] = re + x.gu[k] * x.s[k] * x.gv[k];
+    x.product_im[k] = im;
+    pp += x.s[k] * x.product_re[k];
   }
-  const double h = norm_of(sum<T>(residual.hh), H, 2 * M * N), e = norm_of(sum<T>(residual.ee), x.E, 2 * M * N);
-  const double inv = 1 / (h + 1e-8);
+  for (std::int64_t k = 0; k < r; ++k) {
+    *x.Gu.element(k, k) = static_cast<T>(x.gu[k]);
+    *x.Gv.element(k, k) = static_cast<T>(x.gv[k]);
+  }
+  const double hh = square_sum(H, 2 * M * N), h = norm_of(hh, H, 2 * M * N), inv = 1 / (h + 1e-8);
 
-  // E V and E^H U where E is no larger than H, and H V, H^H U where it is: the other way round the parts that
-  // cancel in E, or in H = E + U S V^H, would do so after their products had been rounded
-  const bool direct = e < 1.5 * h;
-  const T* left = direct ? x.E : H;
-  {
+  const auto times_V = [&](const T* left) LOMACS_TARGET {
     const Term<T> terms[] = {{{left, N, 1}, x.V, N}};
     ToRows<T> sink{x.X, r};
     product<false>(terms, sink, M, r, ahead);
+    wide_dots(x.U, x.X, M, r, x.re, x.im);
+  };
+  // |E|^2 = |H|^2 - 2 Re sum s_k M_kk + |U S V^H|^2, and E is not formed, where that is no small part of what it is the
+  // difference of; tried where it would be if S were the diagonal of M
+  const double both_squares = hh + pp;
+  const auto expands = [&](double ee) {
+    if (ee >= 0.54 * both_squares) return true;
+    // the residual's gradients are rounded |H| / |E| times as much as by E V: where those of the other terms outweigh
+    // them, that is nothing
+    const double e = std::sqrt(ee);
+    return ee >= 0.1 * both_squares && ou > 0 && ov > 0 && 8 * std::abs(job.lam) * e >= std::sqrt(pp) &&
+           std::abs(job.w_match) * e * std::sqrt(static_cast<double>(M)) >= 0.02 * static_cast<double>(r) * h;
+  };
+  bool expanded =
+      in_range<T>(hh, 2 * M * N) && moderate(x.Gu, x.Gv, x.s, r, h) && expands(std::abs(hh - pp));
+  double e = 0;
+  if (expanded) {
+    times_V(H);
+    double cross = 0;
+    for (std::int64_t k = 0; k < r; ++k) cross += x.s[k] * x.re[k];
+    const double ee = both_squares - 2 * cross;
+    expanded = expands(ee);
+    e = std::sqrt(ee);
   }
+  if (!expanded) {
+    adjoint(x.V, N, r, x.Vh);
+    scale_columns(U, x.s, M, r, x.US);
+    ToResidual<T> residual{H, x.E, N, Vec<T>{}};
+    const Term<T> terms[] = {{{x.US, r, 1}, x.Vh, r}};
+    product<false>(terms, residual, M, N, ahead);
+    e = norm_of(sum<T>(residual.ee), x.E, 2 * M * N);
+  }
+
+  // E V and E^H U where E is no larger than H, and H V, H^H U where it is: the other way round the parts that
+  // cancel in E, or in H = E + U S V^H, would do so after their products had been rounded
+  const bool direct = !expanded && e < 1.5 * h;
+  const T* left = direct ? x.E : H;
+  if (!expanded) times_V(left);
   ToPanels<T> adjoint_of_M{x.Mh};
   if (direct) {
     scaled_rows(x.Gv, x.s, r, x.SG);
@@ -209,7 +334,6 @@ LOMACS_TARGET void aeplus_sample(const AEPlus<T>& job, std::int64_t b, const Scr
     const Term<T> terms[] = {{{x.X, 1, r}, x.U, M}};
     product<true>(terms, adjoint_of_M, r, r, ahead);
   }
-  column_dots(x.U, x.X, M, r, x.re, x.im);
 
   double dd = 0, ss = 0, mean_gap = 0;
   for (std::int64_t k = 0; k < r; ++k) {
@@ -218,15 +342,10 @@ LOMACS_TARGET void aeplus_sample(const AEPlus<T>& job, std::int64_t b, const Scr
     double re = x.re[k], im = x.im[k];
     const double s = x.s[k];
     // Re(U^H E V)_kk, all that the gradient of S needs of the residual
-    x.e[k] = re;
-    if (direct || gS) {
-      double dot_re, dot_im;
-      weighted_dot(x.Gu, x.Gv, x.s, k, r, dot_re, dot_im);
-      if (direct) re += dot_re, im += dot_im;
-      else x.e[k] = re - dot_re;
-    }
-    x.re[k] = static_cast<T>(re);
-    x.im[k] = static_cast<T>(im);
+    x.e[k] = direct ? re : re - x.product_re[k];
+    if (direct) re += x.product_re[k], im += x.product_im[k];
+    x.re[k] = re;
+    x.im[k] = im;
     dd += re * re + im * im;
     ss += s * s;
     mean_gap += std::abs(s - std::sqrt(re * re + im * im));
@@ -269,13 +388,21 @@ LOMACS_TARGET void aeplus_sample(const AEPlus<T>& job, std::int64_t b, const Scr
     }
   }
   if (gH) {
+    const double loss = e - job.w_energy * m + job.w_diag * o + job.w_match * gap;
+    const double of_H = -over(scale * inv * inv * loss, h);
+    if (expanded) {
+      // alpha E, of which H is a part and U S V^H goes with K
+      adjoint(x.V, N, r, x.Vh);
+      for (std::int64_t k = 0; k < r; ++k) *x.C.element(k, k) -= static_cast<T>(alpha * x.s[k]);
+    }
     const Term<T> inner[] = {{{U, r, 1}, x.C, r}};
     ToRows<T> between{x.US, r};
     product<false>(inner, between, M, r, ahead);
-    const double loss = e - job.w_energy * m + job.w_diag * o + job.w_match * gap;
     const Term<T> outer[] = {{{x.US, r, 1}, x.Vh, r}};
-    ToSum<T> sink{gH, N, x.E, H, static_cast<T>(alpha), static_cast<T>(-over(scale * inv * inv * loss, h))};
+    ToSum<T> sink{gH, N, expanded ? H : x.E, H, static_cast<T>(alpha), static_cast<T>(of_H)};
     product<false>(outer, sink, M, N, ahead);
+    if (expanded)
+      for (std::int64_t k = 0; k < r; ++k) *x.C.element(k, k) = *x.A.element(k, k);
   }
   if (gU) {
     if (direct) {
@@ -323,6 +450,9 @@ LOMACS_TARGET void aeplus_samples(const AEPlus<T>& job, std::int64_t begin, std:
       ahead.add(job.V + 2 * (b + 1) * N * r, sizeof(T) * static_cast<std::size_t>(2 * N * r));
       ahead.add(job.U + 2 * (b + 1) * M * r, sizeof(T) * static_cast<std::size_t>(2 * M * r));
     }
+    // what this sample will write would be read too, line by line when it is written
+    if (job.gV) ahead.add(job.gV + 2 * b * N * r, sizeof(T) * static_cast<std::size_t>(2 * N * r));
+    if (job.gU) ahead.add(job.gU + 2 * b * M * r, sizeof(T) * static_cast<std::size_t>(2 * M * r));
     aeplus_sample(job, b, scratch, ahead);
   }
 }

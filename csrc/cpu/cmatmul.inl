@@ -471,17 +471,17 @@ struct ToPanels {
   }
 };
 
-// h - product: its square sum, that of h, and itself where it is wanted
+// h - product: its square sum, and itself where it is wanted
 template <typename T>
 struct ToResidual {
   const T* h;
   T* e;
   std::int64_t columns;
-  Vec<T> ee, hh;
+  Vec<T> ee;
 
   template <int R, int V>
   LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
-    Vec<T> es{}, hs{};
+    Vec<T> es{};
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
@@ -490,12 +490,10 @@ struct ToResidual {
         Vec<T> hr, hi;
         load_complex(h + at, columns - column, hr, hi);
         const Vec<T> er = hr - re[i][j], ei = hi - im[i][j];
-        hs += hr * hr + hi * hi;
         es += er * er + ei * ei;
         if (e != nullptr) store_complex(e + at, columns - column, er, ei);
       }
     ee += es;
-    hh += hs;
   }
 };
 

@@ -24,8 +24,22 @@ struct GateScratch {
   T* room;
   T* memory = nullptr;
   std::int64_t size = 0;
+  // what comes next, so many lines a vector of frequencies, of which the loops over them visit `rounds`
+  mutable Ahead ahead;
+  mutable std::int64_t lines = 0, bytes = 0;
+  std::int64_t rounds;
 
-  GateScratch(const Gate<T>& job, bool backward) {
+  void look_ahead() const {
+    ahead = Ahead();
+    lines = bytes = 0;
+  }
+  void look_ahead(const T* p, std::int64_t count) const {
+    ahead.add(p, sizeof(T) * static_cast<std::size_t>(count));
+    bytes += static_cast<std::int64_t>(sizeof(T)) * count;
+    lines = bytes / (64 * rounds) + 1;
+  }
+
+  GateScratch(const Gate<T>& job, bool backward) : rounds(2 * ((job.M + lanes<T> - 1) / lanes<T>) * job.N) {
     const std::int64_t M = job.M, N = job.N, hidden = padded(job.hidden);
     const std::int64_t Mp = padded(M), Np = padded(N);
     for (int round = 0; round < 2; ++round) {
@@ -250,6 +264,7 @@ LOMACS_TARGET Scale measure(const Gate<T>& job, std::int64_t b, const GateScratc
       total += size;
       T* c = s.column + n * lanes<T>;
       store(c, k ? load(c) + size : size);
+      s.ahead.fetch(s.lines);
     }
     store(s.rho + k * lanes<T>, total * splat(static_cast<T>(scale.up / static_cast<double>(N))));
   }
@@ -280,6 +295,7 @@ LOMACS_TARGET void gate_sample(const Gate<T>& job, std::int64_t b, const GateScr
       const Vec<T> gate = sigmoid<T>(power, shift, s.col_power[n], s.col_shift[n]) * back;
       store(p, load(p) * gate);
       store(p + lanes<T>, load(p + lanes<T>) * gate);
+      s.ahead.fetch(s.lines);
     }
     inverse_strip(*job.cols, s.spectrum.at(k, 0), s.room);
   }
@@ -326,6 +342,7 @@ LOMACS_TARGET void gate_sample_back(const Gate<T>& job, std::int64_t b, const T*
       total += g;
       T* c = s.column + n * lanes<T>;
       store(c, k ? load(c) + g : g);
+      s.ahead.fetch(s.lines);
     }
     store(s.g_rows + k * lanes<T>, total);
     dot += dots;
@@ -377,7 +394,12 @@ LOMACS_TARGET void gate_and_project_samples(const Gate<T>& job, const Projection
                                             std::int64_t begin, std::int64_t end) {
   const GateScratch<T> scratch(job, false);
   ProjectionScratch<T> more(projection);
+  const std::int64_t whole = 2 * job.M * job.N, tokens = job.M * projection.d;
   for (std::int64_t b = begin; b < end; ++b) {
+    scratch.look_ahead();
+    if (b + 1 < end) scratch.look_ahead(job.H + (b + 1) * whole, whole);
+    scratch.look_ahead(X + b * tokens, tokens);
+    scratch.look_ahead(job.Hd + b * whole, whole);
     gate_sample(job, b, scratch);
     project_rows(projection, job.Hd + 2 * b * job.M * job.N, 0, job.M, X + b * job.M * projection.d, more);
   }
@@ -416,6 +438,8 @@ LOMACS_TARGET void front_chunks_back(const Gate<T>& job, const Projection<T>& pr
   const GateScratch<T> scratch(job, true);
   ProjectionScratch<T> other(projection);
   const std::int64_t whole = 2 * job.M * job.N, tokens = job.M * projection.d;
+  // more of the next sample would drive out what this one has in the second cache
+  const bool small = sizeof(T) * static_cast<std::size_t>(whole) <= (1 << 16);
   const Memory<T> gHd(whole);
   for (std::int64_t c = begin; c < end; ++c) {
     const GateSums<T> sums = job.sums_of(c);
@@ -423,6 +447,13 @@ LOMACS_TARGET void front_chunks_back(const Gate<T>& job, const Projection<T>& pr
     T* own = projection_sums ? projection_sums + c * projection.sums() : nullptr;
     const std::int64_t from = c * job.chunk, stop = std::min(B, from + job.chunk);
     for (std::int64_t b = from; b < stop; ++b) {
+      scratch.look_ahead();
+      if (b + 1 < B) {
+        if (small) scratch.look_ahead(job.H + (b + 1) * whole, whole);
+        if (small && more) scratch.look_ahead(more + (b + 1) * whole, whole);
+        scratch.look_ahead(job.Hd + (b + 1) * whole, whole);
+        scratch.look_ahead(gX + (b + 1) * tokens, tokens);
+      }
       project_sample_back(projection, gX + b * tokens, job.Hd + b * whole, more ? more + b * whole : nullptr, gHd.p,
                           own, b == from, other);
       gate_sample_back(job, b, gHd.p, scratch, sums);

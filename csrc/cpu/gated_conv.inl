@@ -15,6 +15,21 @@ struct ConvScratch {
   // backward: values and gates, gradients of y and x; gradients of a value and of a gate between margins
   T *value, *gate, *gy, *gx, *dvalue = nullptr, *dgate = nullptr;
   std::int64_t row, margin, wide;
+  // tokens of the next sample and what this one will write, so many lines a channel
+  Ahead ahead;
+  std::int64_t lines = 0;
+
+  void look_ahead(const GatedConv<T>& job, std::int64_t b, T* out, std::int64_t loops) {
+    const std::int64_t size = job.tokens * job.d;
+    const std::size_t bytes = sizeof(T) * static_cast<std::size_t>(size);
+    ahead = Ahead();
+    if (b + 1 < job.batch) {
+      if (job.gy != nullptr) ahead.add(job.gy + (b + 1) * size, bytes);
+      ahead.add(job.x + (b + 1) * size, bytes);
+    }
+    if (out != nullptr) ahead.add(out + b * size, bytes);
+    lines = 3 * static_cast<std::int64_t>(bytes) / (64 * loops * job.d) + 1;
+  }
 
   LOMACS_TARGET void plan(const GatedConv<T>& job, bool backward, Arena<T>& arena) {
     row = vectors(job.tokens), margin = vectors(job.taps / 2), wide = row + 2 * margin;
@@ -98,6 +113,7 @@ LOMACS_TARGET __attribute__((noinline)) void conv_gate(const GatedConv<T>& job, 
     std::int64_t t = 0;
     for (; t + 4 * lanes<T> <= s.row; t += 4 * lanes<T>) gated<KEEP, 4>(job, c, t, s);
     for (; t < s.row; t += lanes<T>) gated<KEEP, 1>(job, c, t, s);
+    s.ahead.fetch(s.lines);
   }
 }
 
@@ -110,9 +126,12 @@ LOMACS_TARGET void conv_forward(const GatedConv<T>& job, std::int64_t begin, std
   for (std::int64_t b = begin; b < end; ++b) {
     const std::int64_t at = b * job.tokens * d;
     conv_tokens(job, b, s);
+    s.look_ahead(job, b, job.y, 2);
     conv_gate<false>(job, s);
-    for (std::int64_t c = 0; c < d; ++c)
+    for (std::int64_t c = 0; c < d; ++c) {
       for (std::int64_t t = 0; t < s.row; t += lanes<T>) store(s.out + c * s.row + t, splat(job.pw_bias[c]));
+      s.ahead.fetch(s.lines);
+    }
     matmul<T>({job.pw_weight, d, 1}, {s.h, s.row}, s.out, s.row, d, s.row, d, true);
     rows_to_tokens(s.out, s.row, job.tokens, d, job.norm_weight == nullptr ? nullptr : job.x + at, job.y + at, d);
   }
@@ -152,6 +171,7 @@ LOMACS_TARGET void conv_backward_sample(const GatedConv<T>& job, std::int64_t b,
   const bool norm = job.norm_weight != nullptr, weights = sums.dw_weight != nullptr;
   const bool wanted = job.gx != nullptr || (norm && weights);
   conv_tokens(job, b, s);
+  s.look_ahead(job, b, job.gx, 3);
   conv_gate<true>(job, s);
   tokens_to_rows(job.gy + at, d, job.tokens, d, s.gy, s.row);
   if (weights) {
@@ -171,6 +191,7 @@ LOMACS_TARGET void conv_backward_sample(const GatedConv<T>& job, std::int64_t b,
       store(s.dvalue + t, e * open);
     }
     depthwise_backward(job, s, sums, s.dvalue, c, wanted);
+    s.ahead.fetch(s.lines);
   }
   for (std::int64_t c = 0; c < d; ++c) {
     for (std::int64_t t = 0; t < s.row; t += lanes<T>) {
@@ -179,6 +200,7 @@ LOMACS_TARGET void conv_backward_sample(const GatedConv<T>& job, std::int64_t b,
       store(s.dgate + t, load(s.h + n) * load(s.value + n) * open * (splat<T>(1) - open));
     }
     depthwise_backward(job, s, sums, s.dgate, d + c, wanted);
+    s.ahead.fetch(s.lines);
   }
   if (norm && wanted) {
     // taps reach there

@@ -228,11 +228,11 @@ LOMACS_TARGET void refine_polynomial(const Factor<T>& x, std::int64_t r, double 
   add_identity(x.P, static_cast<T>(1), r);
 }
 
-// Y = U - step U (U^H U - I); leaves 1 / (norm + eps) of its columns in x.scale
+// Y = U - step U (U^H U - I) for the u that is in x.U too, the square sums of its columns in x.squares; leaves
+// 1 / (norm + eps) of Y's columns in x.scale
 template <typename T>
-LOMACS_TARGET void refine_columns(const T* u, const Factor<T>& x, std::int64_t rows, std::int64_t r, double step,
-                                  T* Y, Ahead& ahead) {
-  pack_squares(u, rows, r, x.U, x.squares);
+LOMACS_TARGET void refine_packed(const T* u, const Factor<T>& x, std::int64_t rows, std::int64_t r, double step, T* Y,
+                                 Ahead& ahead) {
   gram_matrix(u, x.U, rows, r, x.G, ahead);
   for (std::int64_t k = 0; k < r; ++k) {
     T* g = x.G.element(k, k);
@@ -251,20 +251,33 @@ LOMACS_TARGET void refine_columns(const T* u, const Factor<T>& x, std::int64_t r
   }
 }
 
+template <typename T>
+LOMACS_TARGET void refine_columns(const T* u, const Factor<T>& x, std::int64_t rows, std::int64_t r, double step,
+                                  T* Y, Ahead& ahead) {
+  pack_squares(u, rows, r, x.U, x.squares);
+  refine_packed(u, x, rows, r, step, Y, ahead);
+}
+
+// To the sink the gradient of u from that of its refined columns, which is in G; returns that of the step.
+template <typename T, typename Sink>
+LOMACS_TARGET double refine_product(const T* u, Panels<T> G, const Factor<T>& x, std::int64_t rows, std::int64_t r,
+                                    double step, Sink sink, Ahead& ahead) {
+  const Term<T> cross[] = {{{u, 1, r}, G, rows}};
+  ToPanels<T> of_gram{x.K};
+  product<true>(cross, of_gram, r, r, ahead);
+  const double gstep = -hermitian_sum_and_inner(x.K, static_cast<T>(-step), x.G, r, x.C);
+  const Term<T> terms[] = {{left_of(G), x.P, r}, {{u, r, 1}, x.C, r}};
+  product<false>(terms, sink, rows, r, ahead);
+  return gstep;
+}
+
 // gU from the gradient g of the normalised columns; returns that of the step. After refine_columns into x.Y, which
 // is `columns`; or those normalised, and then x.slope has 1 / norm.
 template <typename T>
 LOMACS_TARGET double refine_gradient(const T* u, const T* columns, const T* g, const Factor<T>& x, std::int64_t rows,
                                      std::int64_t r, double step, T* gU, Ahead& ahead) {
   normal_gradient(columns, g, x.scale, x.slope, rows, r, static_cast<T*>(nullptr), x.U);
-  const Term<T> cross[] = {{{u, 1, r}, x.U, rows}};
-  ToPanels<T> of_gram{x.K};
-  product<true>(cross, of_gram, r, r, ahead);
-  const double gstep = -hermitian_sum_and_inner(x.K, static_cast<T>(-step), x.G, r, x.C);
-  const Term<T> terms[] = {{left_of(x.U), x.P, r}, {{u, r, 1}, x.C, r}};
-  ToRows<T> sink{gU, r};
-  product<false>(terms, sink, rows, r, ahead);
-  return gstep;
+  return refine_product(u, x.U, x, rows, r, step, ToRows<T>{gU, r}, ahead);
 }
 
 }  // namespace

@@ -17,7 +17,24 @@ LOMACS_TARGET void heads_forward(const Heads<T>& job, const T* feat, std::int64_
     const Head<T>& head = job.heads[strip.head];
     tokens_to_rows(head.weight + strip.from * d, d, strip.width, d, memory.p, head_strip);
     std::copy(head.bias + strip.from, head.bias + strip.from + strip.width, memory.p + d * head_strip);
-    matmul<T>({feat, d + 1, 1}, {memory.p, head_strip}, head.out + strip.from, head.size, job.batch, strip.width, d + 1);
+    // what is written lies in as many pages as there are rows, which nothing but this fetches ahead
+    constexpr std::int64_t some = 48;
+    Ahead ahead;
+    const auto add = [&](const T* p, std::int64_t rows, std::int64_t width, std::int64_t row) {
+      ahead.add(p, sizeof(T) * static_cast<std::size_t>(width), rows, sizeof(T) * static_cast<std::size_t>(row));
+    };
+    if (n + 1 < end) {
+      const HeadStrip next = job.strip(n + 1);
+      add(job.heads[next.head].weight + next.from * d, 1, next.width * d, 0);
+    }
+    add(head.out + strip.from, job.batch, strip.width, head.size);
+    const std::int64_t lines = strip.width * static_cast<std::int64_t>(sizeof(T)) / 64 + 1;
+    for (std::int64_t b = 0; b < job.batch; b += some) {
+      ahead.fetch(2 * some * lines);
+      T* out = head.out + strip.from + b * head.size;
+      matmul<T>({feat + b * (d + 1), d + 1, 1}, {memory.p, head_strip}, out, head.size, std::min(some, job.batch - b),
+                strip.width, d + 1);
+    }
   }
 }
 

@@ -19,6 +19,21 @@ struct AttentionScratch {
   // backward: tokens x d, x as `x`; d x tokens, gradients of y and x; k x g and strips
   T *natural, *gy, *gx, *dK, *dV, *dXk, *dXv, *dS;
   std::int64_t kp, gp, row;
+  // tokens of the next sample and what this one will write, so many lines between two products
+  Ahead ahead;
+  std::int64_t lines = 0;
+
+  void look_ahead(const Attention<T>& job, std::int64_t b, T* out, std::int64_t products) {
+    const std::int64_t size = job.tokens * job.d;
+    const std::size_t bytes = sizeof(T) * static_cast<std::size_t>(size);
+    ahead = Ahead();
+    if (b + 1 < job.batch) {
+      if (job.gy != nullptr) ahead.add(job.gy + (b + 1) * size, bytes);
+      ahead.add(job.x + (b + 1) * size, bytes);
+    }
+    if (out != nullptr) ahead.add(out + b * size, bytes);
+    lines = 3 * static_cast<std::int64_t>(bytes) / (64 * products * job.groups) + 1;
+  }
 
   LOMACS_TARGET void plan(const Attention<T>& job, bool backward, Arena<T>& arena) {
     const std::int64_t d = job.d, g = job.g, k = job.k;
@@ -70,9 +85,13 @@ LOMACS_TARGET void attention_keys(const Attention<T>& job, std::int64_t i, Atten
   const std::int64_t g = job.g, k = job.k;
   const T* x = s.x + i * g * s.row;
   matmul<T>({x, s.row, 1}, {job.pk[i], k}, s.Xk, s.kp, g, k, job.tokens);
+  s.ahead.fetch(s.lines);
   matmul<T>({x, s.row, 1}, {job.pv[i], k}, s.Xv, s.kp, g, k, job.tokens);
+  s.ahead.fetch(s.lines);
   matmul<T>({job.M + i * g * g, g, 1}, {s.Xk, s.kp}, s.K, s.kp, g, k, g);
+  s.ahead.fetch(s.lines);
   matmul<T>({job.N + i * g * g, g, 1}, {s.Xv, s.kp}, s.V, s.kp, g, k, g);
+  s.ahead.fetch(s.lines);
 }
 
 // powers of two of the logits of tokens t0 on, less the largest of a token; 1 / their sums
@@ -113,12 +132,17 @@ LOMACS_TARGET void attention_forward(const Attention<T>& job, std::int64_t begin
   const std::int64_t g = job.g, d = job.d;
   for (std::int64_t n = begin; n < end; ++n) {
     const std::int64_t b = n / job.groups, i = n % job.groups, at = b * job.tokens * d + i * g;
-    if (n == begin || i == 0) attention_tokens(job, b, s);
+    if (n == begin || i == 0) {
+      attention_tokens(job, b, s);
+      s.look_ahead(job, b, job.y, 6);
+    }
     attention_keys(job, i, s);
     for (std::int64_t t0 = 0; t0 < s.row; t0 += strip_tokens) {
       const std::int64_t width = std::min(strip_tokens, s.row - t0);
       attention_shares(job, s.x + i * g * s.row + t0, width, s);
+      s.ahead.fetch(s.lines);
       matmul<T>({s.V, s.kp, 1}, {s.L, strip_tokens}, s.out + t0, s.row, g, width, job.k);
+      s.ahead.fetch(s.lines);
       for (std::int64_t c = 0; c < g; ++c)
         for (std::int64_t t = 0; t < width; t += lanes<T>) {
           T* p = s.out + c * s.row + t0 + t;
@@ -137,6 +161,7 @@ LOMACS_TARGET void attention_backward_sample(const Attention<T>& job, std::int64
   const bool wanted = job.gx != nullptr || (norm && weights);
   attention_tokens(job, b, s);
   tokens_to_rows(job.gy + at, d, tokens, d, s.gy, s.row);
+  s.look_ahead(job, b, job.gx, 10);
   const T* natural = job.x + at;
   if (norm) {
     rows_to_tokens(s.x, s.row, tokens, d, static_cast<const T*>(nullptr), s.natural, d);
@@ -150,7 +175,9 @@ LOMACS_TARGET void attention_backward_sample(const Attention<T>& job, std::int64
       const std::int64_t width = std::min(strip_tokens, s.row - t0), there = std::min(strip_tokens, tokens - t0);
       const std::int64_t from = at + t0 * d + i * g;
       attention_shares(job, x + t0, width, s);
+      s.ahead.fetch(s.lines);
       matmul<T>({s.V, 1, s.kp}, {gy + t0, s.row}, s.dS, strip_tokens, k, width, g);
+      s.ahead.fetch(s.lines);
       for (std::int64_t t = 0; t < width; t += lanes<T>) {
         const Vec<T> inverse = load(s.sums + t);
         Vec<T> dot[2] = {};
@@ -167,7 +194,9 @@ LOMACS_TARGET void attention_backward_sample(const Attention<T>& job, std::int64
         }
       }
       matmul<T>({s.L, strip_tokens, 1}, {job.gy + from, d}, s.dV, s.gp, k, g, there, t0 > 0);
+      s.ahead.fetch(s.lines);
       matmul<T>({s.dS, strip_tokens, 1}, {natural + t0 * d + i * g, d}, s.dK, s.gp, k, g, there, t0 > 0);
+      s.ahead.fetch(s.lines);
       if (wanted) matmul<T>({s.K, s.kp, 1}, {s.dS, strip_tokens}, gx + t0, s.row, g, width, k);
     }
     matmul<T>({s.dK, s.gp, 1}, {job.M + i * g * g, g}, s.dXk, s.gp, k, g, g);
@@ -176,8 +205,10 @@ LOMACS_TARGET void attention_backward_sample(const Attention<T>& job, std::int64
       matmul<T>({s.dXk, 1, s.gp}, {job.Pk + i * k * s.row, s.row}, gx, s.row, g, s.row, k, true);
       matmul<T>({s.dXv, 1, s.gp}, {job.Pv + i * k * s.row, s.row}, gx, s.row, g, s.row, k, true);
     }
+    s.ahead.fetch(s.lines);
     if (weights) {
       matmul<T>({s.dXk, s.gp, 1}, {x, s.row}, sums.Pk + i * k * s.row, s.row, k, s.row, g, true);
+      s.ahead.fetch(s.lines);
       matmul<T>({s.dXv, s.gp, 1}, {x, s.row}, sums.Pv + i * k * s.row, s.row, k, s.row, g, true);
       matmul<T>({s.Xk, s.kp, 1}, {s.dK, s.gp}, sums.M + i * g * g, g, g, g, k, true);
       matmul<T>({s.Xv, s.kp, 1}, {s.dV, s.gp}, sums.N + i * g * g, g, g, g, k, true);

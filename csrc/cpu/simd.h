@@ -63,6 +63,14 @@ class Ahead {
     ranges_[count_++] = {at, at, at + bytes, stretches, stride};
   }
 
+  // so many lines at once
+  void fetch(std::int64_t lines) {
+    for (; lines > 0 && count_ > 0; --lines) {
+      __builtin_prefetch(ranges_[count_ - 1].at, 0, 2);
+      advance(64);
+    }
+  }
+
   // A block's part. `step` is called once a round, as often as `next` was told, and may run past a stretch's end.
   struct Run {
     const char* at;
@@ -76,10 +84,7 @@ class Ahead {
   Run next(std::int64_t rounds) {
     if (count_ == 0) return {reinterpret_cast<const char*>(this), 0};
     // of short loops the first rounds have no room for all
-    for (std::int64_t lines = lines_; lines > rounds && count_ > 0; --lines) {
-      __builtin_prefetch(ranges_[count_ - 1].at, 0, 2);
-      advance(64);
-    }
+    fetch(lines_ - rounds);
     if (count_ == 0) return {reinterpret_cast<const char*>(this), 0};
     const std::int64_t bytes = 64 * std::min(lines_, rounds);
     const Run run{ranges_[count_ - 1].at, bytes / rounds};
@@ -106,7 +111,7 @@ class Ahead {
     range.at = range.begin;
   }
 
-  Range ranges_[8];
+  Range ranges_[12];
   std::int64_t lines_;
   int count_ = 0;
 };

@@ -45,11 +45,10 @@ struct ToRowsAndDots {
   }
 };
 
-// product diag(s), and more where it is given
+// product diag(s)
 template <typename T>
 struct ToScaledRows {
   T* c;
-  const T* more;
   std::int64_t columns;
   const T *re, *im;
 
@@ -61,30 +60,24 @@ struct ToScaledRows {
       const Vec<T> sr = load(re + column), si = load(im + column);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
-        const std::int64_t at = 2 * ((i0 + i) * columns + column);
-        Vec<T> mr{}, mi{};
-        if (more != nullptr) load_complex(more + at, columns - column, mr, mi);
-        mr += wr[i][j] * sr - wi[i][j] * si;
-        mi += wr[i][j] * si + wi[i][j] * sr;
-        store_complex(c + at, columns - column, mr, mi);
+        const Vec<T> r = wr[i][j] * sr - wi[i][j] * si, m = wr[i][j] * si + wi[i][j] * sr;
+        store_complex(c + 2 * ((i0 + i) * columns + column), columns - column, r, m);
       }
     }
   }
 };
 
-// to = x diag(re + i im), the diagonal conjugated or not, and more where it is given
+// to = x diag(re + i im), the diagonal conjugated or not
 template <bool CONJ, typename T>
-LOMACS_TARGET void times_complex(const T* x, const T* re, const T* im, const T* more, std::int64_t rows,
-                                 std::int64_t columns, T* to) {
+LOMACS_TARGET void times_complex(const T* x, const T* re, const T* im, std::int64_t rows, std::int64_t columns, T* to) {
   for (std::int64_t j = 0; j < columns; j += lanes<T>) {
     const std::int64_t count = columns - j;
     const Vec<T> sr = load(re + j), si = CONJ ? -load(im + j) : load(im + j);
     for (std::int64_t i = 0; i < rows; ++i) {
       const std::int64_t at = 2 * (i * columns + j);
-      Vec<T> xr, xi, mr{}, mi{};
+      Vec<T> xr, xi;
       load_complex(x + at, count, xr, xi);
-      if (more != nullptr) load_complex(more + at, count, mr, mi);
-      store_complex(to + at, count, mr + (xr * sr - xi * si), mi + (xr * si + xi * sr));
+      store_complex(to + at, count, xr * sr - xi * si, xr * si + xi * sr);
     }
   }
 }
@@ -168,15 +161,15 @@ LOMACS_TARGET void calibrate_samples(const Calibrate<T>& job, std::int64_t begin
       continue;
     }
     job.gtau[b] = z.gradient(job.g + b * r, s, nullptr, job.tau, r, job.gS + b * r);
-    if (gU) times_complex<true>(gU, z.re, z.im, static_cast<const T*>(nullptr), M, r, gU);
+    if (gU) times_complex<true>(gU, z.re, z.im, M, r, gU);
     if (job.gV) {
       pack(u, M, r, U);
       const Term<T> terms[] = {{{h, 1, N}, U, M}};
-      ToScaledRows<T> sink{job.gV + 2 * b * N * r, nullptr, r, z.re, z.im};
+      ToScaledRows<T> sink{job.gV + 2 * b * N * r, r, z.re, z.im};
       product<true>(terms, sink, N, r, ahead);
     }
     if (job.gH) {
-      times_complex<false>(u, z.re, z.im, static_cast<const T*>(nullptr), M, r, Uz);
+      times_complex<false>(u, z.re, z.im, M, r, Uz);
       adjoint(V, N, r, Vh);
       const Term<T> terms[] = {{{Uz, r, 1}, Vh, r}};
       ToRows<T> sink{job.gH + 2 * b * M * N, N};
@@ -185,11 +178,15 @@ LOMACS_TARGET void calibrate_samples(const Calibrate<T>& job, std::int64_t begin
   }
 }
 
-// Scratch of one factor of the tail, and where its columns come from and go to.
+// Scratch of one factor of the tail at a time. By column: what normalises raw columns, the reciprocals of their norms,
+// and the projections of a gradient on them.
 template <typename T>
 struct TailFactor {
+  // rows that are put in order, or out of it, together
+  static constexpr std::int64_t few = 8;
+
   Factor<T> x;
-  T *columns, *g, *scale, *slope;
+  T *columns, *some, *scale, *slope, *dots;
 
   // by column: what normalises raw and refined columns, and what their gradients take, one row after another
   void keep(std::int64_t r, T* to) const {
@@ -211,92 +208,332 @@ struct TailFactor {
   void plan(Arena<T>& arena, std::int64_t rows, std::int64_t r, bool backward) {
     x.plan(arena, rows, r, backward);
     columns = arena.take(2 * rows * r);
+    some = arena.take(2 * few * r);
     scale = take_row(arena, r);
     slope = take_row(arena, r);
-    if (backward) g = arena.take(2 * rows * r);
+    dots = take_row(arena, r);
   }
 };
 
+// square sums of the columns, in short chains
 template <typename T>
-void in_order(const T* raw, const std::int64_t* order, std::int64_t rows, std::int64_t r, T* columns) {
-  struct Pair {
-    T re, im;
-  };
-  Pair* to = reinterpret_cast<Pair*>(columns);
-  for (std::int64_t i = 0; i < rows; ++i, raw += 2 * r)
-    for (std::int64_t k = 0; k < r; ++k) *to++ = Pair{raw[2 * order[k]], raw[2 * order[k] + 1]};
+LOMACS_TARGET void column_squares(const T* x, std::int64_t rows, std::int64_t columns, T* squares) {
+  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+    Vec<T> total{};
+    for (std::int64_t i = 0; i < rows;) {
+      Vec<T> part{};
+      for (const std::int64_t stop = std::min<std::int64_t>(i + 8, rows); i < stop; ++i) {
+        Vec<T> re, im;
+        load_complex(x + 2 * (i * columns + j), columns - j, re, im);
+        part += re * re + im * im;
+      }
+      total += part;
+    }
+    store(squares + j, total);
+  }
+}
+
+template <typename T>
+struct Pair {
+  T re, im;
+};
+
+// f.columns = the raw columns in this order times f.scale; with squares also in f.x.U, their square sums in f.x.squares
+template <bool SQUARES, typename T>
+LOMACS_TARGET void ordered_columns(const T* raw, const std::int64_t* order, const TailFactor<T>& f, std::int64_t rows,
+                                   std::int64_t r) {
+  if (SQUARES) std::fill_n(f.x.squares, whole<T>(r), T(0));
+  for (std::int64_t i0 = 0; i0 < rows; i0 += f.few) {
+    const std::int64_t many = std::min(f.few, rows - i0);
+    const auto* from = reinterpret_cast<const Pair<T>*>(raw) + i0 * r;
+    auto* to = reinterpret_cast<Pair<T>*>(f.some);
+    for (std::int64_t i = 0; i < many; ++i, from += r)
+      for (std::int64_t k = 0; k < r; ++k) *to++ = from[order[k]];
+    for (std::int64_t j = 0; j < r; j += lanes<T>) {
+      const Vec<T> weight = load(f.scale + j);
+      T* p = SQUARES ? f.x.U.at(i0, j / lanes<T>) : nullptr;
+      Vec<T> part{};
+      for (std::int64_t i = 0; i < many; ++i) {
+        Vec<T> re, im;
+        load_complex(f.some + 2 * (i * r + j), r - j, re, im);
+        re *= weight, im *= weight;
+        store_complex(f.columns + 2 * ((i0 + i) * r + j), r - j, re, im);
+        if (!SQUARES) continue;
+        store(p, re);
+        store(p + Panels<T>::imag, im);
+        p += Panels<T>::step;
+        part += re * re + im * im;
+      }
+      if (SQUARES) store(f.x.squares + j, load(f.x.squares + j) + part);
+    }
+  }
+}
+
+// to = x diag(s), which may be x itself, and in panels
+template <typename T>
+LOMACS_TARGET void times_real_packed(const T* x, const T* s, std::int64_t rows, std::int64_t columns, T* to,
+                                     Panels<T> planar) {
+  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+    const std::int64_t count = columns - j;
+    const Vec<T> weight = load(s + j);
+    T* p = planar.at(0, j / lanes<T>);
+    for (std::int64_t i = 0; i < rows; ++i, p += Panels<T>::step) {
+      const std::int64_t at = 2 * (i * columns + j);
+      Vec<T> re, im;
+      load_complex(x + at, count, re, im);
+      re *= weight, im *= weight;
+      store_complex(to + at, count, re, im);
+      store(p, re);
+      store(p + Panels<T>::imag, im);
+    }
+  }
 }
 
 // The raw columns in this order, divided by (norm + eps); then refined: Y and the scale of its columns.
 template <typename T>
 LOMACS_TARGET void tail_columns(const T* raw, const std::int64_t* order, const TailFactor<T>& f, std::int64_t rows,
                                 std::int64_t r, double step, T* Y, Ahead& ahead) {
-  in_order(raw, order, rows, r, f.columns);
-  pack_squares(f.columns, rows, r, f.x.U, f.scale);
+  column_squares(raw, rows, r, f.dots);
   for (std::int64_t k = 0; k < r; ++k) {
-    const double n = std::sqrt(static_cast<double>(f.scale[k]));
+    const double n = std::sqrt(static_cast<double>(f.dots[order[k]]));
     f.scale[k] = static_cast<T>(1 / (n + normal_eps));
     f.slope[k] = static_cast<T>(n != 0 ? 1 / n : 0.0);
   }
-  times_real(f.columns, f.scale, rows, r, f.columns);
-  refine_columns(f.columns, f.x, rows, r, step, Y, ahead);
+  ordered_columns<true>(raw, order, f, rows, r);
+  refine_packed(f.columns, f.x, rows, r, step, Y, ahead);
 }
 
-// What tail_columns leaves, from what the forward kept.
+// What tail_columns leaves and the gradients need, from what the forward kept.
 template <typename T>
 LOMACS_TARGET void kept_columns(const T* raw, const std::int64_t* order, const TailFactor<T>& f, std::int64_t rows,
-                                std::int64_t r, double step, const T* residual, const T* columns) {
-  f.take(r, columns);
-  in_order(raw, order, rows, r, f.columns);
-  times_real(f.columns, f.scale, rows, r, f.columns);
+                                std::int64_t r, double step, const T* residual) {
+  ordered_columns<false>(raw, order, f, rows, r);
   pack(residual, r, r, f.x.G);
   refine_polynomial(f.x, r, step);
 }
 
-// The gradient g of the tail's columns back to the raw ones; returns that of the step. `refined` are the columns
-// before they are normalised; or those normalised, and then x.slope has 1 / norm.
+// dots = Re(x^H g) of the columns; x also to panels where there are some
 template <typename T>
-LOMACS_TARGET double tail_gradient(const std::int64_t* order, const T* refined, const TailFactor<T>& f,
-                                   std::int64_t rows, std::int64_t r, double step, T* graw, Ahead& ahead) {
-  const double gstep = refine_gradient(f.columns, refined, f.g, f.x, rows, r, step, f.g, ahead);
-  normal_gradient(f.columns, f.g, f.scale, f.slope, rows, r, f.g);
-  const T* from = f.g;
-  for (std::int64_t i = 0; i < rows; ++i, graw += 2 * r)
-    for (std::int64_t k = 0; k < r; ++k, from += 2) {
-      graw[2 * order[k]] = from[0];
-      graw[2 * order[k] + 1] = from[1];
+LOMACS_TARGET void real_dots(const T* x, const T* g, std::int64_t rows, std::int64_t columns, T* dots,
+                             Panels<T> planar = {}) {
+  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+    const std::int64_t count = columns - j;
+    T* p = planar.data == nullptr ? nullptr : planar.at(0, j / lanes<T>);
+    Vec<T> total{};
+    for (std::int64_t i = 0; i < rows;) {
+      Vec<T> part{};
+      for (const std::int64_t stop = std::min<std::int64_t>(i + 8, rows); i < stop; ++i) {
+        const std::int64_t at = 2 * (i * columns + j);
+        Vec<T> xr, xi, gr, gi;
+        load_complex(x + at, count, xr, xi);
+        load_complex(g + at, count, gr, gi);
+        part += xr * gr + xi * gi;
+        if (p == nullptr) continue;
+        store(p, xr);
+        store(p + Panels<T>::imag, xi);
+        p += Panels<T>::step;
+      }
+      total += part;
     }
+    store(dots + j, total);
+  }
+}
+
+// The gradient of the refined columns from that of the normalised ones, y, which is g + w diag(z): g + w diag(z) times
+// `scale`, less y times `along`
+template <typename T>
+struct OfNormal {
+  const T *y, *g, *re, *im, *scale, *along;
+
+  LOMACS_INLINE void apply(Vec<T>& wr, Vec<T>& wi, std::int64_t at, std::int64_t column, std::int64_t count) const {
+    const Vec<T> zr = load(re + column), zi = load(im + column), a = load(scale + column), q = load(along + column);
+    Vec<T> yr, yi, gr, gi;
+    load_complex(y + at, count, yr, yi);
+    load_complex(g + at, count, gr, gi);
+    gr += wr * zr - wi * zi;
+    gi += wr * zi + wi * zr;
+    wr = a * gr - q * yr;
+    wi = a * gi - q * yi;
+  }
+};
+
+// of the product, to panels
+template <typename T>
+struct ToNormalGradient {
+  OfNormal<T> of;
+  ToPanels<T> to;
+  std::int64_t columns;
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) {
+        const std::int64_t column = (vec + j) * lanes<T>;
+        of.apply(re[i][j], im[i][j], 2 * ((i0 + i) * columns + column), column, columns - column);
+      }
+    to.template take<R, V>(re, im, i0, vec);
+  }
+};
+
+template <typename T>
+LOMACS_TARGET void normal_gradient_of(const T* w, OfNormal<T> of, std::int64_t rows, std::int64_t columns,
+                                      Panels<T> to) {
+  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+    T* p = to.at(0, j / lanes<T>);
+    for (std::int64_t i = 0; i < rows; ++i, p += Panels<T>::step) {
+      const std::int64_t at = 2 * (i * columns + j);
+      Vec<T> re, im;
+      load_complex(w + at, columns - j, re, im);
+      of.apply(re, im, at, j, columns - j);
+      store(p, re);
+      store(p + Panels<T>::imag, im);
+    }
+  }
+}
+
+// rows of the product, and dots += Re(x^H product) of the columns
+template <typename T>
+struct ToRowsAndRealDots {
+  ToRows<T> rows;
+  const T* x;
+  T* dots;
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      const std::int64_t column = (vec + j) * lanes<T>;
+      Vec<T> part{};
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        Vec<T> xr, xi;
+        load_complex(x + 2 * ((i0 + i) * rows.columns + column), rows.columns - column, xr, xi);
+        part += xr * re[i][j] + xi * im[i][j];
+      }
+      store(dots + column, load(dots + column) + part);
+    }
+    rows.template take<R, V>(re, im, i0, vec);
+  }
+};
+
+// The gradient of the refined columns, in G, back to the raw ones; returns that of the step.
+template <typename T>
+LOMACS_TARGET double tail_gradient(const std::int64_t* order, const TailFactor<T>& f, Panels<T> G, std::int64_t rows,
+                                   std::int64_t r, double step, T* graw, Ahead& ahead) {
+  std::fill_n(f.dots, whole<T>(r), T(0));
+  const ToRowsAndRealDots<T> sink{{f.x.Y, r}, f.columns, f.dots};
+  const double gstep = refine_product(f.columns, G, f.x, rows, r, step, sink, ahead);
+  for (std::int64_t j = 0; j < r; j += lanes<T>) store(f.dots + j, load(f.dots + j) * load(f.slope + j));
+  for (std::int64_t i0 = 0; i0 < rows; i0 += f.few) {
+    const std::int64_t many = std::min(f.few, rows - i0);
+    for (std::int64_t j = 0; j < r; j += lanes<T>) {
+      const Vec<T> of_g = load(f.scale + j), of_x = load(f.dots + j);
+      for (std::int64_t i = 0; i < many; ++i) {
+        const std::int64_t at = 2 * ((i0 + i) * r + j);
+        Vec<T> xr, xi, gr, gi;
+        load_complex(f.columns + at, r - j, xr, xi);
+        load_complex(f.x.Y + at, r - j, gr, gi);
+        store_complex(f.some + 2 * (i * r + j), r - j, of_g * gr - of_x * xr, of_g * gi - of_x * xi);
+      }
+    }
+    const auto* from = reinterpret_cast<const Pair<T>*>(f.some);
+    auto* to = reinterpret_cast<Pair<T>*>(graw) + i0 * r;
+    for (std::int64_t i = 0; i < many; ++i, to += r)
+      for (std::int64_t k = 0; k < r; ++k) to[order[k]] = *from++;
+  }
   return gstep;
 }
 
-// The gradients of sample b from its columns u and v, as they were before they were normalised or not (uy, vy),
-// W = H V and the diagonal z; `room`, which may be W, where H asks for a gradient.
+// to = diag(re + i im) x^H, planar, in whole squares of vectors
 template <typename T>
-LOMACS_TARGET void tail_gradients(const Tail<T>& job, const std::int64_t* order, const TailFactor<T>& fu,
-                                  const TailFactor<T>& fv, const Diagonal<T>& z, Panels<T> U, Panels<T> V,
-                                  Panels<T> Vh, std::int64_t b, const T* u, const T* v, const T* uy, const T* vy,
-                                  const T* W, T* room, Ahead& ahead) {
+LOMACS_TARGET void weighted_adjoint(const T* x, const T* re, const T* im, std::int64_t rows, std::int64_t columns,
+                                    Panels<T> to) {
+  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+    const Vec<T> wr = load(re + j), wi = load(im + j);
+    for (std::int64_t i0 = 0; i0 < rows; i0 += lanes<T>) {
+      T* q = to.at(j, i0 / lanes<T>);
+      for (int part = 0; part < 2; ++part, q += Panels<T>::imag) {
+        Vec<T> y[lanes<T>];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes<T>; ++i) {
+          Vec<T> xr{}, xi{};
+          if (i0 + i < rows) load_complex(x + 2 * ((i0 + i) * columns + j), columns - j, xr, xi);
+          y[i] = part == 0 ? xr * wr + xi * wi : xr * wi - xi * wr;
+        }
+        transpose_square<T>(y);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes<T>; ++i) store(q + i * Panels<T>::step, y[i]);
+      }
+    }
+  }
+}
+
+// Scratch of the gradients of a sample: planar U and the gradient of its refined columns, and V^H or that of V's.
+template <typename T>
+struct TailGradients {
+  TailFactor<T> f;
+  Panels<T> U, V, Vh;
+  Diagonal<T> z;
+  // of the columns: the conjugate of z, Re(U^H gU), the gradient along those of U or V
+  T *conjugate, *dots_of_U, *along;
+
+  void plan(Arena<T>& arena, std::int64_t M, std::int64_t N, std::int64_t r, bool of_H) {
+    f.plan(arena, std::max(M, N), r, true);
+    U = f.x.U;
+    V = take_panels(arena, N, r);
+    if (of_H) Vh = take_squares(arena, r, whole<T>(N));
+    z.plan(arena, r);
+    conjugate = take_row(arena, r);
+    dots_of_U = take_row(arena, r);
+    along = take_row(arena, r);
+  }
+};
+
+// The gradients of sample b from its columns u and v and what the forward kept.
+template <typename T>
+LOMACS_TARGET void tail_gradients(const Tail<T>& job, const std::int64_t* order, TailGradients<T>& x, std::int64_t b,
+                                  const T* u, const T* v, const Kept<T>& kept, Ahead& ahead) {
   const std::int64_t M = job.M, N = job.N, r = job.r;
   const std::int64_t left = 2 * b * M * r, right = 2 * b * N * r, square = 2 * b * M * N;
+  const TailFactor<T>& f = x.f;
+  const Diagonal<T>& z = x.z;
   double* scalars = job.gscalars + 3 * b;
+  std::copy(kept.z, kept.z + r, z.re);
+  std::copy(kept.z + r, kept.z + 2 * r, z.im);
   scalars[2] = z.gradient(job.gS + b * r, job.S_pred + b * r, order, job.tau, r, job.oS + b * r);
-  times_complex<true>(W, z.re, z.im, job.gU + left, M, r, fu.g);
-  pack(u, M, r, U);
-  {
-    const Term<T> terms[] = {{{job.H + square, 1, N}, U, M}};
-    ToScaledRows<T> sink{fv.g, job.gV + right, r, z.re, z.im};
-    product<true>(terms, sink, N, r, ahead);
-  }
+  for (std::int64_t k = 0; k < r; ++k) x.conjugate[k] = -z.im[k];
+  // the columns have the diagonal of U^H H V in H V and H^H U: its part of the gradient along them is known
+  const auto project = [&](const T* columns, const T* dots) LOMACS_TARGET {
+    f.take(r, columns);
+    for (std::int64_t k = 0; k < r; ++k)
+      x.along[k] = f.x.slope[k] * (dots[k] + (kept.z[k] * z.re[k] + kept.z[r + k] * z.im[k]));
+  };
+
+  x.U.rows = M;
+  real_dots(u, job.gU + left, M, r, x.dots_of_U, x.U);
   if (job.oH) {
-    times_complex<false>(u, z.re, z.im, static_cast<const T*>(nullptr), M, r, room);
-    pack(v, N, r, V);
-    adjoint(V, N, r, Vh);
-    const Term<T> terms[] = {{{room, r, 1}, Vh, r}};
+    weighted_adjoint(v, z.re, z.im, N, r, x.Vh);
+    const Term<T> terms[] = {{{u, r, 1}, x.Vh, r}};
     ToRows<T> sink{job.oH + square, N};
     product<false>(terms, sink, M, N, ahead);
   }
-  scalars[0] = tail_gradient(order, uy, fu, M, r, job.a, job.oU + left, ahead);
-  scalars[1] = tail_gradient(order, vy, fv, N, r, job.b, job.oV + right, ahead);
+  {
+    real_dots(v, job.gV + right, N, r, f.dots);
+    project(kept.columns[1], f.dots);
+    const Term<T> terms[] = {{{job.H + square, 1, N}, x.U, M}};
+    ToNormalGradient<T> sink{{v, job.gV + right, z.re, z.im, f.x.scale, x.along}, {x.V}, r};
+    product<true>(terms, sink, N, r, ahead);
+  }
+  kept_columns(job.V + right, order, f, N, r, job.b, kept.residuals[1]);
+  scalars[1] = tail_gradient(order, f, x.V, N, r, job.b, job.oV + right, ahead);
+
+  project(kept.columns[0], x.dots_of_U);
+  const OfNormal<T> of{u, job.gU + left, z.re, x.conjugate, f.x.scale, x.along};
+  normal_gradient_of(kept.W, of, M, r, x.U);
+  kept_columns(job.U + left, order, f, M, r, job.a, kept.residuals[0]);
+  scalars[0] = tail_gradient(order, f, x.U, M, r, job.a, job.oU + left, ahead);
 }
 
 // largest first, NaN before all, equal ones as they come: torch's order
@@ -308,95 +545,118 @@ void sort_columns(const T* S_pred, std::int64_t r, std::int64_t* order) {
   });
 }
 
+// Factors and spectrum of sample b, and what its gradients need where they are kept.
+template <typename T>
+LOMACS_TARGET void tail_of_sample(const Tail<T>& job, const std::int64_t* order, TailFactor<T>& f, Panels<T> V,
+                                  const Diagonal<T>& z, std::int64_t b, T* u, T* v, T* S, const Kept<T>* kept,
+                                  Ahead& ahead) {
+  const std::int64_t M = job.M, N = job.N, r = job.r;
+  f.x.U.rows = M;
+  tail_columns(job.U + 2 * b * M * r, order, f, M, r, job.a, u, ahead);
+  times_real(u, f.x.scale, M, r, u);
+  if (kept) {
+    rows_of(f.x.G, r, kept->residuals[0]);
+    f.keep(r, kept->columns[0]);
+  }
+  f.x.U.rows = N;
+  tail_columns(job.V + 2 * b * N * r, order, f, N, r, job.b, v, ahead);
+  times_real_packed(v, f.x.scale, N, r, v, V);
+  if (kept) {
+    rows_of(f.x.G, r, kept->residuals[1]);
+    f.keep(r, kept->columns[1]);
+  }
+  z.clear(r);
+  const Term<T> measured[] = {{{job.H + 2 * b * M * N, N, 1}, V, N}};
+  ToDots<T> dots{u, r, z.re, z.im};
+  if (kept) {
+    ToRowsAndDots<T> both{{kept->W, r}, dots};
+    product<false>(measured, both, M, r, ahead);
+    std::copy(z.re, z.re + r, kept->z);
+    std::copy(z.im, z.im + r, kept->z + r);
+  } else {
+    product<false>(measured, dots, M, r, ahead);
+  }
+  if (S) z.calibrate(job.S_pred + b * r, order, job.tau, r, S);
+}
+
 template <typename T>
 LOMACS_TARGET void tail_samples(const Tail<T>& job, std::int64_t begin, std::int64_t end) {
-  const std::int64_t M = job.M, N = job.N, r = job.r;
+  const std::int64_t M = job.M, N = job.N, r = job.r, many = Kept<T>::size(M, r);
   const bool backward = job.gU != nullptr, ragged = r % lanes<T> != 0 || N % lanes<T> != 0;
   const bool kept = job.kept != nullptr;
-  TailFactor<T> fu, fv;
-  Panels<T> U, V, Vh;
-  Diagonal<T> z;
-  T *u_rows = nullptr, *v_rows = nullptr, *W = nullptr;
+  TailGradients<T> x{};
+  T *u_rows = nullptr, *v_rows = nullptr, *own = nullptr;
   const auto plan = [&](Arena<T>& a) {
-    fu.plan(a, M, r, backward);
-    fv.plan(a, N, r, backward);
-    V = take_squares(a, N, r);
-    z.plan(a, r);
-    if (!backward) return;
-    U = take_panels(a, M, r);
-    if (!kept) u_rows = a.take(2 * M * r);
-    if (!kept) v_rows = a.take(2 * N * r);
-    if (!kept || job.oH) W = a.take(2 * M * r);
-    if (job.oH) Vh = take_squares(a, r, whole<T>(N));
+    if (backward) {
+      x.plan(a, M, N, r, job.oH != nullptr);
+      if (kept) return;
+      u_rows = a.take(2 * M * r);
+      v_rows = a.take(2 * N * r);
+      own = a.take(many);
+    } else {
+      x.f.plan(a, std::max(M, N), r, false);
+      x.V = take_panels(a, N, r);
+      x.z.plan(a, r);
+    }
   };
   const Arena<T> arena(plan, ragged);
   std::vector<std::int64_t> order(static_cast<std::size_t>(r));
   for (std::int64_t b = begin; b < end; ++b) {
-    const std::int64_t left = 2 * b * M * r, right = 2 * b * N * r, square = 2 * b * M * N;
-    const T *h = job.H + square, *s = job.S_pred + b * r;
-    const std::int64_t many = kept ? Kept<T>::size(M, r) : 0;
-    const Kept<T> of_sample = kept ? Kept<T>(job.kept + b * many, M, r) : Kept<T>();
-    Ahead ahead(kept && backward ? 40 : 16);
+    const std::int64_t left = 2 * b * M * r, right = 2 * b * N * r;
+    const Kept<T> of_sample = kept ? Kept<T>(job.kept + b * many, M, r) : own ? Kept<T>(own, M, r) : Kept<T>();
+    Ahead ahead(40);
     if (b + 1 < end) {
       const auto bytes = [](std::int64_t count) { return sizeof(T) * static_cast<std::size_t>(count); };
+      // the last is fetched first, in the order in which they are read
       if (kept && backward) {
-        ahead.add(job.V_out + right + 2 * N * r, bytes(2 * N * r));
-        ahead.add(job.U_out + left + 2 * M * r, bytes(2 * M * r));
-        ahead.add(job.gV + right + 2 * N * r, bytes(2 * N * r));
-        ahead.add(job.gU + left + 2 * M * r, bytes(2 * M * r));
+        ahead.add(job.U + left + 2 * M * r, bytes(2 * M * r));
         ahead.add(job.kept + (b + 1) * many, bytes(many));
+        ahead.add(job.V + right + 2 * N * r, bytes(2 * N * r));
+        ahead.add(job.gV + right + 2 * N * r, bytes(2 * N * r));
+        ahead.add(job.H + 2 * (b + 1) * M * N, bytes(2 * M * N));
+        ahead.add(job.V_out + right + 2 * N * r, bytes(2 * N * r));
+        ahead.add(job.gU + left + 2 * M * r, bytes(2 * M * r));
+        ahead.add(job.U_out + left + 2 * M * r, bytes(2 * M * r));
+      } else {
+        ahead.add(job.H + 2 * (b + 1) * M * N, bytes(2 * M * N));
+        ahead.add(job.V + right + 2 * N * r, bytes(2 * N * r));
+        ahead.add(job.U + left + 2 * M * r, bytes(2 * M * r));
       }
-      ahead.add(h + 2 * M * N, bytes(2 * M * N));
-      ahead.add(job.V + right + 2 * N * r, bytes(2 * N * r));
-      ahead.add(job.U + left + 2 * M * r, bytes(2 * M * r));
     }
-    sort_columns(s, r, order.data());
-    if (kept && backward) {
-      kept_columns(job.U + left, order.data(), fu, M, r, job.a, of_sample.residuals[0], of_sample.columns[0]);
-      kept_columns(job.V + right, order.data(), fv, N, r, job.b, of_sample.residuals[1], of_sample.columns[1]);
-      std::copy(of_sample.z, of_sample.z + r, z.re);
-      std::copy(of_sample.z + r, of_sample.z + 2 * r, z.im);
-      const T *u = job.U_out + left, *v = job.V_out + right;
-      tail_gradients(job, order.data(), fu, fv, z, U, V, Vh, b, u, v, u, v, of_sample.W, W, ahead);
+    // what this sample will write would be read too, line by line when it is written
+    const auto written = [&](T* p, std::int64_t count) {
+      if (p != nullptr) ahead.add(p + b * count, sizeof(T) * static_cast<std::size_t>(count));
+    };
+    if (!backward) {
+      written(job.kept, many);
+      written(job.oV, 2 * N * r);
+      written(job.oU, 2 * M * r);
+    } else {
+      written(job.oU, 2 * M * r);
+      written(job.oV, 2 * N * r);
+      written(job.oH, 2 * M * N);
+    }
+    sort_columns(job.S_pred + b * r, r, order.data());
+    if (!backward) {
+      tail_of_sample(job, order.data(), x.f, x.V, x.z, b, job.oU + left, job.oV + right, job.oS + b * r,
+                     kept ? &of_sample : nullptr, ahead);
       continue;
     }
-    T *u = backward ? u_rows : job.oU + left, *v = backward ? v_rows : job.oV + right;
-    T *uy = backward ? fu.x.Y : u, *vy = backward ? fv.x.Y : v;
-    tail_columns(job.U + left, order.data(), fu, M, r, job.a, uy, ahead);
-    times_real(uy, fu.x.scale, M, r, u);
-    tail_columns(job.V + right, order.data(), fv, N, r, job.b, vy, ahead);
-    times_real(vy, fv.x.scale, N, r, v);
-    z.clear(r);
-    pack(v, N, r, V);
-    const Term<T> measured[] = {{{h, N, 1}, V, N}};
-    ToDots<T> dots{u, r, z.re, z.im};
-    if (!backward && !kept) {
-      product<false>(measured, dots, M, r, ahead);
-      z.calibrate(s, order.data(), job.tau, r, job.oS + b * r);
-      continue;
+    if (!kept) {
+      tail_of_sample(job, order.data(), x.f, x.V, x.z, b, u_rows, v_rows, static_cast<T*>(nullptr), &of_sample, ahead);
     }
-    ToRowsAndDots<T> both{{kept ? of_sample.W : W, r}, dots};
-    product<false>(measured, both, M, r, ahead);
-    if (backward) {
-      tail_gradients(job, order.data(), fu, fv, z, U, V, Vh, b, u, v, uy, vy, W, W, ahead);
-      continue;
-    }
-    rows_of(fu.x.G, r, of_sample.residuals[0]);
-    rows_of(fv.x.G, r, of_sample.residuals[1]);
-    fu.keep(r, of_sample.columns[0]);
-    fv.keep(r, of_sample.columns[1]);
-    std::copy(z.re, z.re + r, of_sample.z);
-    std::copy(z.im, z.im + r, of_sample.z + r);
-    z.calibrate(s, order.data(), job.tau, r, job.oS + b * r);
+    tail_gradients(job, order.data(), x, b, kept ? job.U_out + left : u_rows, kept ? job.V_out + right : v_rows,
+                   of_sample, ahead);
   }
 }
 
 template <typename T>
 LOMACS_TARGET void tail_factor(const T* raw, const std::int64_t* order, const TailFactor<T>& f, std::int64_t rows,
-                               std::int64_t r, double step, T* to) {
+                               std::int64_t r, double step, T* to, Panels<T> planar = {}) {
   Ahead ahead;
   tail_columns(raw, order, f, rows, r, step, to, ahead);
-  times_real(to, f.x.scale, rows, r, to);
+  if (planar.data != nullptr) times_real_packed(to, f.x.scale, rows, r, to, planar);
+  else times_real(to, f.x.scale, rows, r, to);
 }
 
 // columns from `vec * lanes` on of (U^H H V)_kk, so many
@@ -428,8 +688,7 @@ LOMACS_TARGET void tail_of_one(const Tail<T>& job, Team& team) {
   sort_columns(job.S_pred, r, order.data());
   team.share(2, [&](std::uint64_t i) {
     if (i == 0) return tail_factor(job.U, order.data(), fu, M, r, job.a, job.oU);
-    tail_factor(job.V, order.data(), fv, N, r, job.b, job.oV);
-    pack(job.oV, N, r, V);
+    tail_factor(job.V, order.data(), fv, N, r, job.b, job.oV, V);
   });
   z.clear(r);
   // a vector that is not whole stays with the rest

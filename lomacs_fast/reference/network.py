@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .angular_gate import AngularGate, panel
 from .arguments import integer, number, positive
@@ -60,6 +61,14 @@ def _parts(block: nn.Module, d: int) -> tuple[nn.LayerNorm, nn.Module] | None:
 def _launches(x: Tensor) -> bool:
     """Whether calls on x are launches, of which one is better than many; a CPU gains nothing."""
     return x.is_cuda
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether what is done may depend on x's numbers: they are here, and nothing traces or batches them."""
+    if type(x) is not Tensor or x.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+        return False
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and _get_current_dispatch_mode() is None
 
 
 def _autocast(device: str) -> bool:
@@ -327,8 +336,11 @@ class LoMACSSVDNet(nn.Module):
             U, S, V, Hd = self._angular(H, scene)
         else:
             U, S, V, Hd = self._pooled(H, scene)
-        # a tenth of the time, and no copy, of asking every number
         parts = real_view(H).flatten(1)
+        # most often the first number of every sample tells
+        if _readable(parts) and parts[:, 0].all():
+            return U, S, V, Hd
+        # a tenth of the time, and no copy, of asking every number
         alive = (parts.amax(-1, keepdim=True) != 0) | (parts.amin(-1, keepdim=True) != 0)
         return U, torch.where(alive, S, 0), V, Hd
 
