@@ -166,14 +166,66 @@ LOMACS_TARGET void gram_matrix(const T* x, Panels<T> planar, std::int64_t rows, 
   mirror(to, r);
 }
 
+// normal_gradient of V whole vectors of columns from j on: on interleaved numbers, which are parted as they are stored
+template <int V, typename T>
+LOMACS_INLINE void normal_gradient_of(const T* x, const T* g, const T* a, const T* q, std::int64_t rows,
+                                      std::int64_t columns, std::int64_t j, T* to, Panels<T> planar) {
+  Vec<T> dot[2 * V] = {};
+  for (std::int64_t i = 0; i < rows;) {
+    Vec<T> part[2 * V] = {};
+    for (const std::int64_t stop = std::min<std::int64_t>(i + 8, rows); i < stop; ++i)
+#pragma GCC unroll 4
+      for (int n = 0; n < 2 * V; ++n) {
+        const std::int64_t at = 2 * (i * columns + j) + n * lanes<T>;
+        part[n] += load(x + at) * load(g + at);
+      }
+#pragma GCC unroll 4
+    for (int n = 0; n < 2 * V; ++n) dot[n] += part[n];
+  }
+  Vec<T> of_g[2 * V], of_x[2 * V];
+#pragma GCC unroll 2
+  for (int n = 0; n < V; ++n) {
+    const Vec<T> low = dot[2 * n], high = dot[2 * n + 1];
+    const Vec<T> real = evens<T>(low, high, Lanes<T>{}) + odds<T>(low, high, Lanes<T>{});
+    const Vec<T> of_gradient = load(a + j + n * lanes<T>), of_column = real * load(q + j + n * lanes<T>);
+    of_g[2 * n] = zip_low<T>(of_gradient, of_gradient, Lanes<T>{});
+    of_g[2 * n + 1] = zip_high<T>(of_gradient, of_gradient, Lanes<T>{});
+    of_x[2 * n] = zip_low<T>(of_column, of_column, Lanes<T>{});
+    of_x[2 * n + 1] = zip_high<T>(of_column, of_column, Lanes<T>{});
+  }
+  for (std::int64_t i = 0; i < rows; ++i) {
+    Vec<T> y[2 * V];
+#pragma GCC unroll 4
+    for (int n = 0; n < 2 * V; ++n) {
+      const std::int64_t at = 2 * (i * columns + j) + n * lanes<T>;
+      y[n] = of_g[n] * load(g + at) - of_x[n] * load(x + at);
+      if (to != nullptr) store(to + at, y[n]);
+    }
+    if (planar.data == nullptr) continue;
+    T* p = planar.at(i, j / lanes<T>);
+#pragma GCC unroll 2
+    for (int n = 0; n < V; ++n) {
+      store(p + n * lanes<T>, evens<T>(y[2 * n], y[2 * n + 1], Lanes<T>{}));
+      store(p + n * lanes<T> + Panels<T>::imag, odds<T>(y[2 * n], y[2 * n + 1], Lanes<T>{}));
+    }
+  }
+}
+
 // Gradient of columns x that were divided by (norm + eps), given that of the quotients, g:
 // to = g diag(a) - x diag(q Re(x^H g)), a = 1 / (norm + eps), q = a^2 / norm, or 1 / norm for x the quotients;
 // to may be x or g; as rows, in panels, or both, whatever there is
 template <typename T>
 LOMACS_TARGET void normal_gradient(const T* x, const T* g, const T* a, const T* q, std::int64_t rows,
                                    std::int64_t columns, T* to, Panels<T> planar = {}) {
-  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+  std::int64_t j = 0;
+  for (; j + panel<T> <= columns; j += panel<T>)
+    normal_gradient_of<LOMACS_VECS>(x, g, a, q, rows, columns, j, to, planar);
+  for (; j < columns; j += lanes<T>) {
     const std::int64_t count = columns - j;
+    if (count >= lanes<T>) {
+      normal_gradient_of<1>(x, g, a, q, rows, columns, j, to, planar);
+      continue;
+    }
     Vec<T> dot{};
     for (std::int64_t i = 0; i < rows;) {
       Vec<T> part{};

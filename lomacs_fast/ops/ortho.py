@@ -379,6 +379,9 @@ def _refine_native_reasons(U: Tensor, V: Tensor | None, *_: Any) -> list[str]:
 
 
 def _refine_triton_reasons(U: Tensor, V: Tensor | None, *_: Any) -> list[str]:
+    # one reason is enough, and more would be felt in a call of a CPU
+    if U.device.type == "cpu":
+        return common.triton_reasons(U.device)
     return triton_reasons(**_given(U, V))
 
 
