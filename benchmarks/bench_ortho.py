@@ -45,24 +45,27 @@ def columns(M: int, r: int, batch: int, seed: int) -> Tensor:
     return reference.column_normalize(U).to(torch.complex64).contiguous()
 
 
-def refine(module: Any, U: Tensor, V: Tensor, gU: Tensor, gV: Tensor, backward: bool) -> tuple[Tensor, ...]:
-    """Both factors and, with backward, their gradients and those of the two sizes."""
+def leaves(X: list[Tensor], backward: bool) -> list[Tensor]:
+    """What a call is given, made once: both factors and both sizes."""
     sizes = [torch.tensor(x, dtype=torch.float64, requires_grad=backward) for x in (0.1, 0.2)]
+    return [*(x.detach().requires_grad_(backward) for x in X[:2]), *sizes]
+
+
+def refine(module: Any, given: list[Tensor], g: list[Tensor], backward: bool) -> tuple[Tensor, ...]:
+    """Both factors and, with backward, their gradients; those of the two sizes are computed and left."""
     if not backward:
         with torch.no_grad():
-            return tuple(module.ortho_refine_pair(U, V, *sizes))
-    leaves = [x.detach().requires_grad_() for x in (U, V)] + sizes
-    out = module.ortho_refine_pair(*leaves)
-    return (*(x.detach() for x in out), *torch.autograd.grad(out, leaves[:2], (gU, gV)))
+            return tuple(module.ortho_refine_pair(*given))
+    out = module.ortho_refine_pair(*given)
+    return (*(x.detach() for x in out), *torch.autograd.grad(out, given[:2], g))
 
 
 def bjorck(module: Any, U: Tensor, g: Tensor, backward: bool) -> tuple[Tensor, ...]:
     if not backward:
         with torch.no_grad():
             return (module.bjorck(U, STEPS),)
-    leaf = U.detach().requires_grad_()
-    out = module.bjorck(leaf, STEPS)
-    return out.detach(), *torch.autograd.grad(out, leaf, g)
+    out = module.bjorck(U, STEPS)
+    return out.detach(), *torch.autograd.grad(out, U, g)
 
 
 def cases(rate: float, budget: float) -> Iterator[dict[str, Any]]:
@@ -70,29 +73,31 @@ def cases(rate: float, budget: float) -> Iterator[dict[str, Any]]:
         X = [columns(M, r, batch, seed) for seed in range(4)]
         double = [x.to(torch.complex128) for x in X]
         for backward in (False, True):
+            single, exact = leaves(X, backward), leaves(double, backward)
             yield harness.measure(
                 stem="ortho",
                 op="refine both",
                 backward=backward,
                 size=f"{M}x{r}",
                 batch=batch,
-                eager=partial(refine, reference, *X, backward),
-                ours=partial(refine, functional, *X, backward),
-                exact=refine(reference, *double, backward),
+                eager=partial(refine, reference, single, X[2:], backward),
+                ours=partial(refine, functional, single, X[2:], backward),
+                exact=refine(reference, exact, double[2:], backward),
                 macs=refine_macs(M, r, backward),
                 rate=rate,
                 budget=budget,
             )
         for backward in (False, True):
+            single, exact = leaves(X, backward), leaves(double, backward)
             yield harness.measure(
                 stem="ortho",
                 op=f"bjorck {STEPS}",
                 backward=backward,
                 size=f"{M}x{r}",
                 batch=batch,
-                eager=partial(bjorck, reference, X[0], X[1], backward),
-                ours=partial(bjorck, functional, X[0], X[1], backward),
-                exact=bjorck(reference, double[0], double[1], backward),
+                eager=partial(bjorck, reference, single[0], X[1], backward),
+                ours=partial(bjorck, functional, single[0], X[1], backward),
+                exact=bjorck(reference, exact[0], double[1], backward),
                 macs=bjorck_macs(M, r, backward),
                 rate=rate,
                 budget=budget,
