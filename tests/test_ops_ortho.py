@@ -361,7 +361,8 @@ def test_reasons():
     assert "would keep" in ortho._bjorck_native_reasons(U, 1 << 20, 1)[0]
     with torch.no_grad():
         assert not ortho._bjorck_native_reasons(U, 1 << 20, 1)
-    assert "single precision" in ortho.triton_reasons(U=matrices())[0]
+    assert "single precision" in ortho.triton_reasons(U=matrices().to("meta"))[0]
+    assert ortho.triton_reasons(U=matrices()) == ["Triton kernels run on GPUs, the tensors are on cpu"]
     for name in ("ortho_refine", "bjorck"):
         rows = [row for row in lomacs_fast.backend_table() if row["op"] == name and row["device"] == "cpu"]
         assert [row["backend"] for row in rows if not row["reasons"]] == ["cpp", "eager"]

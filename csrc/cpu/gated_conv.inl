@@ -7,7 +7,7 @@ namespace LOMACS_ISA {
 namespace {
 
 template <typename T>
-struct ConvScratch {
+struct ConvScratch : TokensAhead<T> {
   // d x tokens between margins: the input of the taps; without them: before the norm's weight
   T *x, *plain, *inverse;
   // d x tokens: the gated product, the result
@@ -15,21 +15,6 @@ struct ConvScratch {
   // backward: values and gates, gradients of y and x; gradients of a value and of a gate between margins
   T *value, *gate, *gy, *gx, *dvalue = nullptr, *dgate = nullptr;
   std::int64_t row, margin, wide;
-  // tokens of the next sample and what this one will write, so many lines a channel
-  Ahead ahead;
-  std::int64_t lines = 0;
-
-  void look_ahead(const GatedConv<T>& job, std::int64_t b, T* out, std::int64_t loops) {
-    const std::int64_t size = job.tokens * job.d;
-    const std::size_t bytes = sizeof(T) * static_cast<std::size_t>(size);
-    ahead = Ahead();
-    if (b + 1 < job.batch) {
-      if (job.gy != nullptr) ahead.add(job.gy + (b + 1) * size, bytes);
-      ahead.add(job.x + (b + 1) * size, bytes);
-    }
-    if (out != nullptr) ahead.add(out + b * size, bytes);
-    lines = 3 * static_cast<std::int64_t>(bytes) / (64 * loops * job.d) + 1;
-  }
 
   LOMACS_TARGET void plan(const GatedConv<T>& job, bool backward, Arena<T>& arena) {
     row = vectors(job.tokens), margin = vectors(job.taps / 2), wide = row + 2 * margin;
@@ -126,7 +111,7 @@ LOMACS_TARGET void conv_forward(const GatedConv<T>& job, std::int64_t begin, std
   for (std::int64_t b = begin; b < end; ++b) {
     const std::int64_t at = b * job.tokens * d;
     conv_tokens(job, b, s);
-    s.look_ahead(job, b, job.y, 2);
+    s.look_ahead(job, b, job.y, 2 * d);
     conv_gate<false>(job, s);
     for (std::int64_t c = 0; c < d; ++c) {
       for (std::int64_t t = 0; t < s.row; t += lanes<T>) store(s.out + c * s.row + t, splat(job.pw_bias[c]));
@@ -171,7 +156,7 @@ LOMACS_TARGET void conv_backward_sample(const GatedConv<T>& job, std::int64_t b,
   const bool norm = job.norm_weight != nullptr, weights = sums.dw_weight != nullptr;
   const bool wanted = job.gx != nullptr || (norm && weights);
   conv_tokens(job, b, s);
-  s.look_ahead(job, b, job.gx, 3);
+  s.look_ahead(job, b, job.gx, 3 * d);
   conv_gate<true>(job, s);
   tokens_to_rows(job.gy + at, d, job.tokens, d, s.gy, s.row);
   if (weights) {

@@ -10,7 +10,7 @@ namespace {
 constexpr std::int64_t strip_tokens = 64;
 
 template <typename T>
-struct AttentionScratch {
+struct AttentionScratch : TokensAhead<T> {
   // d x tokens: x, normalised where there is a norm; the same under the norm's weight and bias
   T *plain, *x, *inverse;
   // of one group, g x k: reduced tokens, keys and values; columns: logits, then their exponentials
@@ -19,21 +19,6 @@ struct AttentionScratch {
   // backward: tokens x d, x as `x`; d x tokens, gradients of y and x; k x g and strips
   T *natural, *gy, *gx, *dK, *dV, *dXk, *dXv, *dS;
   std::int64_t kp, gp, row;
-  // tokens of the next sample and what this one will write, so many lines between two products
-  Ahead ahead;
-  std::int64_t lines = 0;
-
-  void look_ahead(const Attention<T>& job, std::int64_t b, T* out, std::int64_t products) {
-    const std::int64_t size = job.tokens * job.d;
-    const std::size_t bytes = sizeof(T) * static_cast<std::size_t>(size);
-    ahead = Ahead();
-    if (b + 1 < job.batch) {
-      if (job.gy != nullptr) ahead.add(job.gy + (b + 1) * size, bytes);
-      ahead.add(job.x + (b + 1) * size, bytes);
-    }
-    if (out != nullptr) ahead.add(out + b * size, bytes);
-    lines = 3 * static_cast<std::int64_t>(bytes) / (64 * products * job.groups) + 1;
-  }
 
   LOMACS_TARGET void plan(const Attention<T>& job, bool backward, Arena<T>& arena) {
     const std::int64_t d = job.d, g = job.g, k = job.k;
@@ -134,7 +119,7 @@ LOMACS_TARGET void attention_forward(const Attention<T>& job, std::int64_t begin
     const std::int64_t b = n / job.groups, i = n % job.groups, at = b * job.tokens * d + i * g;
     if (n == begin || i == 0) {
       attention_tokens(job, b, s);
-      s.look_ahead(job, b, job.y, 6);
+      s.look_ahead(job, b, job.y, 6 * job.groups);
     }
     attention_keys(job, i, s);
     for (std::int64_t t0 = 0; t0 < s.row; t0 += strip_tokens) {
@@ -161,7 +146,7 @@ LOMACS_TARGET void attention_backward_sample(const Attention<T>& job, std::int64
   const bool wanted = job.gx != nullptr || (norm && weights);
   attention_tokens(job, b, s);
   tokens_to_rows(job.gy + at, d, tokens, d, s.gy, s.row);
-  s.look_ahead(job, b, job.gx, 10);
+  s.look_ahead(job, b, job.gx, 10 * job.groups);
   const T* natural = job.x + at;
   if (norm) {
     rows_to_tokens(s.x, s.row, tokens, d, static_cast<const T*>(nullptr), s.natural, d);

@@ -8,6 +8,26 @@ namespace {
 
 constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.693147180559945309417;
 
+// Tokens of the next sample and what this one will write, asked for so many lines at a time at `stops` places.
+template <typename T>
+struct TokensAhead {
+  Ahead ahead;
+  std::int64_t lines = 0;
+
+  template <typename Job>
+  void look_ahead(const Job& job, std::int64_t b, T* out, std::int64_t stops) {
+    const std::int64_t size = job.tokens * job.d;
+    const std::size_t bytes = sizeof(T) * static_cast<std::size_t>(size);
+    ahead = Ahead();
+    if (b + 1 < job.batch) {
+      if (job.gy != nullptr) ahead.add(job.gy + (b + 1) * size, bytes);
+      ahead.add(job.x + (b + 1) * size, bytes);
+    }
+    if (out != nullptr) ahead.add(out + b * size, bytes);
+    lines = 3 * static_cast<std::int64_t>(bytes) / (64 * stops) + 1;
+  }
+};
+
 // adding it leaves the nearest whole number, with the exponent's bias, in the low bits
 template <typename T>
 constexpr T to_whole = sizeof(T) == 4 ? T(12582912 + 127) : T(6755399441055744 + 1023);

@@ -168,8 +168,9 @@ def _stem_by_stem(H: Tensor, scene: Tensor, weights: FrozenWeights) -> tuple[Ten
         return reference.frozen_svd(H, scene, weights, _STEMS)
 
 
-def _triton_reasons(H: Tensor, scene: Tensor, weights: FrozenWeights) -> list[str]:
-    found = common.mixed_reasons(H=H, weights=weights.pos) + common.transform_reasons()
+def _device_reasons(H: Tensor, weight: Tensor) -> list[str]:
+    """Why a network is not served stem by stem on a device; what a stem says itself comes from it."""
+    found = common.mixed_reasons(H=H, weights=weight) + common.transform_reasons()
     return found + common.single_triton_reasons("H", H)
 
 
@@ -186,7 +187,7 @@ def _nominal(device: torch.device) -> tuple[Any, ...]:
 frozen_svd = Op(
     "frozen_svd",
     [
-        Backend("triton", _triton_reasons, _stem_by_stem),
+        Backend("triton", lambda H, _, w: _device_reasons(H, w.pos), _stem_by_stem),
         Backend("cpp", _reasons, _native),
         Backend("eager", lambda *_: (), _eager),
     ],
@@ -247,11 +248,6 @@ def _angular_reasons(H: Tensor, scene: Tensor, weights: FrozenAngular) -> list[s
     return native_reasons(size, H=H, weights=weights.table)
 
 
-def _angular_triton_reasons(H: Tensor, scene: Tensor, weights: FrozenAngular) -> list[str]:
-    found = common.mixed_reasons(H=H, weights=weights.table) + common.transform_reasons()
-    return found + common.single_triton_reasons("H", H)
-
-
 def _angular_stem_by_stem(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tuple[Tensor, Tensor, Tensor]:
     with _without_autocast():
         return reference.frozen_angular_svd(H, scene, weights, _STEMS)
@@ -270,7 +266,7 @@ def _nominal_angular(device: torch.device) -> tuple[Any, ...]:
 frozen_angular_svd = Op(
     "frozen_angular_svd",
     [
-        Backend("triton", _angular_triton_reasons, _angular_stem_by_stem),
+        Backend("triton", lambda H, _, w: _device_reasons(H, w.table), _angular_stem_by_stem),
         Backend("cpp", _angular_reasons, _native),
         Backend("eager", lambda *_: (), _angular_eager),
     ],

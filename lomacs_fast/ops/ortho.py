@@ -291,6 +291,9 @@ FASTER = 64 * 32
 def triton_reasons(**tensors: Tensor) -> list[str]:
     """Why the Triton kernels cannot take complex tensors; U decides the dtype."""
     first = next(iter(tensors.values()))
+    # one reason is enough, and more would be felt in a call of a CPU
+    if first.device.type == "cpu":
+        return common.triton_reasons(first.device)
     found = _complex_reasons(first) + common.mixed_reasons(**tensors)
     found += common.transform_reasons()
     found += common.single_triton_reasons("U", first)
@@ -379,9 +382,6 @@ def _refine_native_reasons(U: Tensor, V: Tensor | None, *_: Any) -> list[str]:
 
 
 def _refine_triton_reasons(U: Tensor, V: Tensor | None, *_: Any) -> list[str]:
-    # one reason is enough, and more would be felt in a call of a CPU
-    if U.device.type == "cpu":
-        return common.triton_reasons(U.device)
     return triton_reasons(**_given(U, V))
 
 

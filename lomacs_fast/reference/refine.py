@@ -33,10 +33,8 @@ def default_scalars(steps: int, like: Tensor) -> Tensor:
     rows = [(0.5, SHIFTS[min(t, len(SHIFTS) - 1)], 1.0, 2.0) for t in range(steps)]
     if like.is_cuda:
         # a graph that is captured takes nothing from the host
-        columns = [
-            [torch.full((), x, dtype=like.real.dtype, device=like.device) for x in row] for row in rows
-        ]
-        return torch.stack([torch.stack(row) for row in columns]) if rows else like.real.new_zeros(0, 4)
+        numbers = [torch.full((), x, dtype=like.real.dtype, device=like.device) for row in rows for x in row]
+        return torch.stack(numbers).reshape(steps, 4) if rows else like.real.new_zeros(0, 4)
     return torch.tensor(rows, dtype=like.real.dtype, device=like.device).reshape(steps, 4)
 
 
