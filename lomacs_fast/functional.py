@@ -655,3 +655,4 @@ def frozen_angular_svd(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tupl
 
 
 flat_weights, frozen_svd_at_once, chosen = ops.flat_weights, ops.frozen_svd_at_once, ops.chosen
+svd_network_at_once = ops.svd_network_at_once

@@ -139,9 +139,13 @@ def gated_conv1d_at_once(x: Tensor, *args: Any) -> Tensor | None:
     return tokens.at_once(torch.ops.lomacs.gated_conv1d.default, x, *args)
 
 
+def numbers(T: int, d: int, taps: int) -> int:
+    """That a thread holds of a sample."""
+    return 8 * T * d + d * (d + 32 * taps)
+
+
 def _native_reasons(x: Tensor, dw_weight: Tensor, *_: Any) -> list[str]:
-    T, d = x.shape[-2:]
-    return tokens.reasons(x, 8 * T * d + d * (d + 32 * dw_weight.shape[-1]))
+    return tokens.reasons(x, numbers(*x.shape[-2:], dw_weight.shape[-1]))
 
 
 # of a tile of 64 tokens that halos leave some tokens of its own, backward too

@@ -241,12 +241,16 @@ def _shape(pk: Grouped) -> tuple[int, int]:
 WIDEST = 128
 
 
+def numbers(T: int, d: int, G: int, k: int) -> int:
+    """That a thread holds of a sample."""
+    g = d // G
+    return 4 * T * d + 2 * G * k * T + 6 * k * g + 4 * g * d
+
+
 def _native_reasons(
     x: Tensor, wq: Grouped, wk: Grouped, wv: Grouped, wo: Grouped, pk: Grouped, *_: Any
 ) -> list[str]:
-    G, k = _shape(pk)
-    (T, d), g = x.shape[-2:], x.shape[-1] // G
-    return tokens.reasons(x, 4 * T * d + 2 * G * k * T + 6 * k * g + 4 * g * d)
+    return tokens.reasons(x, numbers(*x.shape[-2:], *_shape(pk)))
 
 
 def _triton_reasons(

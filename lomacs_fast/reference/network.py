@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from .ortho import NeuralOrthoRefiner, column_normalize
 from .projected_attention import GroupedProjectedAttention
 from .refine import SpectralRefiner, dft_start, refine_svd
 from .spectral import spectral_calibrate, svd_tail
+
+SOFTPLUS = 1.0, 20.0  # beta and threshold of the spectrum's head
 
 SHIFT = 0.005  # mu of the untrained steps on a filtered covariance, whose tail is nearly zero
 
@@ -83,6 +85,27 @@ def _residual(block: nn.Module, x: Tensor) -> Tensor:
         return x + cast(Tensor, block(x))
     norm, mixer = parts
     return cast(GroupedProjectedAttention | GatedConv1D, mixer).residual(x, norm)
+
+
+class NetworkWeights(NamedTuple):
+    """What `svd_network` takes of a network, each as the function of its stem does.
+
+    `gate` four matrices; `projection` weight, bias and position; `norm` weight and bias; `scenes`
+    `(n_scene, d)`; `heads` weight and bias of U and of V; `spectrum` weight and bias; `sizes` the two raw
+    scalars of the refinement, of which `max_scale` is the bound; `eps` of every norm.
+    """
+
+    gate: tuple[Tensor, ...]
+    temperature: float
+    projection: tuple[Tensor, Tensor, Tensor]
+    blocks: list[Block]
+    norm: tuple[Tensor, Tensor]
+    eps: float
+    scenes: Tensor
+    heads: tuple[Tensor, ...]
+    spectrum: tuple[Tensor, Tensor]
+    sizes: tuple[Tensor, Tensor]
+    max_scale: float
 
 
 class LoMACSSVDNet(nn.Module):
@@ -345,18 +368,68 @@ class LoMACSSVDNet(nn.Module):
         return U, torch.where(alive, S, 0), V, Hd
 
     def _pooled(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        U, S, V, Hd = self._published(H, scene)
+        if self.refine_steps:
+            refiner, X = self.refiner, 0.5 * (Hd + Hd.mH) if self.hermitian else Hd
+            options = {"active": refiner.active, "hermitian": self.hermitian, "scalars": refiner.scalars}
+            U, S, V = self.functions.refine_svd(X, U, V, self.refine_steps, **options)
+        return U, S, V, Hd
+
+    def _published(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, Hd = self._front(H)
         feat = self._backbone(x) + self.scene_emb(scene)
         # autocast gives half precision here; columns, spectrum and their order are full precision
         (u, v), s = self._columns(feat), self.s_head(feat).to(self.pos.dtype)
         U = self.complex_of(u.view(-1, self.M, self.r, 2))
         V = self.complex_of(v.view(-1, self.N, self.r, 2))
-        U, S, V = self._tail(U, V, s + 1e-6, Hd)
-        if self.refine_steps:
-            refiner, X = self.refiner, 0.5 * (Hd + Hd.mH) if self.hermitian else Hd
-            options = {"active": refiner.active, "hermitian": self.hermitian, "scalars": refiner.scalars}
-            U, S, V = self.functions.refine_svd(X, U, V, self.refine_steps, **options)
-        return U, S, V, Hd
+        return *self._tail(U, V, s + 1e-6, Hd), Hd
+
+    def _weights(self) -> NetworkWeights | None:
+        """All weights, where one call may stand for all modules; else None."""
+        # past the lookup by name, which is felt at one sample
+        m = self._modules
+        gate, project, last = m["freq_gate"], m["input_proj"], m["norm"]
+        u_head, v_head, s_head, scenes, refiner = (
+            m[name] for name in ("u_head", "v_head", "s_head", "scene_emb", "ortho_refine")
+        )
+        if not _as_written(s_head, nn.Sequential) or len(s_head) != 2:
+            return None
+        linear, softplus = s_head._modules.values()
+        linears = project, u_head, v_head, linear
+        written = (
+            _as_written(gate, AxialLowRankFreqGate)
+            and all(_as_written(head, nn.Linear) and head.bias is not None for head in linears)
+            and _as_written(last, nn.LayerNorm)
+            and _as_written(softplus, nn.Softplus)
+            and (softplus.beta, softplus.threshold) == SOFTPLUS
+            and _as_written(scenes, nn.Embedding)
+            and _as_written(refiner, NeuralOrthoRefiner)
+            and isinstance(refiner, self.modules_.NeuralOrthoRefiner)
+            and type(refiner).steps is NeuralOrthoRefiner.steps
+            and not (scenes.padding_idx is not None or scenes.max_norm or scenes.sparse)
+            and not scenes.scale_grad_by_freq
+            and refiner.a_raw.ndim == 0
+        )
+        if not (written and _unhooked(gate, *linears, last, s_head, softplus, scenes, refiner)):
+            return None
+        if last.normalized_shape != (self.dim,) or last.weight is None or last.bias is None:
+            return None
+        blocks = self._block_weights(self.dim, last.eps)
+        if blocks is None:
+            return None
+        return NetworkWeights(
+            gate.weights,
+            gate.temperature,
+            (project.weight, project.bias, self.pos),
+            blocks,
+            (last.weight, last.bias),
+            last.eps,
+            scenes.weight,
+            (u_head.weight, u_head.bias, v_head.weight, v_head.bias),
+            (linear.weight, linear.bias),
+            (refiner.a_raw, refiner.b_raw),
+            refiner.max_scale,
+        )
 
     def _columns(self, feat: Tensor) -> Sequence[Tensor]:
         heads = self.u_head, self.v_head
@@ -399,14 +472,17 @@ class LoMACSSVDNet(nn.Module):
             return None
         if not (_as_written(last, nn.LayerNorm) and _unhooked(last)) or last.normalized_shape != x.shape[-1:]:
             return None
+        return self._block_weights(x.shape[-1], last.eps)
+
+    def _block_weights(self, d: int, eps: float) -> list[Block] | None:
         found: list[Block] = []
         for block in self.blocks:
-            parts = _parts(block, x.shape[-1])
+            parts = _parts(block, d)
             if parts is None:
                 return None
             norm, mixer = parts
             # mixers that call other functions are called themselves
-            if norm.eps != last.eps or norm.bias is None or mixer.functions is not self.functions:
+            if norm.eps != eps or norm.bias is None or mixer.functions is not self.functions:
                 return None
             if isinstance(mixer, GroupedProjectedAttention):
                 found.append(AttentionBlock(norm.weight, norm.bias, *mixer.weights))

@@ -1,0 +1,221 @@
+"""The published network at once: its kernels one after the other, as one node of autograd."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import NetworkWeights
+from ..reference.backbone import AttentionBlock
+from . import common, native, tokens
+from .dispatch import chosen
+from .freq_gate import cpu_gate_reasons
+from .gated_conv import numbers as numbers_of_conv
+from .projected_attention import numbers as numbers_of_attention
+
+LAYER_NORM, SOFTPLUS = torch.ops.aten.native_layer_norm, torch.ops.aten.softplus
+Found = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class _Plan(NamedTuple):
+    """What is no tensor: groups of every block, 0 for a convolution, and the numbers."""
+
+    groups: tuple[int, ...]
+    temperature: float
+    eps: float
+    max_scale: float
+
+
+def _flat(weights: NetworkWeights) -> list[Tensor]:
+    found = [*weights.gate, *weights.projection]
+    for block in weights.blocks:
+        if isinstance(block, AttentionBlock):
+            found += block[:2]
+            found += itertools.chain.from_iterable(block[2:])
+        else:
+            found += block  # type: ignore[arg-type]
+    found += weights.norm
+    found.append(weights.scenes)
+    found += weights.heads
+    found += weights.spectrum
+    found += weights.sizes
+    return found
+
+
+def _taken(block: list[Tensor], groups: int) -> list[Tensor]:
+    """Norm and weights as the block's op takes them; those of an attention are stacked over groups."""
+    if not groups:
+        return block
+    lists = (block[i : i + groups] for i in range(2, len(block), groups))
+    return [*block[:2], *(torch.stack(w) for w in lists)]
+
+
+def _forward(plan: _Plan, h: Tensor, scene: Tensor, tau: Tensor, flat: list[Tensor], keep: bool) -> Any:
+    """Results as the ops give them, and where they are kept for the backward all that it needs beside."""
+    ops = torch.ops.lomacs
+    row_w1, row_w2, col_w1, col_w2, weight, bias, pos, *rest = flat
+    x, hd, _ = ops.gate_project.default(
+        h, row_w1, row_w2, col_w1, col_w2, plan.temperature, False, weight, bias, pos
+    )
+    kept, at = [], 0
+    for groups in plan.groups:
+        count = 2 + 6 * groups if groups else 6
+        block = rest[at : at + count]
+        at += count
+        if groups and not keep:
+            lists = [block[i : i + groups] for i in range(2, count, groups)]
+            x = ops.projected_attention_groups.default(x, *lists, *block[:2], plan.eps)
+            continue
+        norm_weight, norm_bias, *weights = _taken(block, groups)
+        op = ops.projected_attention if groups else ops.gated_conv1d
+        kept += [x, norm_weight, norm_bias, *weights]
+        x = op.default(x, *weights, norm_weight, norm_bias, plan.eps)
+    norm_weight, norm_bias, scenes, *heads, s_weight, s_bias, a_raw, b_raw = rest[at:]
+    mean = x.mean(1)
+    feat, *moments = LAYER_NORM.default(mean, mean.shape[1:], norm_weight, norm_bias, plan.eps)
+    feat = feat.add_(torch.embedding(scenes, scene))
+    u, v = ops.svd_heads.default(feat, *heads)
+    logits = torch.addmm(s_bias, feat, s_weight.t())
+    s = SOFTPLUS.default(logits).add_(1e-6)
+    sizes = torch.stack((a_raw, b_raw)).sigmoid_().mul_(plan.max_scale)
+    scalars = torch.cat((sizes.double(), tau.reshape(1)))
+    u, v = (y.view(-1, n, s.shape[1], 2) for y, n in ((u, h.shape[1]), (v, h.shape[2])))
+    if not keep:
+        return (*ops.svd_tail.default(u, v, s, hd, scalars), hd), ()
+    U, S, V, of_tail = ops.svd_tail_kept.default(u, v, s, hd, scalars)
+    return (U, S, V, hd), (*kept, mean, *moments, feat, u, v, logits, s, sizes, scalars, U, V, hd, of_tail)
+
+
+def _complex(found: Any) -> Found:
+    """Detached, because views of several outputs cannot be changed in place."""
+    U, S, V, Hd = found
+    return tuple(x if x is S else torch.view_as_complex(x).detach() for x in (U, S, V, Hd))  # type: ignore
+
+
+class _Network(torch.autograd.Function):
+    """One node for all: nothing but sums lies between the kernels, and autograd's own nodes would cost more."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, H: Tensor, scene: Tensor, tau: Tensor, *flat: Tensor) -> Found:
+        with torch._C._AutoDispatchBelowAutograd():
+            h = common.planes(H)
+            found, kept = _forward(plan, h, scene, tau, list(flat), True)
+            out = _complex(found)
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.weights = plan, len(flat)
+        ctx.save_for_backward(h, scene, *flat, *kept)
+        return out
+
+    @staticmethod
+    def backward(
+        ctx: Any, gU: Tensor | None, gS: Tensor | None, gV: Tensor | None, gHd: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        common.refuse_second_derivatives("the fused network")
+        ops, plan, needs = torch.ops.lomacs, ctx.plan, ctx.needs_input_grad
+        h, scene, *saved = ctx.saved_tensors
+        flat, kept = saved[: ctx.weights], saved[ctx.weights :]
+        *blocks, mean, mu, deviation, feat, u, v, logits, s, sizes, scalars, U, V, hd, of_tail = kept
+        norm_weight, norm_bias, scenes, u_weight, _, v_weight, _, s_weight, _, _, _ = flat[-11:]
+        grads = (
+            torch.zeros_like(x) if g is None else common.planes(g) if g.is_complex() else g.contiguous()
+            for g, x in ((gU, U), (gS, s), (gV, V))
+        )
+        gu, gv, gs, ghd, gscalars = ops.svd_tail_kept_backward.default(
+            *grads, u, v, s, hd, scalars, U, V, of_tail, True
+        )
+        if gHd is not None:
+            ghd.add_(common.planes(gHd))
+        # of the bound times a sigmoid
+        gsizes = gscalars[:2].to(sizes.dtype).mul_(sizes.mul(1 - sizes / plan.max_scale))
+        B, d = feat.shape
+        gfeat, *of_heads = ops.svd_heads_backward.default(
+            gu.view(B, -1), gv.view(B, -1), feat, u_weight, v_weight, True, any(needs[-8:-4])
+        )
+        glogits = torch.ops.aten.softplus_backward.default(gs, logits, 1, 20)
+        gfeat.addmm_(glogits, s_weight)
+        of_spectrum = glogits.t() @ feat, glogits.sum(0)
+        of_scenes = torch.ops.aten.embedding_dense_backward.default(gfeat, scene, scenes.shape[0], -1, False)
+        gmean, *of_norm = torch.ops.aten.native_layer_norm_backward.default(
+            gfeat, mean, mean.shape[1:], mu, deviation, norm_weight, norm_bias, [True, True, True]
+        )
+        T = h.shape[1]
+        gx = gmean.div_(T).unsqueeze(1).expand(B, T, d).contiguous()
+        of_blocks: list[Tensor] = []
+        end = len(flat) - 11
+        for groups in reversed(plan.groups):
+            count = 2 + 6 * groups if groups else 6
+            of_weights = any(needs[4 + end - count : 4 + end])
+            end -= count
+            # as the forward left them, an attention's weights stacked
+            first = len(blocks) - (9 if groups else 7)
+            x, *norm = blocks[first : first + 3]
+            op = ops.projected_attention_backward if groups else ops.gated_conv1d_backward
+            gx, *found, of_w, of_b = op.default(
+                gx, x, *blocks[first + 3 :], *norm, plan.eps, True, of_weights
+            )
+            del blocks[first:]
+            if groups:
+                found = [part for g in found for part in torch.ops.aten.unbind_copy.int(g)]
+            of_blocks = [of_w, of_b, *found, *of_blocks]
+        *gate, weight, _, _ = flat[:7]
+        wanted = needs[1], any(needs[4:8]), any(needs[8:11])
+        gH, *of_front = ops.gate_project_backward.default(
+            gx, ghd, None, h, *gate, plan.temperature, False, weight, hd, *wanted
+        )
+        gradients = (
+            *of_front,
+            *of_blocks,
+            *of_norm,
+            of_scenes,
+            *of_heads,
+            *of_spectrum,
+            *gsizes.unbind(),
+        )
+        of_flat = (g if need else None for g, need in zip(gradients, needs[4:], strict=True))
+        return None, torch.view_as_complex(gH) if needs[1] else None, None, None, *of_flat
+
+
+def _fits(H: Tensor, weights: NetworkWeights) -> bool:
+    """Whether the kernels of every stem would be chosen for samples of this size."""
+    (M, N), d = H.shape[-2:], weights.scenes.shape[1]
+    r = weights.spectrum[1].shape[0]
+    sizes = [
+        numbers_of_attention(M, d, len(b.pk), b.pk[0].shape[-1])
+        if isinstance(b, AttentionBlock)
+        else numbers_of_conv(M, d, b[2].shape[-1])
+        for b in weights.blocks
+    ]
+    few = M * N + (M + N) * r <= common.LARGEST and max(sizes, default=0) <= tokens.LARGEST
+    return few and not cpu_gate_reasons(H)
+
+
+def svd_network_at_once(H: Tensor, scene: Tensor, tau: Tensor, weights: NetworkWeights) -> Found | None:
+    """U, S, V and Hd of the published network on a CPU, one call for all stems; None where none serves.
+
+    The kernels check their arguments. What they refuse is for the caller to serve another way, or to name.
+    """
+    flat = _flat(weights)
+    served = (
+        H.is_cpu
+        and chosen() in ("auto", "cpp")
+        and common.plain(H, scene, tau, *flat)
+        and not torch.is_autocast_enabled("cpu")
+        and not common.transform_reasons()
+        and not tau.requires_grad
+        and _fits(H, weights)
+        and not native.reasons("cpu")
+    )
+    if not served:
+        return None
+    groups = tuple(len(b.pk) if isinstance(b, AttentionBlock) else 0 for b in weights.blocks)
+    plan = _Plan(groups, float(weights.temperature), weights.eps, weights.max_scale)
+    try:
+        if common.records((H, *flat)):
+            return _Network.apply(plan, H, scene, tau, *flat)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _complex(_forward(plan, common.planes(H), scene, tau, flat, False)[0])
+    except (RuntimeError, TypeError):
+        return None
