@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,6 @@ from .freq_gate import cpu_gate_reasons
 from .gated_conv import numbers as numbers_of_conv
 from .projected_attention import numbers as numbers_of_attention
 
-LAYER_NORM, SOFTPLUS = torch.ops.aten.native_layer_norm, torch.ops.aten.softplus
 Found = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -43,6 +43,11 @@ def _flat(weights: NetworkWeights) -> list[Tensor]:
     found += weights.spectrum
     found += weights.sizes
     return found
+
+
+def _sigmoid(x: float) -> float:
+    small = math.exp(-abs(x))
+    return (small if x < 0 else 1) / (1 + small)
 
 
 def _taken(block: list[Tensor], groups: int) -> list[Tensor]:
@@ -73,20 +78,16 @@ def _forward(plan: _Plan, h: Tensor, scene: Tensor, tau: Tensor, flat: list[Tens
         op = ops.projected_attention if groups else ops.gated_conv1d
         kept += [x, norm_weight, norm_bias, *weights]
         x = op.default(x, *weights, norm_weight, norm_bias, plan.eps)
-    norm_weight, norm_bias, scenes, *heads, s_weight, s_bias, a_raw, b_raw = rest[at:]
-    mean = x.mean(1)
-    feat, *moments = LAYER_NORM.default(mean, mean.shape[1:], norm_weight, norm_bias, plan.eps)
-    feat = feat.add_(torch.embedding(scenes, scene))
-    u, v = ops.svd_heads.default(feat, *heads)
-    logits = torch.addmm(s_bias, feat, s_weight.t())
-    s = SOFTPLUS.default(logits).add_(1e-6)
-    sizes = torch.stack((a_raw, b_raw)).sigmoid_().mul_(plan.max_scale)
-    scalars = torch.cat((sizes.double(), tau.reshape(1)))
-    u, v = (y.view(-1, n, s.shape[1], 2) for y, n in ((u, h.shape[1]), (v, h.shape[2])))
+    *norm, scenes = rest[at : at + 3]
+    u, v, s, of_heads = ops.pooled_heads.default(x, *norm, plan.eps, scenes, scene, *rest[at + 3 : -2])
+    B, M, N, r = *h.shape[:3], s.shape[1]
+    u, v = u.view(B, M, r, 2), v.view(B, N, r, 2)
+    sizes = [plan.max_scale * _sigmoid(raw.item()) for raw in rest[-2:]]
+    scalars = torch.tensor([*sizes, tau.item()], dtype=torch.float64)
     if not keep:
         return (*ops.svd_tail.default(u, v, s, hd, scalars), hd), ()
     U, S, V, of_tail = ops.svd_tail_kept.default(u, v, s, hd, scalars)
-    return (U, S, V, hd), (*kept, mean, *moments, feat, u, v, logits, s, sizes, scalars, U, V, hd, of_tail)
+    return (U, S, V, hd), (*kept, u, v, s, scalars, U, V, hd, of_tail, of_heads)
 
 
 def _complex(found: Any) -> Found:
@@ -96,7 +97,7 @@ def _complex(found: Any) -> Found:
 
 
 class _Network(torch.autograd.Function):
-    """One node for all: nothing but sums lies between the kernels, and autograd's own nodes would cost more."""
+    """One node for all, because those of autograd between the kernels cost more than what they do."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, H: Tensor, scene: Tensor, tau: Tensor, *flat: Tensor) -> Found:
@@ -117,8 +118,8 @@ class _Network(torch.autograd.Function):
         ops, plan, needs = torch.ops.lomacs, ctx.plan, ctx.needs_input_grad
         h, scene, *saved = ctx.saved_tensors
         flat, kept = saved[: ctx.weights], saved[ctx.weights :]
-        *blocks, mean, mu, deviation, feat, u, v, logits, s, sizes, scalars, U, V, hd, of_tail = kept
-        norm_weight, norm_bias, scenes, u_weight, _, v_weight, _, s_weight, _, _, _ = flat[-11:]
+        *blocks, u, v, s, scalars, U, V, hd, of_tail, of_heads = kept
+        norm_weight, _, scenes, u_weight, _, v_weight, _, s_weight, _, a_raw, b_raw = flat[-11:]
         grads = (
             torch.zeros_like(x) if g is None else common.planes(g) if g.is_complex() else g.contiguous()
             for g, x in ((gU, U), (gS, s), (gV, V))
@@ -129,20 +130,25 @@ class _Network(torch.autograd.Function):
         if gHd is not None:
             ghd.add_(common.planes(gHd))
         # of the bound times a sigmoid
-        gsizes = gscalars[:2].to(sizes.dtype).mul_(sizes.mul(1 - sizes / plan.max_scale))
-        B, d = feat.shape
-        gfeat, *of_heads = ops.svd_heads_backward.default(
-            gu.view(B, -1), gv.view(B, -1), feat, u_weight, v_weight, True, any(needs[-8:-4])
+        of_sizes = [
+            torch.tensor(g * size * (1 - size / plan.max_scale), dtype=raw.dtype)
+            for g, size, raw in zip(gscalars.tolist(), scalars.tolist(), (a_raw, b_raw), strict=False)
+        ]
+        B, M = h.shape[:2]
+        gx, *of_pooled = ops.pooled_heads_backward.default(
+            gu.view(B, -1),
+            gv.view(B, -1),
+            gs,
+            M,
+            norm_weight,
+            scenes.shape[0],
+            scene,
+            u_weight,
+            v_weight,
+            s_weight,
+            of_heads,
+            any(needs[-11:-2]),
         )
-        glogits = torch.ops.aten.softplus_backward.default(gs, logits, 1, 20)
-        gfeat.addmm_(glogits, s_weight)
-        of_spectrum = glogits.t() @ feat, glogits.sum(0)
-        of_scenes = torch.ops.aten.embedding_dense_backward.default(gfeat, scene, scenes.shape[0], -1, False)
-        gmean, *of_norm = torch.ops.aten.native_layer_norm_backward.default(
-            gfeat, mean, mean.shape[1:], mu, deviation, norm_weight, norm_bias, [True, True, True]
-        )
-        T = h.shape[1]
-        gx = gmean.div_(T).unsqueeze(1).expand(B, T, d).contiguous()
         of_blocks: list[Tensor] = []
         end = len(flat) - 11
         for groups in reversed(plan.groups):
@@ -165,15 +171,7 @@ class _Network(torch.autograd.Function):
         gH, *of_front = ops.gate_project_backward.default(
             gx, ghd, None, h, *gate, plan.temperature, False, weight, hd, *wanted
         )
-        gradients = (
-            *of_front,
-            *of_blocks,
-            *of_norm,
-            of_scenes,
-            *of_heads,
-            *of_spectrum,
-            *gsizes.unbind(),
-        )
+        gradients = *of_front, *of_blocks, *of_pooled, *of_sizes
         of_flat = (g if need else None for g, need in zip(gradients, needs[4:], strict=True))
         return None, torch.view_as_complex(gH) if needs[1] else None, None, None, *of_flat
 

@@ -14,7 +14,7 @@ from .frozen import (
     frozen_svd,
 )
 from .gated_conv import GatedConv1D, gated_conv1d
-from .heads import svd_heads
+from .heads import pooled_heads, svd_heads
 from .low_rank import low_rank_loss
 from .network import LoMACSSVDNet, NetworkWeights
 from .neural_svd import neural_svd_steps
@@ -57,6 +57,7 @@ __all__ = [
     "neural_svd_steps",
     "ortho_refine",
     "ortho_refine_pair",
+    "pooled_heads",
     "projected_attention",
     "refine_svd",
     "spectral_calibrate",
