@@ -15,6 +15,7 @@ from . import common, native, tokens
 from .dispatch import chosen
 from .freq_gate import cpu_gate_reasons
 from .gated_conv import numbers as numbers_of_conv
+from .ortho import gradient
 from .projected_attention import numbers as numbers_of_attention
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -50,12 +51,9 @@ def _sigmoid(x: float) -> float:
     return (small if x < 0 else 1) / (1 + small)
 
 
-def _taken(block: list[Tensor], groups: int) -> list[Tensor]:
-    """Norm and weights as the block's op takes them; those of an attention are stacked over groups."""
-    if not groups:
-        return block
-    lists = (block[i : i + groups] for i in range(2, len(block), groups))
-    return [*block[:2], *(torch.stack(w) for w in lists)]
+def _taken(block: list[Tensor], groups: int) -> list[Any]:
+    """Weights as the block's op takes them: those of an attention in six lists."""
+    return [block[i : i + groups] for i in range(2, len(block), groups)] if groups else block[2:]
 
 
 def _forward(plan: _Plan, h: Tensor, scene: Tensor, tau: Tensor, flat: list[Tensor], keep: bool) -> Any:
@@ -70,14 +68,9 @@ def _forward(plan: _Plan, h: Tensor, scene: Tensor, tau: Tensor, flat: list[Tens
         count = 2 + 6 * groups if groups else 6
         block = rest[at : at + count]
         at += count
-        if groups and not keep:
-            lists = [block[i : i + groups] for i in range(2, count, groups)]
-            x = ops.projected_attention_groups.default(x, *lists, *block[:2], plan.eps)
-            continue
-        norm_weight, norm_bias, *weights = _taken(block, groups)
-        op = ops.projected_attention if groups else ops.gated_conv1d
-        kept += [x, norm_weight, norm_bias, *weights]
-        x = op.default(x, *weights, norm_weight, norm_bias, plan.eps)
+        op = ops.projected_attention_groups if groups else ops.gated_conv1d
+        kept.append(x)
+        x = op.default(x, *_taken(block, groups), *block[:2], plan.eps)
     *norm, scenes = rest[at : at + 3]
     u, v, s, of_heads = ops.pooled_heads.default(x, *norm, plan.eps, scenes, scene, *rest[at + 3 : -2])
     B, M, N, r = *h.shape[:3], s.shape[1]
@@ -121,7 +114,7 @@ class _Network(torch.autograd.Function):
         *blocks, u, v, s, scalars, U, V, hd, of_tail, of_heads = kept
         norm_weight, _, scenes, u_weight, _, v_weight, _, s_weight, _, a_raw, b_raw = flat[-11:]
         grads = (
-            torch.zeros_like(x) if g is None else common.planes(g) if g.is_complex() else g.contiguous()
+            gradient(None if g is None else common.planes(g) if g.is_complex() else g, x)
             for g, x in ((gU, U), (gS, s), (gV, V))
         )
         gu, gv, gs, ghd, gscalars = ops.svd_tail_kept_backward.default(
@@ -155,17 +148,15 @@ class _Network(torch.autograd.Function):
             count = 2 + 6 * groups if groups else 6
             of_weights = any(needs[4 + end - count : 4 + end])
             end -= count
-            # as the forward left them, an attention's weights stacked
-            first = len(blocks) - (9 if groups else 7)
-            x, *norm = blocks[first : first + 3]
-            op = ops.projected_attention_backward if groups else ops.gated_conv1d_backward
-            gx, *found, of_w, of_b = op.default(
-                gx, x, *blocks[first + 3 :], *norm, plan.eps, True, of_weights
-            )
-            del blocks[first:]
+            block, x = flat[end : end + count], blocks.pop()
+            op = ops.projected_attention_groups_backward if groups else ops.gated_conv1d_backward
+            args = gx, x, *_taken(block, groups), *block[:2], plan.eps, True, of_weights
             if groups:
-                found = [part for g in found for part in torch.ops.aten.unbind_copy.int(g)]
-            of_blocks = [of_w, of_b, *found, *of_blocks]
+                gx, found, *norm = op.default(*args)
+            else:
+                gx, *found, gw, gb = op.default(*args)
+                norm = [gw, gb]
+            of_blocks = [*norm, *found, *of_blocks]
         *gate, weight, _, _ = flat[:7]
         wanted = needs[1], any(needs[4:8]), any(needs[8:11])
         gH, *of_front = ops.gate_project_backward.default(

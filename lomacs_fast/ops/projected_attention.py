@@ -22,9 +22,12 @@ STACKED = "Tensor wq, Tensor wk, Tensor wv, Tensor wo, Tensor pk, Tensor pv"
 NORM = "Tensor? norm_weight, Tensor? norm_bias, float eps"
 
 library.define(f"projected_attention(Tensor x, {STACKED}, {NORM}) -> Tensor", tags=common.TAGS)
-# weights one tensor a group, read where they lie; it has no gradient
+# weights one tensor a group, read where they lie; autograd has its gradient of the caller, see `ops.network`
+LISTED = STACKED.replace("Tensor", "Tensor[]")
+library.define(f"projected_attention_groups(Tensor x, {LISTED}, {NORM}) -> Tensor", tags=common.TAGS)
 library.define(
-    f"projected_attention_groups(Tensor x, {STACKED.replace('Tensor', 'Tensor[]')}, {NORM}) -> Tensor",
+    f"projected_attention_groups_backward(Tensor gy, Tensor x, {LISTED}, {NORM}, bool gx, bool gw) -> "
+    "(Tensor gx, Tensor[] gw, Tensor gnorm_weight, Tensor gnorm_bias)",
     tags=common.TAGS,
 )
 library.define(
@@ -83,6 +86,18 @@ def _fake_backward(gy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(w.shape if w is not None and g else (0,)) for w, g in wanted)
 
 
+@torch.library.register_fake("lomacs::projected_attention_groups_backward", lib=library)
+def _fake_groups_backward(gy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    weights, norm, (_, gx, gw) = rest[:6], rest[6:8], rest[8:]
+    _check(x, [torch.stack(w) for w in weights], *norm)
+    _expect("gy", gy, x, tuple(x.shape))
+
+    def like(w: Tensor | None, wanted: bool) -> Tensor:
+        return x.new_empty(w.shape if w is not None and wanted else (0,))
+
+    return like(x, gx), [like(w, gw) for w in itertools.chain(*weights)], like(norm[0], gw), like(norm[1], gw)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
@@ -131,6 +146,14 @@ def _flops_backward(gy: Sequence[int], x: Sequence[int], wq: Sequence[int], *res
     # the norm's own gradients go by way of the tokens
     gx = gx or rest[5] is not None
     return 2 * ((gx + gw) * of_x + (1 + gw) * projected + 2 * core + (1 + gw) * out)
+
+
+@register_flop_formula(torch.ops.lomacs.projected_attention_groups_backward)
+def _flops_groups_backward(
+    gy: Sequence[int], x: Sequence[int], wq: Sequence[Sequence[int]], *rest: Any, **__: Any
+) -> int:
+    stacked = (None if w is None else (len(w), *w[0]) for w in (wq, *rest[:5]))
+    return _flops_backward(gy, x, *stacked, *rest[5:])
 
 
 def _cuda(name: str) -> None:

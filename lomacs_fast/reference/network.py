@@ -32,11 +32,10 @@ SHIFT = 0.005  # mu of the untrained steps on a filtered covariance, whose tail 
 
 def _unhooked(*modules: nn.Module) -> bool:
     """Whether calling past the modules leaves no hook of the user's uncalled, of theirs or of all modules."""
-    own = any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
-    return not (own or _has_any_global_hook())
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return False
+    return not _has_any_global_hook()
 
 
 def _as_written(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -45,7 +44,7 @@ def _as_written(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     A class derived from one, a wrapper or a `forward` set on the instance computes what the user wrote.
     """
     forward = getattr(type(module), "forward", None)
-    return "forward" not in module.__dict__ and any(forward is kind.forward for kind in kinds)
+    return "forward" not in module.__dict__ and forward in [kind.forward for kind in kinds]
 
 
 def _parts(block: nn.Module, d: int) -> tuple[nn.LayerNorm, nn.Module] | None:
