@@ -431,9 +431,9 @@ def _step(name: str, value: Any) -> None:
 def _columns(name: str, value: Any) -> None:
     """Check a factor whose columns can be orthonormal."""
     # what fits is said quickly
-    if isinstance(value, Tensor) and value.dtype in REAL_OF and value.ndim > 1:
-        if value.shape[-2] >= value.shape[-1] > 0:
-            return
+    complex_matrix = isinstance(value, Tensor) and value.dtype in REAL_OF and value.ndim > 1
+    if complex_matrix and value.shape[-2] >= value.shape[-1] > 0:
+        return
     _tensor(name, value, REAL + COMPLEX, ("...", None, None))
     shape = tuple(value.shape)
     if shape[-2] < shape[-1]:
@@ -490,9 +490,9 @@ def _factors(
     if all(isinstance(x, Tensor) for x in (U, V, H, S)) and U.ndim > 1 and H.ndim > 1:
         (*batch, M, N), r, dtype = H.shape, U.shape[-1], H.dtype
         fits = U.shape == (*batch, M, r) and V.shape == (*batch, N, r) and S.shape == (*batch, r)
-        if fits and dtype in REAL_OF and U.dtype == V.dtype == dtype and S.dtype == REAL_OF[dtype]:
-            if M and N and r:
-                return
+        same = dtype in REAL_OF and U.dtype == V.dtype == dtype and S.dtype == REAL_OF[dtype]
+        if fits and same and M and N and r:
+            return
     _tensor("H", H, REAL + COMPLEX, ("...", None, None))
     M, N = H.shape[-2:]
     r = _matrix(names[0], U, H, M, None).shape[-1]

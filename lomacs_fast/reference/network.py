@@ -27,6 +27,8 @@ from .spectral import spectral_calibrate, svd_tail
 
 SOFTPLUS = 1.0, 20.0  # beta and threshold of the spectrum's head
 
+FEW = 512  # numbers that are cheaper in a list
+
 SHIFT = 0.005  # mu of the untrained steps on a filtered covariance, whose tail is nearly zero
 
 
@@ -359,8 +361,8 @@ class LoMACSSVDNet(nn.Module):
         else:
             U, S, V, Hd = self._pooled(H, scene)
         parts = real_view(H).flatten(1)
-        # most often the first number of every sample tells
-        if _readable(parts) and parts[:, 0].all():
+        # most often the first number of every sample tells; a list of few costs less than a reduction
+        if _readable(parts) and (all(parts.select(1, 0).tolist()) if len(parts) < FEW else parts[:, 0].all()):
             return U, S, V, Hd
         # a tenth of the time, and no copy, of asking every number
         alive = (parts.amax(-1, keepdim=True) != 0) | (parts.amin(-1, keepdim=True) != 0)
@@ -375,6 +377,7 @@ class LoMACSSVDNet(nn.Module):
         return U, S, V, Hd
 
     def _published(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self._check_scenes(scene)
         x, Hd = self._front(H)
         feat = self._backbone(x) + self.scene_emb(scene)
         # autocast gives half precision here; columns, spectrum and their order are full precision
@@ -386,47 +389,51 @@ class LoMACSSVDNet(nn.Module):
     def _weights(self) -> NetworkWeights | None:
         """All weights, where one call may stand for all modules; else None."""
         # past the lookup by name, which is felt at one sample
-        m = self._modules
-        gate, project, last = m["freq_gate"], m["input_proj"], m["norm"]
-        u_head, v_head, s_head, scenes, refiner = (
-            m[name] for name in ("u_head", "v_head", "s_head", "scene_emb", "ortho_refine")
-        )
+        m = cast(Any, self._modules)
+        gate, project, last, scenes = m["freq_gate"], m["input_proj"], m["norm"], m["scene_emb"]
+        u_head, v_head, s_head, refiner = m["u_head"], m["v_head"], m["s_head"], m["ortho_refine"]
         if not _as_written(s_head, nn.Sequential) or len(s_head) != 2:
             return None
         linear, softplus = s_head._modules.values()
         linears = project, u_head, v_head, linear
         written = (
             _as_written(gate, AxialLowRankFreqGate)
-            and all(_as_written(head, nn.Linear) and head.bias is not None for head in linears)
+            and all(_as_written(one, nn.Linear) for one in linears)
             and _as_written(last, nn.LayerNorm)
+            and last.normalized_shape == (self.dim,)
             and _as_written(softplus, nn.Softplus)
             and (softplus.beta, softplus.threshold) == SOFTPLUS
             and _as_written(scenes, nn.Embedding)
+            and (scenes.padding_idx is scenes.max_norm is None)
+            and not (scenes.sparse or scenes.scale_grad_by_freq)
             and _as_written(refiner, NeuralOrthoRefiner)
             and isinstance(refiner, self.modules_.NeuralOrthoRefiner)
             and type(refiner).steps is NeuralOrthoRefiner.steps
-            and not (scenes.padding_idx is not None or scenes.max_norm or scenes.sparse)
-            and not scenes.scale_grad_by_freq
-            and refiner.a_raw.ndim == 0
         )
         if not (written and _unhooked(gate, *linears, last, s_head, softplus, scenes, refiner)):
-            return None
-        if last.normalized_shape != (self.dim,) or last.weight is None or last.bias is None:
             return None
         blocks = self._block_weights(self.dim, last.eps)
         if blocks is None:
             return None
+        # a parametrised weight is no parameter of its module
+        values = [one._parameters.get(name) for one in (*linears, last) for name in ("weight", "bias")]
+        values += [
+            scenes._parameters.get("weight"),
+            *(refiner._parameters.get(x) for x in ("a_raw", "b_raw")),
+        ]
+        if any(x is None for x in values) or values[-1].ndim:
+            return None
         return NetworkWeights(
             gate.weights,
             gate.temperature,
-            (project.weight, project.bias, self.pos),
+            (*values[:2], self.pos),
             blocks,
-            (last.weight, last.bias),
+            (values[8], values[9]),
             last.eps,
-            scenes.weight,
-            (u_head.weight, u_head.bias, v_head.weight, v_head.bias),
-            (linear.weight, linear.bias),
-            (refiner.a_raw, refiner.b_raw),
+            values[10],
+            tuple(values[2:6]),
+            (values[6], values[7]),
+            (values[11], values[12]),
             refiner.max_scale,
         )
 
@@ -440,6 +447,7 @@ class LoMACSSVDNet(nn.Module):
         return [head(feat).to(self.pos.dtype) for head in heads]
 
     def _angular(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self._check_scenes(scene)
         refiner, k, floor = self.refiner, self.refiner.active, None
         Hd = 0.5 * (H + H.mH) if self.hermitian else H
         if self.hermitian:
@@ -549,14 +557,16 @@ class LoMACSSVDNet(nn.Module):
             raise TypeError(f"sid must be an integer tensor, got {sid.dtype}")
         if sid.shape != H.shape[:1]:
             raise ValueError(f"sid must have shape ({H.shape[0]},) as H has, got {tuple(sid.shape)}")
-        if sid.device.type == "cpu" and not torch.compiler.is_compiling() and sid.numel():
-            low, high = sid.aminmax()
+        return sid
+
+    def _check_scenes(self, scene: Tensor) -> None:
+        if scene.device.type == "cpu" and not torch.compiler.is_compiling() and scene.numel():
+            low, high = scene.aminmax()
             if low < 0 or high >= self.n_scene:
                 raise ValueError(
                     f"sid must lie between 0 and n_scene - 1 = {self.n_scene - 1}, "
                     f"got values from {int(low)} to {int(high)}"
                 )
-        return sid
 
     def _scene_number(self, sid: Any) -> int:
         # a traced integer stays what it is
