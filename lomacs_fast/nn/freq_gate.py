@@ -12,13 +12,10 @@ class AxialLowRankFreqGate(reference.AxialLowRankFreqGate):
     @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # past the lookup by name, which is felt at one sample; a parametrised weight takes it
-        row, col = self._modules["row_mlp"]._modules, self._modules["col_mlp"]._modules  # type: ignore[union-attr]
+        m: Any = self._modules
+        layers = (m[side]._modules[n]._parameters for side in ("row_mlp", "col_mlp") for n in ("0", "2"))
         try:
-            row_w1, row_w2, col_w1, col_w2 = (
-                mlp[name]._parameters["weight"]
-                for mlp in (row, col)
-                for name in ("0", "2")  # type: ignore[union-attr]
-            )
+            row_w1, row_w2, col_w1, col_w2 = (layer["weight"] for layer in layers)
         except KeyError:
             return super().weights
-        return row_w1, row_w2, col_w1, col_w2  # type: ignore[return-value]
+        return row_w1, row_w2, col_w1, col_w2

@@ -145,7 +145,8 @@ def numbers(T: int, d: int, taps: int) -> int:
 
 
 def _native_reasons(x: Tensor, dw_weight: Tensor, *_: Any) -> list[str]:
-    return tokens.reasons(x, numbers(*x.shape[-2:], dw_weight.shape[-1]))
+    T, d = x.shape[-2:]
+    return tokens.reasons(x, numbers(T, d, dw_weight.shape[-1]))
 
 
 # of a tile of 64 tokens that halos leave some tokens of its own, backward too

@@ -37,7 +37,7 @@ def _flat(weights: NetworkWeights) -> list[Tensor]:
             found += block[:2]
             found += itertools.chain.from_iterable(block[2:])
         else:
-            found += block  # type: ignore[arg-type]
+            found += block
     found += weights.norm
     found.append(weights.scenes)
     found += weights.heads

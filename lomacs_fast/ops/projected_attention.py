@@ -152,8 +152,8 @@ def _flops_backward(gy: Sequence[int], x: Sequence[int], wq: Sequence[int], *res
 def _flops_groups_backward(
     gy: Sequence[int], x: Sequence[int], wq: Sequence[Sequence[int]], *rest: Any, **__: Any
 ) -> int:
-    stacked = (None if w is None else (len(w), *w[0]) for w in (wq, *rest[:5]))
-    return _flops_backward(gy, x, *stacked, *rest[5:])
+    of_wq, *stacked = ((len(w), *w[0]) for w in (wq, *rest[:5]))
+    return _flops_backward(gy, x, of_wq, *stacked, *rest[5:])
 
 
 def _cuda(name: str) -> None:
@@ -273,7 +273,8 @@ def numbers(T: int, d: int, G: int, k: int) -> int:
 def _native_reasons(
     x: Tensor, wq: Grouped, wk: Grouped, wv: Grouped, wo: Grouped, pk: Grouped, *_: Any
 ) -> list[str]:
-    return tokens.reasons(x, numbers(*x.shape[-2:], *_shape(pk)))
+    (T, d), (G, k) = x.shape[-2:], _shape(pk)
+    return tokens.reasons(x, numbers(T, d, G, k))
 
 
 def _triton_reasons(
