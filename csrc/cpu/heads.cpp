@@ -238,9 +238,10 @@ void pooled(const PooledChecks& z, Pooled<T>& job, const Tensor (&weights)[3], c
   torch::stable::parallel_for(0, z.batch * z.r, share_of(40), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const T x = logits.p[i], e = std::exp(-std::abs(x)), rest = 1 / (1 + e);
-      s[i] = std::max(x, T(0)) + std::log1p(e) + static_cast<T>(1e-6);
-      // above, softplus is the number itself
-      job.slope[i] = x > 20 ? 1 : x < 0 ? e * rest : rest;
+      // above, softplus is the number itself, as in PyTorch
+      const bool above = x > 20;
+      s[i] = (above ? x : std::max(x, T(0)) + std::log1p(e)) + static_cast<T>(1e-6);
+      job.slope[i] = above ? 1 : x < 0 ? e * rest : rest;
     }
   });
 }

@@ -1,8 +1,6 @@
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from lomacs_fast import functional, reference
 
 from .freq_gate import AxialLowRankFreqGate
@@ -22,11 +20,6 @@ class LoMACSSVDNet(reference.LoMACSSVDNet):
         NeuralOrthoRefiner=NeuralOrthoRefiner,
         SpectralRefiner=SpectralRefiner,
     )
-
-    def _published(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weights = self._weights() if H.is_cpu else None
-        found = None if weights is None else functional.svd_network_at_once(H, scene, self.tau_s, weights)
-        return super()._published(H, scene) if found is None else found
 
 
 LowMACS_SVDNet = LoMACSSVDNet

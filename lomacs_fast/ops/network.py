@@ -80,7 +80,9 @@ def _forward(plan: _Plan, h: Tensor, scene: Tensor, tau: Tensor, flat: list[Tens
     if not keep:
         return (*ops.svd_tail.default(u, v, s, hd, scalars), hd), ()
     U, S, V, of_tail = ops.svd_tail_kept.default(u, v, s, hd, scalars)
-    return (U, S, V, hd), (*kept, u, v, s, scalars, U, V, hd, of_tail, of_heads)
+    # of the bound times a sigmoid
+    slopes = torch.tensor([size * (1 - size / plan.max_scale) for size in sizes], dtype=torch.float64)
+    return (U, S, V, hd), (*kept, u, v, s, scalars, slopes, U, V, hd, of_tail, of_heads)
 
 
 def _complex(found: Any) -> Found:
@@ -111,8 +113,8 @@ class _Network(torch.autograd.Function):
         ops, plan, needs = torch.ops.lomacs, ctx.plan, ctx.needs_input_grad
         h, scene, *saved = ctx.saved_tensors
         flat, kept = saved[: ctx.weights], saved[ctx.weights :]
-        *blocks, u, v, s, scalars, U, V, hd, of_tail, of_heads = kept
-        norm_weight, _, scenes, u_weight, _, v_weight, _, s_weight, _, a_raw, b_raw = flat[-11:]
+        *blocks, u, v, s, scalars, slopes, U, V, hd, of_tail, of_heads = kept
+        norm_weight, _, scenes, u_weight, _, v_weight, _, s_weight, _, a_raw, _ = flat[-11:]
         grads = (
             gradient(None if g is None else common.planes(g) if g.is_complex() else g, x)
             for g, x in ((gU, U), (gS, s), (gV, V))
@@ -122,15 +124,11 @@ class _Network(torch.autograd.Function):
         )
         if gHd is not None:
             ghd.add_(common.planes(gHd))
-        # of the bound times a sigmoid
-        of_sizes = [
-            torch.tensor(g * size * (1 - size / plan.max_scale), dtype=raw.dtype)
-            for g, size, raw in zip(gscalars.tolist(), scalars.tolist(), (a_raw, b_raw), strict=False)
-        ]
+        of_sizes = gscalars[:2].mul(slopes).to(a_raw.dtype).unbind()
         B, M = h.shape[:2]
         gx, *of_pooled = ops.pooled_heads_backward.default(
-            gu.view(B, -1),
-            gv.view(B, -1),
+            gu.view(B, u_weight.shape[0]),
+            gv.view(B, v_weight.shape[0]),
             gs,
             M,
             norm_weight,
@@ -149,14 +147,18 @@ class _Network(torch.autograd.Function):
             of_weights = any(needs[4 + end - count : 4 + end])
             end -= count
             block, x = flat[end : end + count], blocks.pop()
-            op = ops.projected_attention_groups_backward if groups else ops.gated_conv1d_backward
-            args = gx, x, *_taken(block, groups), *block[:2], plan.eps, True, of_weights
-            if groups:
-                gx, found, *norm = op.default(*args)
+            args = *block[:2], plan.eps, True, of_weights
+            weights = _taken(block, groups)
+            if not groups:
+                gx, *found, gw, gb = ops.gated_conv1d_backward.default(gx, x, *weights, *args)
+            elif not common.is_batched(gx):
+                gx, found, gw, gb = ops.projected_attention_groups_backward.default(gx, x, *weights, *args)
             else:
-                gx, *found, gw, gb = op.default(*args)
-                norm = [gw, gb]
-            of_blocks = [*norm, *found, *of_blocks]
+                # nothing batches an op of lists
+                stacks = (torch.stack(w) for w in weights)
+                gx, *found, gw, gb = ops.projected_attention_backward.default(gx, x, *stacks, *args)
+                found = [part for g in found for part in g.unbind()]
+            of_blocks = [gw, gb, *found, *of_blocks]
         *gate, weight, _, _ = flat[:7]
         wanted = needs[1], any(needs[4:8]), any(needs[8:11])
         gH, *of_front = ops.gate_project_backward.default(

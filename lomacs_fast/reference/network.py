@@ -377,6 +377,15 @@ class LoMACSSVDNet(nn.Module):
         return U, S, V, Hd
 
     def _published(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        at_once = getattr(self.functions, "svd_network_at_once", None)
+        weights = None if at_once is None or _launches(H) else self._weights()
+        if at_once is not None and weights is not None:
+            found: tuple[Tensor, Tensor, Tensor, Tensor] | None = at_once(H, scene, self.tau_s, weights)
+            if found is not None:
+                return found
+        return self._by_parts(H, scene)
+
+    def _by_parts(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self._check_scenes(scene)
         x, Hd = self._front(H)
         feat = self._backbone(x) + self.scene_emb(scene)
