@@ -452,10 +452,11 @@ def ortho_refine(U: Tensor, step: Tensor | float) -> Tensor:
 @_specified_by(reference.ortho_refine_pair)
 def ortho_refine_pair(U: Tensor, V: Tensor, a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
     _columns("U", U)
-    _tensor("V", V, REAL + COMPLEX, ("...", None, U.shape[-1]))
     _columns("V", V)
-    _like("V", V, "U", U.dtype)
-    if U.shape[:-2] != V.shape[:-2]:
+    # what fits is said quickly
+    if not (U.dtype == V.dtype and V.shape == (*U.shape[:-2], V.shape[-2], U.shape[-1])):
+        _tensor("V", V, REAL + COMPLEX, ("...", None, U.shape[-1]))
+        _like("V", V, "U", U.dtype)
         raise ValueError(f"V must have the batch of U, {tuple(U.shape[:-2])}, got shape {tuple(V.shape)}")
     _step("a", a)
     _step("b", b)

@@ -164,7 +164,7 @@ def _backward(ctx: Any, gu: Tensor | None, gv: Tensor | None) -> tuple[Tensor | 
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
-torch.library.register_autograd("lomacs::svd_heads", _backward, setup_context=_setup, lib=library)
+_call = common.differentiable("svd_heads", _setup, _backward)
 torch.library.register_autograd(
     "lomacs::pooled_heads", _backward_pooled, setup_context=_setup_pooled, lib=library
 )
@@ -233,7 +233,7 @@ def _cpp_reasons(
 
 
 def _run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = torch.ops.lomacs.svd_heads.default(*dense(*tensors))
+    found: tuple[Tensor, Tensor] = _call(*dense(*tensors))
     return found
 
 

@@ -112,7 +112,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(g if need else None for g, need in zip(found, needs, strict=False)), None)
 
 
-torch.library.register_autograd("lomacs::projected_attention", _backward, setup_context=_setup, lib=library)
+_call = common.differentiable("projected_attention", _setup, _backward)
 for _name in ("projected_attention", "projected_attention_groups"):
     tokens.register_autocast(_name)
 
@@ -218,9 +218,8 @@ def _fused(
     tokens.same_device(
         x, **dict(zip(NAMES, stacked, strict=True)), norm_weight=norm_weight, norm_bias=norm_bias
     )
-    args = (x, *stacked, norm_weight, norm_bias, eps)
-    op = torch.ops.lomacs.projected_attention.default
-    return op(*args) if common.records(args[:-1]) else tokens.unrecorded(op, *args)
+    found: Tensor = _call(x, *stacked, norm_weight, norm_bias, eps)
+    return found
 
 
 # groups whose weights' addresses a launch has room for
