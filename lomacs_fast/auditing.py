@@ -37,6 +37,7 @@ FUSED = {
     "bjorck": "matrix products, largest row sum",
     "spectral_calibrate": "matrix product, column dots",
     "svd_heads": "matrix products",
+    "pooled_heads": "means, matrix products",
     "svd_tail": "matrix products, column norms, sort",
     "svd_tail_kept": "matrix products, column norms, sort",
     "refine_svd": "matrix products, column norms, largest row sum, FFT, sort",

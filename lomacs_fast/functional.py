@@ -430,6 +430,10 @@ def _step(name: str, value: Any) -> None:
 
 def _columns(name: str, value: Any) -> None:
     """Check a factor whose columns can be orthonormal."""
+    # what fits is said quickly
+    complex_matrix = isinstance(value, Tensor) and value.dtype in REAL_OF and value.ndim > 1
+    if complex_matrix and value.shape[-2] >= value.shape[-1] > 0:
+        return
     _tensor(name, value, REAL + COMPLEX, ("...", None, None))
     shape = tuple(value.shape)
     if shape[-2] < shape[-1]:
@@ -448,10 +452,11 @@ def ortho_refine(U: Tensor, step: Tensor | float) -> Tensor:
 @_specified_by(reference.ortho_refine_pair)
 def ortho_refine_pair(U: Tensor, V: Tensor, a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
     _columns("U", U)
-    _tensor("V", V, REAL + COMPLEX, ("...", None, U.shape[-1]))
     _columns("V", V)
-    _like("V", V, "U", U.dtype)
-    if U.shape[:-2] != V.shape[:-2]:
+    # what fits is said quickly
+    if not (U.dtype == V.dtype and V.shape == (*U.shape[:-2], V.shape[-2], U.shape[-1])):
+        _tensor("V", V, REAL + COMPLEX, ("...", None, U.shape[-1]))
+        _like("V", V, "U", U.dtype)
         raise ValueError(f"V must have the batch of U, {tuple(U.shape[:-2])}, got shape {tuple(V.shape)}")
     _step("a", a)
     _step("b", b)
@@ -482,6 +487,13 @@ def _factors(
     U: Tensor, V: Tensor, H: Tensor, name: str, S: Tensor, names: tuple[str, str] = ("U", "V")
 ) -> None:
     """Check `U (..., M, r)`, `V (..., N, r)` and the spectrum `S (..., r)` against `H (..., M, N)`."""
+    # what fits is said quickly
+    if all(isinstance(x, Tensor) for x in (U, V, H, S)) and U.ndim > 1 and H.ndim > 1:
+        (*batch, M, N), r, dtype = H.shape, U.shape[-1], H.dtype
+        fits = U.shape == (*batch, M, r) and V.shape == (*batch, N, r) and S.shape == (*batch, r)
+        same = dtype in REAL_OF and U.dtype == V.dtype == dtype and S.dtype == REAL_OF[dtype]
+        if fits and same and M and N and r:
+            return
     _tensor("H", H, REAL + COMPLEX, ("...", None, None))
     M, N = H.shape[-2:]
     r = _matrix(names[0], U, H, M, None).shape[-1]
@@ -655,3 +667,4 @@ def frozen_angular_svd(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tupl
 
 
 flat_weights, frozen_svd_at_once, chosen = ops.flat_weights, ops.frozen_svd_at_once, ops.chosen
+svd_network_at_once = ops.svd_network_at_once

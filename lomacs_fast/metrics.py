@@ -663,6 +663,7 @@ for _name, _formula in (
     ("projected_attention", _projected_attention),
     ("projected_attention_groups", _projected_attention),
     ("projected_attention_backward", _projected_attention_backward),
+    ("projected_attention_groups_backward", _projected_attention_backward),
     ("gated_conv1d", _gated_conv),
     ("gated_conv1d_backward", _gated_conv_backward),
 ):
@@ -729,6 +730,20 @@ register_macs(
     "lomacs::svd_heads_backward",
     lambda gu, gv, feat, u, v, gf, gw, out: len(feat) * (u.numel() + v.numel()) * (gf + gw),
 )
+
+
+def _pooled_heads(x: Tensor, *rest: Any, out: Any) -> float:
+    """The mean over tokens, the norm, and the heads."""
+    return len(x) * (sum(w.numel() for w in rest[5::2]) + _macs((x.shape[1] + 8) * x.shape[2]))
+
+
+def _pooled_heads_backward(*args: Any, out: Any) -> float:
+    gu, weights, d, gw = args[0], args[7:10], args[4].numel(), args[-1]
+    return len(gu) * (sum(w.numel() for w in weights) * (1 + gw) + _macs(12 * d))
+
+
+register_macs("lomacs::pooled_heads", _pooled_heads)
+register_macs("lomacs::pooled_heads_backward", _pooled_heads_backward)
 
 
 def _refine(M: int, r: int, backward: bool) -> float:

@@ -256,6 +256,14 @@ def test_lists_give_the_bits_of_stacks():
         assert torch.equal(
             torch.ops.lomacs.projected_attention_groups(x, *lists, *weights[6:], 1e-5), stacked
         )
+        for flags in ((True, True), (True, False), (False, True)):
+            rest = *weights[6:], 1e-5, *flags
+            gx, *want, gn, gb = torch.ops.lomacs.projected_attention_backward(x, x, *weights[:6], *rest)
+            found = torch.ops.lomacs.projected_attention_groups_backward(x, x, *lists, *rest)
+            alone = [part for g in want for part in (g.unbind() if flags[1] else [g] * 3)]
+            assert len(found[1]) == 18
+            for g, y in zip((*found[1], found[0], *found[2:]), (*alone, gx, gn, gb), strict=True):
+                assert torch.equal(g, y)
 
 
 def test_a_pruned_attention_equals_the_masked_original():
@@ -300,3 +308,9 @@ def test_bad_arguments_are_named():
     lists[2] = [wv[0], wv[1][:2]]
     with pytest.raises(RuntimeError, match=r"wv must have shape \(3, 3\), got \(2, 3\)"):
         torch.ops.lomacs.projected_attention_groups(x, *lists, None, None, 1e-5)
+    rest = None, None, 1e-5, True, True
+    with pytest.raises(RuntimeError, match=r"wv must have shape \(3, 3\), got \(2, 3\)"):
+        torch.ops.lomacs.projected_attention_groups_backward(x, x, *lists, *rest)
+    lists[2] = [wv[0], wv[1]]
+    with pytest.raises(RuntimeError, match="gy must have shape"):
+        torch.ops.lomacs.projected_attention_groups_backward(x[:1], x, *lists, *rest)

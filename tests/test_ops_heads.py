@@ -242,6 +242,137 @@ def test_second_derivatives_are_refused():
         torch.autograd.grad(functional.svd_heads(*args)[0].square().sum(), args[0], create_graph=True)
 
 
+def pooled(B=5, T=3, d=6, nu=20, nv=14, r=4, scenes=3, dtype=torch.float64, seed=0):
+    """Arguments of `pooled_heads`, the integers and eps apart."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((B, T, d), (d,), (d,), (scenes, d), (nu, d), (nu,), (nv, d), (nv,), (r, d), (r,))
+    return [torch.randn(s, dtype=torch.float64, generator=generator).to(dtype) for s in shapes]
+
+
+def with_numbers(args, eps=1e-5):
+    x, weight, bias, table, *heads = args
+    return x, weight, bias, eps, table, torch.arange(len(x)) % len(table), *heads
+
+
+def pooled_results(fn, args, seed=3):
+    return results(lambda *a: fn(*with_numbers(a))[:3], args, seed)
+
+
+@pytest.mark.parametrize("size", [(5, 3, 6, 20, 14, 4), (1, 1, 1, 1, 1, 1), (9, 17, 33, 260, 129, 40)])
+def test_pooled_heads_in_float64_equal_autograd_of_the_reference(isa, size):
+    args = pooled(*size)
+    for got, want in zip(
+        pooled_results(OPS.pooled_heads, args), pooled_results(reference.pooled_heads, args), strict=True
+    ):
+        assert got.shape == want.shape
+        assert (got - want).norm() <= 1e-12 * want.norm() + 1e-12
+
+
+@pytest.mark.parametrize("kind", ["random", "even", "shifted", "large", "steep"])
+def test_pooled_heads_in_float32_are_at_most_twice_as_far_as_eager(isa, kind):
+    runs = []
+    for seed in range(3):
+        args = pooled(48, 37, 64, 300, 200, 32, seed=seed)
+        if kind == "even":
+            # a mean of nearly equal numbers, which the norm divides by little but eps
+            args[0] = 1 + 1e-3 * args[0]
+        elif kind == "shifted":
+            args[0] += 50
+        elif kind == "large":
+            args[0] *= 1e15
+        elif kind == "steep":
+            args[8] *= 40
+        single = [x.float() for x in args]
+        exact = pooled_results(reference.pooled_heads, [x.double() for x in single], seed)
+        fast = pooled_results(OPS.pooled_heads, single, seed)
+        runs.append([exact, pooled_results(reference.pooled_heads, single, seed), fast])
+    for i in range(len(runs[0][0])):
+        want, eager, ours = (torch.cat([run[j][i].double().flatten() for run in runs]) for j in range(3))
+        norm = want.norm().clamp_min(1e-300)
+        assert (ours - want).norm() / norm <= 2 * (eager - want).norm() / norm + 4 * EPS
+
+
+def test_pooled_heads_have_the_same_bits_for_any_number_of_threads():
+    args = pooled(70, 64, 64, 1000, 700, 32, dtype=torch.float32)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            found.append(pooled_results(OPS.pooled_heads, args))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+def test_pooled_heads_beyond_the_ends_of_the_spectrum():
+    args = pooled(dtype=torch.float32)
+    args[9] = torch.tensor([-200.0, -90.0, 25.0, 1e4])
+    for got, want in zip(
+        pooled_results(OPS.pooled_heads, args), pooled_results(reference.pooled_heads, args), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    args[0][2] = torch.nan
+    s = OPS.pooled_heads(*with_numbers(args))[2]
+    assert torch.equal(s.isnan().all(1), torch.arange(5) == 2)
+    assert torch.equal(s.isnan().any(1), torch.arange(5) == 2)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_opcheck_of_pooled_heads(grad):
+    for dtype in (torch.float32, torch.float64):
+        args = [x.requires_grad_(grad) for x in pooled(dtype=dtype)]
+        torch.library.opcheck(OPS.pooled_heads.default, with_numbers(args))
+
+
+def test_opcheck_of_the_backward_of_pooled_heads():
+    x, weight, _, _, table, scene, wu, _, wv, _, ws, _ = inputs = with_numbers(pooled())
+    *grads, kept = OPS.pooled_heads(*inputs)
+    for gw in (False, True):
+        args = (*grads, x.shape[1], weight, len(table), scene, wu, wv, ws, kept, gw)
+        torch.library.opcheck(OPS.pooled_heads_backward.default, args)
+
+
+def test_gradcheck_of_pooled_heads():
+    args = [x.requires_grad_() for x in pooled(3, 2, 4, 3, 2, 2)]
+    assert torch.autograd.gradcheck(lambda *a: OPS.pooled_heads(*with_numbers(a))[:3], args)
+
+
+def test_flops_and_multiply_adds_of_pooled_heads():
+    args = [x.requires_grad_() for x in pooled()]
+    counted = []
+    for fn in (reference.pooled_heads, OPS.pooled_heads):
+        with FlopCounterMode(display=False) as counter:
+            sum(x.square().sum() for x in fn(*with_numbers(args))[:3]).backward()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
+    with metrics.TrueMacCounter() as counter:
+        sum(x.sum() for x in OPS.pooled_heads(*with_numbers(args))[:3]).backward()
+    assert 5 * 6 * 38 < counter.by_op["lomacs::pooled_heads"] < 2 * 5 * 6 * 38
+    assert 2 * 5 * 6 * 38 < counter.by_op["lomacs::pooled_heads_backward"] < 3 * 5 * 6 * 38
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "words"),
+    [
+        (0, torch.zeros(5, 3, 7), r"x must have shape|must have"),
+        (1, torch.zeros(5), "norm_weight must|must have"),
+        (3, 0.0, "eps must be positive"),
+        (4, torch.zeros(3, 5), "scenes must have shape"),
+        (5, torch.tensor([0, 1, 3, 0, 0]), "scene must name a row"),
+        (5, torch.zeros(5, dtype=torch.int32), "scene must be a contiguous int64"),
+        (8, torch.zeros(14, 5), "v_weight must have shape"),
+        (9, torch.zeros(14, dtype=torch.float64), "v_bias must be float32"),
+        (10, torch.zeros(4), r"weights must have shape \(n, d\)"),
+    ],
+)
+def test_wrong_arguments_of_pooled_heads(position, value, words):
+    args = list(with_numbers(pooled(dtype=torch.float32)))
+    args[position] = value
+    with pytest.raises(RuntimeError, match=words):
+        OPS.pooled_heads(*args)
+
+
 def network():
     torch.manual_seed(0)
     return lomacs_fast.LoMACSSVDNet(6, 5, 2, 1, dim=8, groups=2, k_len=3)

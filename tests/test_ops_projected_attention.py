@@ -279,6 +279,11 @@ def test_opcheck_of_lists():
     checks = ("test_schema", "test_faketensor")
     op = torch.ops.lomacs.projected_attention_groups.default
     torch.library.opcheck(op, (args[0], *lists_of(args), *args[7:], 1e-5), test_utils=checks)
+    op = torch.ops.lomacs.projected_attention_groups_backward.default
+    for flags in itertools.product([False, True], repeat=2):
+        torch.library.opcheck(
+            op, (args[0], args[0], *lists_of(args), *args[7:], 1e-5, *flags), test_utils=checks
+        )
 
 
 def test_lists_give_the_bits_of_stacks():

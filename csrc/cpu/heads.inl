@@ -89,6 +89,68 @@ LOMACS_TARGET void heads_backward(const Heads<T>& job, std::int64_t begin, std::
   }
 }
 
+// features of samples begin to end
+template <typename T>
+LOMACS_TARGET void pooled_features(const Pooled<T>& job, std::int64_t begin, std::int64_t end) {
+  constexpr std::int64_t chain = 16;
+  const std::int64_t d = job.d, tokens = job.tokens;
+  const Memory<T> sums(vectors(d));
+  for (std::int64_t b = begin; b < end; ++b) {
+    const T* x = job.x + b * tokens * d;
+    for (std::int64_t j = 0; j < d; j += lanes<T>) {
+      const std::int64_t width = std::min<std::int64_t>(lanes<T>, d - j);
+      const Tail<T> tail(width % lanes<T>);
+      Vec<T> total{};
+      for (std::int64_t t = 0; t < tokens;) {
+        Vec<T> part{};
+        for (const std::int64_t stop = std::min(t + chain, tokens); t < stop; ++t)
+          part += width == lanes<T> ? load(x + t * d + j) : tail.load(x + t * d + j);
+        total += part;
+      }
+      store(sums.p + j, total / splat(static_cast<T>(tokens)));
+    }
+    double mean = 0, square = 0;
+    for (std::int64_t k = 0; k < d; ++k) mean += static_cast<double>(sums.p[k]);
+    mean /= static_cast<double>(d);
+    for (std::int64_t k = 0; k < d; ++k) {
+      const double x = static_cast<double>(sums.p[k]) - mean;
+      square += x * x;
+    }
+    const double rate = 1 / std::sqrt(square / static_cast<double>(d) + job.eps);
+    job.rate[b] = static_cast<T>(rate);
+    T *unit = job.unit + b * d, *feat = job.feat + b * d, *row = job.with_ones + b * (d + 1);
+    const T* scene = job.table + job.scene[b] * d;
+    for (std::int64_t k = 0; k < d; ++k) {
+      unit[k] = static_cast<T>((static_cast<double>(sums.p[k]) - mean) * rate);
+      feat[k] = row[k] = job.norm_weight[k] * unit[k] + job.norm_bias[k] + scene[k];
+    }
+    row[d] = 1;
+  }
+}
+
+// gradients of the tokens, which are the same for all of a sample, from those of the features
+template <typename T>
+LOMACS_TARGET void pooled_gradients(const Pooled<T>& job, std::int64_t begin, std::int64_t end) {
+  const std::int64_t d = job.d;
+  const Memory<T> row(d);
+  for (std::int64_t b = begin; b < end; ++b) {
+    const T *g = job.gfeat + b * d, *unit = job.unit + b * d;
+    double mean = 0, along = 0;
+    for (std::int64_t k = 0; k < d; ++k) {
+      const double x = static_cast<double>(g[k] * job.norm_weight[k]);
+      mean += x;
+      along += x * static_cast<double>(unit[k]);
+    }
+    mean /= static_cast<double>(d), along /= static_cast<double>(d);
+    const double rate = static_cast<double>(job.rate[b]) / static_cast<double>(job.tokens);
+    for (std::int64_t k = 0; k < d; ++k)
+      row.p[k] = static_cast<T>(
+          rate * (static_cast<double>(g[k] * job.norm_weight[k]) - mean - along * static_cast<double>(unit[k])));
+    T* to = job.gx + b * job.tokens * d;
+    for (std::int64_t t = 0; t < job.tokens; ++t) std::copy(row.p, row.p + d, to + t * d);
+  }
+}
+
 }  // namespace
 }  // namespace LOMACS_ISA
 }  // namespace lomacs

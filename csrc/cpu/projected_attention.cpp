@@ -54,9 +54,10 @@ struct AttentionSums {
   }
 };
 
+// one pointer a group
 template <typename T>
 struct AttentionGradients {
-  T *wq, *wk, *wv, *wo, *pk, *pv;
+  std::vector<T*> wq, wk, wv, wo, pk, pv;
 };
 
 }  // namespace
@@ -129,17 +130,52 @@ Tensor forward(const Tensor& x, const W (&w)[6], const std::optional<Tensor>& no
 using Gradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+Tensor gradient_of(const Tensor& t, const Tensor& x, bool wanted) {
+  return wanted ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(x, {0});
+}
+
+// in the places of the weights: a stack, or one tensor a group
+Tensor gradients_of(const Tensor& w, const Tensor& x, bool wanted) { return gradient_of(w, x, wanted); }
+
+Weights gradients_of(const Weights& w, const Tensor& x, bool wanted) {
+  Weights found;
+  for (const Tensor& t : w) found.push_back(gradient_of(t, x, wanted));
+  return found;
+}
+
 template <typename T>
-Gradients backward(const Tensor& gy, const Tensor& x, const Tensor (&w)[6], const std::optional<Tensor>& norm_weight,
-                   const std::optional<Tensor>& norm_bias, double eps, bool gx, bool gw) {
-  const auto like = [&](const Tensor& t, bool wanted) {
-    return wanted ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(x, {0});
-  };
-  Tensor to_x = like(x, gx), to_w[6] = {like(w[0], gw), like(w[1], gw), like(w[2], gw),
-                                        like(w[3], gw), like(w[4], gw), like(w[5], gw)};
-  Tensor to_norm_weight = like(norm_weight ? *norm_weight : x, gw && norm_weight);
-  Tensor to_norm_bias = like(norm_bias ? *norm_bias : x, gw && norm_bias);
-  Attention<T> job = prepared<T>(x, w, norm_weight, norm_bias, eps, w[0].size(1), w[4].size(2));
+std::vector<T*> outputs(const Tensor& stacked) {
+  const std::int64_t groups = stacked.size(0), size = stacked.size(1) * stacked.size(2);
+  std::vector<T*> found(static_cast<std::size_t>(groups));
+  for (std::int64_t i = 0; i < groups; ++i) found[static_cast<std::size_t>(i)] = output<T>(stacked) + i * size;
+  return found;
+}
+
+template <typename T>
+std::vector<T*> outputs(const Weights& weights) {
+  std::vector<T*> found;
+  for (const Tensor& w : weights) found.push_back(output<T>(w));
+  return found;
+}
+
+// gradients of x, of norm weight and bias, and of the weights in their order
+template <typename W>
+struct Found {
+  Tensor x, norm_weight, norm_bias;
+  W w[6];
+};
+
+template <typename T, typename W>
+Found<W> backward(const Tensor& gy, const Tensor& x, const W (&w)[6], const std::optional<Tensor>& norm_weight,
+                  const std::optional<Tensor>& norm_bias, double eps, std::int64_t a, std::int64_t k, bool gx,
+                  bool gw) {
+  const Tensor to_x = gradient_of(x, x, gx);
+  const Tensor to_norm_weight = gradient_of(norm_weight ? *norm_weight : x, x, gw && norm_weight);
+  const Tensor to_norm_bias = gradient_of(norm_bias ? *norm_bias : x, x, gw && norm_bias);
+  Found<W> found{to_x, to_norm_weight, to_norm_bias,
+                 {gradients_of(w[0], x, gw), gradients_of(w[1], x, gw), gradients_of(w[2], x, gw),
+                  gradients_of(w[3], x, gw), gradients_of(w[4], x, gw), gradients_of(w[5], x, gw)}};
+  Attention<T> job = prepared<T>(x, w, norm_weight, norm_bias, eps, a, k);
   job.gy = pointer<T>(gy);
   job.gx = output<T>(to_x, gx);
   const bool norm = norm_weight.has_value();
@@ -157,8 +193,8 @@ Gradients backward(const Tensor& gy, const Tensor& x, const Tensor (&w)[6], cons
     });
   }
   if (gw) {
-    const AttentionGradients<T> to{output<T>(to_w[0]), output<T>(to_w[1]), output<T>(to_w[2]),
-                                   output<T>(to_w[3]), output<T>(to_w[4]), output<T>(to_w[5])};
+    const AttentionGradients<T> to{outputs<T>(found.w[0]), outputs<T>(found.w[1]), outputs<T>(found.w[2]),
+                                   outputs<T>(found.w[3]), outputs<T>(found.w[4]), outputs<T>(found.w[5])};
     torch::stable::parallel_for(0, job.groups, 1, [&](std::int64_t begin, std::int64_t end) {
       LOMACS_DISPATCH(isa, attention_weights(job, to, begin, end));
     });
@@ -166,8 +202,7 @@ Gradients backward(const Tensor& gy, const Tensor& x, const Tensor (&w)[6], cons
     if (norm) sum_of_lanes(first.weight, job.size_of_sums(), job.chunks(), job.d, output<T>(to_norm_weight));
     if (norm_bias) sum_of_lanes(first.bias, job.size_of_sums(), job.chunks(), job.d, output<T>(to_norm_bias));
   }
-  return {to_x,    to_w[0], to_w[1], to_w[2],       to_w[3],
-          to_w[4], to_w[5], to_norm_weight, to_norm_bias};
+  return found;
 }
 
 struct AttentionChecks : RealChecks {
@@ -244,13 +279,43 @@ Gradients projected_attention_backward(const Tensor& gy, const Tensor& x, const 
   checks.stacked(w);
   checks.norm(checks.d, norm_weight, norm_bias, eps);
   checks.tensor("gy", gy, {x.size(0), checks.tokens, checks.d});
-  if (checks.dtype == ScalarType::Double) return backward<double>(gy, x, w, norm_weight, norm_bias, eps, gx, gw);
+  const auto gradients = [](const Found<Tensor>& f) -> Gradients {
+    return {f.x, f.w[0], f.w[1], f.w[2], f.w[3], f.w[4], f.w[5], f.norm_weight, f.norm_bias};
+  };
+  if (checks.dtype == ScalarType::Double)
+    return gradients(backward<double>(gy, x, w, norm_weight, norm_bias, eps, checks.a, checks.k, gx, gw));
   const Tensor single[6] = {widened(wq), widened(wk), widened(wv),
                             widened(wo), widened(pk), widened(pv)};
-  Gradients found = backward<float>(widened(gy), widened(x), single, widened(norm_weight),
-                                    widened(norm_bias), eps, gx, gw);
+  Gradients found = gradients(backward<float>(widened(gy), widened(x), single, widened(norm_weight),
+                                              widened(norm_bias), eps, checks.a, checks.k, gx, gw));
   std::apply([&](auto&... t) { ((t = narrowed(t, checks.dtype)), ...); }, found);
   return found;
+}
+
+std::tuple<Tensor, Weights, Tensor, Tensor> projected_attention_groups_backward(
+    const Tensor& gy, const Tensor& x, Weights wq, Weights wk, Weights wv, Weights wo, Weights pk, Weights pv,
+    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps, bool gx, bool gw) {
+  const Checks named{"projected_attention_groups_backward"};
+  named.expect(!wq.empty() && !pk.empty(), "wq and pk must hold one tensor a group");
+  const AttentionChecks checks(named.op, x, static_cast<std::int64_t>(wq.size()), wq[0], pk[0]);
+  Weights w[6] = {std::move(wq), std::move(wk), std::move(wv), std::move(wo), std::move(pk), std::move(pv)};
+  checks.listed(w);
+  checks.norm(checks.d, norm_weight, norm_bias, eps);
+  checks.tensor("gy", gy, {x.size(0), checks.tokens, checks.d});
+  const bool half = is_half(checks.dtype);
+  for (Weights& one : w)
+    for (Tensor& t : one)
+      if (half) t = widened(t);
+  Found<Weights> found =
+      checks.dtype == ScalarType::Double
+          ? backward<double>(gy, x, w, norm_weight, norm_bias, eps, checks.a, checks.k, gx, gw)
+          : backward<float>(widened(gy), widened(x), w, widened(norm_weight), widened(norm_bias), eps, checks.a,
+                            checks.k, gx, gw);
+  Weights weights;
+  for (const Weights& one : found.w)
+    for (const Tensor& t : one) weights.push_back(narrowed(t, checks.dtype));
+  return {narrowed(found.x, checks.dtype), weights, narrowed(found.norm_weight, checks.dtype),
+          narrowed(found.norm_bias, checks.dtype)};
 }
 
 }  // namespace
@@ -293,4 +358,5 @@ STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) {
   m.impl("projected_attention", TORCH_BOX(&lomacs::projected_attention));
   m.impl("projected_attention_groups", TORCH_BOX(&lomacs::projected_attention_groups));
   m.impl("projected_attention_backward", TORCH_BOX(&lomacs::projected_attention_backward));
+  m.impl("projected_attention_groups_backward", TORCH_BOX(&lomacs::projected_attention_groups_backward));
 }

@@ -235,19 +235,19 @@ LOMACS_TARGET void attention_weights(const Attention<T>& job, const AttentionGra
   };
   for (std::int64_t i = begin; i < end; ++i) {
     total(first.Pk + i * k * row, k * row, 1);
-    rows_to_tokens(plane.data(), row, tokens, k, static_cast<const T*>(nullptr), to.pk + i * tokens * k, k);
+    rows_to_tokens(plane.data(), row, tokens, k, static_cast<const T*>(nullptr), to.pk[i], k);
     total(first.Pv + i * k * row, k * row, 1);
-    rows_to_tokens(plane.data(), row, tokens, k, static_cast<const T*>(nullptr), to.pv + i * tokens * k, k);
+    rows_to_tokens(plane.data(), row, tokens, k, static_cast<const T*>(nullptr), to.pv[i], k);
     // the sums hold transposed gradients of Wq^T Wk and of Wo Wv
     total(first.M + i * g * g, g * g, scale);
     transpose(plane.data(), transposed);
-    matmul<T>({job.wk[i], g, 1}, {plane.data(), g}, to.wq + i * a * g, g, a, g, g);
-    matmul<T>({job.wq[i], g, 1}, {transposed, g}, to.wk + i * a * g, g, a, g, g);
+    matmul<T>({job.wk[i], g, 1}, {plane.data(), g}, to.wq[i], g, a, g, g);
+    matmul<T>({job.wq[i], g, 1}, {transposed, g}, to.wk[i], g, a, g, g);
     total(first.N + i * g * g, g * g, 1);
     transpose(plane.data(), transposed);
-    matmul<T>({job.wo[i], 1, g}, {transposed, g}, to.wv + i * g * g, g, g, g, g);
+    matmul<T>({job.wo[i], 1, g}, {transposed, g}, to.wv[i], g, g, g, g);
     matmul<T>({job.wv[i], g, 1}, {plane.data(), g}, product, g, g, g, g);
-    transpose(product, to.wo + i * g * g);
+    transpose(product, to.wo[i]);
   }
 }
 

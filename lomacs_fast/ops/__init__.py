@@ -10,6 +10,7 @@ from .gated_conv import gated_conv1d, gated_conv1d_at_once
 from .heads import svd_heads
 from .low_rank import low_rank_loss
 from .native import library_states, load_ops
+from .network import svd_network_at_once
 from .neural_svd import neural_svd_steps
 from .ortho import bjorck, ortho_refine
 from .projected_attention import projected_attention, projected_attention_at_once
@@ -43,6 +44,7 @@ __all__ = [
     "refine_svd",
     "spectral_calibrate",
     "svd_heads",
+    "svd_network_at_once",
     "svd_tail",
     "use_backend",
 ]

@@ -126,7 +126,7 @@ def _backward(ctx: Any, gHd: Tensor | None, gnorms: Tensor | None) -> tuple[Tens
     return (*gradients, None, None)
 
 
-torch.library.register_autograd("lomacs::freq_gate", _backward, setup_context=_setup, lib=library)
+_call = common.differentiable("freq_gate", _setup, _backward)
 for _device in ("cpu", "cuda"):
     for _name in ("freq_gate", "freq_gate_backward"):
         torch.library.register_autocast(f"lomacs::{_name}", _device, torch.float32, lib=library)
@@ -233,7 +233,7 @@ def _run(
     normalize: bool,
 ) -> Any:
     weights = dense(row_w1, row_w2, col_w1, col_w2)
-    Hd, norms = torch.ops.lomacs.freq_gate.default(common.planes(H), *weights, float(temperature), normalize)
+    Hd, norms = _call(common.planes(H), *weights, float(temperature), normalize)
     Hd = torch.view_as_complex(Hd)
     if H.ndim != 3:
         Hd = Hd.view(H.shape)

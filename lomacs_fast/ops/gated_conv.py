@@ -74,7 +74,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(g if need else None for g, need in zip(found, needs, strict=False)), None)
 
 
-torch.library.register_autograd("lomacs::gated_conv1d", _backward, setup_context=_setup, lib=library)
+_call = common.differentiable("gated_conv1d", _setup, _backward)
 tokens.register_autocast("gated_conv1d")
 
 
@@ -130,8 +130,8 @@ def _fused(
     given = (x, dw_weight, dw_bias, pw_weight, pw_bias, norm_weight, norm_bias)
     args = [None if w is None else w.resolve_neg().contiguous() for w in given]
     tokens.same_device(x, **dict(zip(NAMES, args[1:], strict=True)))
-    op = torch.ops.lomacs.gated_conv1d.default
-    return op(*args, eps) if common.records(args) else tokens.unrecorded(op, *args, eps)
+    found: Tensor = _call(*args, eps)
+    return found
 
 
 def gated_conv1d_at_once(x: Tensor, *args: Any) -> Tensor | None:
@@ -139,9 +139,14 @@ def gated_conv1d_at_once(x: Tensor, *args: Any) -> Tensor | None:
     return tokens.at_once(torch.ops.lomacs.gated_conv1d.default, x, *args)
 
 
+def numbers(T: int, d: int, taps: int) -> int:
+    """That a thread holds of a sample."""
+    return 8 * T * d + d * (d + 32 * taps)
+
+
 def _native_reasons(x: Tensor, dw_weight: Tensor, *_: Any) -> list[str]:
     T, d = x.shape[-2:]
-    return tokens.reasons(x, 8 * T * d + d * (d + 32 * dw_weight.shape[-1]))
+    return tokens.reasons(x, numbers(T, d, dw_weight.shape[-1]))
 
 
 # of a tile of 64 tokens that halos leave some tokens of its own, backward too

@@ -177,13 +177,9 @@ def _backward_bjorck(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
     return found, None, None
 
 
-torch.library.register_autograd(
-    "lomacs::ortho_refine", _backward_refine, setup_context=_setup_refine, lib=library
-)
-torch.library.register_autograd(
-    "lomacs::ortho_refine_kept", _backward_refine_kept, setup_context=_setup_refine_kept, lib=library
-)
-torch.library.register_autograd("lomacs::bjorck", _backward_bjorck, setup_context=_setup_bjorck, lib=library)
+_call = common.differentiable("ortho_refine", _setup_refine, _backward_refine)
+_call_kept = common.differentiable("ortho_refine_kept", _setup_refine_kept, _backward_refine_kept)
+_iterate = common.differentiable("bjorck", _setup_bjorck, _backward_bjorck)
 for _name in (
     "ortho_refine",
     "ortho_refine_backward",
@@ -320,7 +316,8 @@ class _Refine(torch.autograd.Function):
     def forward(ctx: Any, U: Tensor, V: Tensor | None, *sizes: Size) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             u, v = common.planes(U), None if V is None else common.planes(V)
-            steps = common.scalars(sizes, U.device)
+            numbers = [x.item() if isinstance(x, Tensor) else float(x) for x in sizes]
+            steps = torch.tensor(numbers, dtype=torch.float64)
             found = torch.ops.lomacs.ortho_refine_kept.default(u, v, steps)
             shapes = [x.shape for x in (U, V) if x is not None]
             # detached, because views of several outputs cannot be changed in place
@@ -345,7 +342,7 @@ class _Refine(torch.autograd.Function):
             for g, shape, need in zip(found, ctx.shapes, (of_u, of_v), strict=False)
         ]
         steps = [
-            g.to(dtype) if need else None
+            (g if dtype is g.dtype else g.to(dtype)) if need else None
             for g, dtype, need in zip(gsteps.unbind(), ctx.dtypes, of_steps, strict=True)
         ]
         return (*factors, *(None,) * (v is None), *steps)
@@ -360,9 +357,9 @@ def _refine(U: Tensor, V: Tensor | None, a: Size, b: Size | None) -> tuple[Tenso
     u, v = common.planes(U), None if V is None else common.planes(V)
     steps = common.scalars(sizes, U.device)
     if U.device.type == "cpu" and common.records((u, v, steps)):
-        u, v, *_ = torch.ops.lomacs.ortho_refine_kept.default(u, v, steps)
+        u, v, *_ = _call_kept(u, v, steps)
     else:
-        u, v = torch.ops.lomacs.ortho_refine.default(u, v, steps)
+        u, v = _call(u, v, steps)
     return complex_of(u, U.shape), v if V is None else complex_of(v, V.shape)
 
 
@@ -392,7 +389,7 @@ def _refine_eager(U: Tensor, V: Tensor | None, a: Size, b: Size | None) -> tuple
 
 
 def _bjorck(U: Tensor, steps: int, order: int) -> Tensor:
-    return complex_of(torch.ops.lomacs.bjorck.default(common.planes(U), steps, order), U.shape)
+    return complex_of(_iterate(common.planes(U), steps, order), U.shape)
 
 
 def _bjorck_native_reasons(U: Tensor, steps: int, order: int) -> list[str]:

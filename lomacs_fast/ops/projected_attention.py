@@ -22,9 +22,12 @@ STACKED = "Tensor wq, Tensor wk, Tensor wv, Tensor wo, Tensor pk, Tensor pv"
 NORM = "Tensor? norm_weight, Tensor? norm_bias, float eps"
 
 library.define(f"projected_attention(Tensor x, {STACKED}, {NORM}) -> Tensor", tags=common.TAGS)
-# weights one tensor a group, read where they lie; it has no gradient
+# weights one tensor a group, read where they lie; autograd has its gradient of the caller, see `ops.network`
+LISTED = STACKED.replace("Tensor", "Tensor[]")
+library.define(f"projected_attention_groups(Tensor x, {LISTED}, {NORM}) -> Tensor", tags=common.TAGS)
 library.define(
-    f"projected_attention_groups(Tensor x, {STACKED.replace('Tensor', 'Tensor[]')}, {NORM}) -> Tensor",
+    f"projected_attention_groups_backward(Tensor gy, Tensor x, {LISTED}, {NORM}, bool gx, bool gw) -> "
+    "(Tensor gx, Tensor[] gw, Tensor gnorm_weight, Tensor gnorm_bias)",
     tags=common.TAGS,
 )
 library.define(
@@ -83,6 +86,18 @@ def _fake_backward(gy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(w.shape if w is not None and g else (0,)) for w, g in wanted)
 
 
+@torch.library.register_fake("lomacs::projected_attention_groups_backward", lib=library)
+def _fake_groups_backward(gy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    weights, norm, (_, gx, gw) = rest[:6], rest[6:8], rest[8:]
+    _check(x, [torch.stack(w) for w in weights], *norm)
+    _expect("gy", gy, x, tuple(x.shape))
+
+    def like(w: Tensor | None, wanted: bool) -> Tensor:
+        return x.new_empty(w.shape if w is not None and wanted else (0,))
+
+    return like(x, gx), [like(w, gw) for w in itertools.chain(*weights)], like(norm[0], gw), like(norm[1], gw)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
@@ -97,7 +112,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(g if need else None for g, need in zip(found, needs, strict=False)), None)
 
 
-torch.library.register_autograd("lomacs::projected_attention", _backward, setup_context=_setup, lib=library)
+_call = common.differentiable("projected_attention", _setup, _backward)
 for _name in ("projected_attention", "projected_attention_groups"):
     tokens.register_autocast(_name)
 
@@ -131,6 +146,14 @@ def _flops_backward(gy: Sequence[int], x: Sequence[int], wq: Sequence[int], *res
     # the norm's own gradients go by way of the tokens
     gx = gx or rest[5] is not None
     return 2 * ((gx + gw) * of_x + (1 + gw) * projected + 2 * core + (1 + gw) * out)
+
+
+@register_flop_formula(torch.ops.lomacs.projected_attention_groups_backward)
+def _flops_groups_backward(
+    gy: Sequence[int], x: Sequence[int], wq: Sequence[Sequence[int]], *rest: Any, **__: Any
+) -> int:
+    of_wq, *stacked = ((len(w), *w[0]) for w in (wq, *rest[:5]))
+    return _flops_backward(gy, x, of_wq, *stacked, *rest[5:])
 
 
 def _cuda(name: str) -> None:
@@ -195,9 +218,8 @@ def _fused(
     tokens.same_device(
         x, **dict(zip(NAMES, stacked, strict=True)), norm_weight=norm_weight, norm_bias=norm_bias
     )
-    args = (x, *stacked, norm_weight, norm_bias, eps)
-    op = torch.ops.lomacs.projected_attention.default
-    return op(*args) if common.records(args[:-1]) else tokens.unrecorded(op, *args)
+    found: Tensor = _call(x, *stacked, norm_weight, norm_bias, eps)
+    return found
 
 
 # groups whose weights' addresses a launch has room for
@@ -241,12 +263,17 @@ def _shape(pk: Grouped) -> tuple[int, int]:
 WIDEST = 128
 
 
+def numbers(T: int, d: int, G: int, k: int) -> int:
+    """That a thread holds of a sample."""
+    g = d // G
+    return 4 * T * d + 2 * G * k * T + 6 * k * g + 4 * g * d
+
+
 def _native_reasons(
     x: Tensor, wq: Grouped, wk: Grouped, wv: Grouped, wo: Grouped, pk: Grouped, *_: Any
 ) -> list[str]:
-    G, k = _shape(pk)
-    (T, d), g = x.shape[-2:], x.shape[-1] // G
-    return tokens.reasons(x, 4 * T * d + 2 * G * k * T + 6 * k * g + 4 * g * d)
+    (T, d), (G, k) = x.shape[-2:], _shape(pk)
+    return tokens.reasons(x, numbers(T, d, G, k))
 
 
 def _triton_reasons(

@@ -184,7 +184,7 @@ def _backward(
     return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
 
 
-torch.library.register_autograd("lomacs::refine_svd", _backward, setup_context=_setup, lib=library)
+_call = common.differentiable("refine_svd", _setup, _backward)
 for _name in ("refine_svd", "refine_svd_backward"):
     for _device in ("cpu", "cuda"):
         torch.library.register_autocast(f"lomacs::{_name}", _device, torch.float32, lib=library)
@@ -217,9 +217,7 @@ def _refine_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     k = U.shape[-1] if active is None else active
     h, u, v = common.planes(H), common.planes(U), None if hermitian else common.planes(V)
-    u, S, v, _ = torch.ops.lomacs.refine_svd.default(
-        h, u, v, _rows(scalars, steps, H), k, sweeps, orthonormal
-    )
+    u, S, v, _ = _call(h, u, v, _rows(scalars, steps, H), k, sweeps, orthonormal)
     S = S if H.ndim == 3 else S.reshape(*H.shape[:-2], S.shape[-1])
     return complex_of(u, U.shape), S, complex_of(v, V.shape)
 

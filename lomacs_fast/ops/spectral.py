@@ -222,13 +222,9 @@ def _backward_tail_kept(
     return tuple(x if need else None for x, need in zip(found, needs, strict=True))
 
 
-torch.library.register_autograd(
-    "lomacs::spectral_calibrate", _backward_calibrate, setup_context=_setup_calibrate, lib=library
-)
-torch.library.register_autograd("lomacs::svd_tail", _backward_tail, setup_context=_setup_tail, lib=library)
-torch.library.register_autograd(
-    "lomacs::svd_tail_kept", _backward_tail_kept, setup_context=_setup_tail_kept, lib=library
-)
+_call = common.differentiable("spectral_calibrate", _setup_calibrate, _backward_calibrate)
+_call_tail = common.differentiable("svd_tail", _setup_tail, _backward_tail)
+_call_tail_kept = common.differentiable("svd_tail_kept", _setup_tail_kept, _backward_tail_kept)
 for _name in (
     "spectral_calibrate",
     "spectral_calibrate_backward",
@@ -346,9 +342,7 @@ Scalar = Tensor | float
 
 def _calibrate(U: Tensor, H: Tensor, V: Tensor, S_pred: Tensor, tau: Scalar) -> Tensor:
     u, h, v = common.planes(U), common.planes(H), common.planes(V)
-    S = torch.ops.lomacs.spectral_calibrate.default(
-        u, h, v, common.rows(S_pred), common.scalars((tau,), H.device)
-    )
+    S: Tensor = _call(u, h, v, common.rows(S_pred), common.scalars((tau,), H.device))
     return S.reshape(S_pred.shape)
 
 
@@ -358,9 +352,9 @@ def _tail(
     u, v, h = common.planes(U_raw), common.planes(V_raw), common.planes(H)
     arguments = u, v, common.rows(S_pred), h, common.scalars((a, b, tau), H.device)
     if H.device.type == "cpu" and common.records(arguments):
-        U, S, V, _ = torch.ops.lomacs.svd_tail_kept.default(*arguments)
+        U, S, V, _ = _call_tail_kept(*arguments)
     else:
-        U, S, V = torch.ops.lomacs.svd_tail.default(*arguments)
+        U, S, V = _call_tail(*arguments)
     return complex_of(U, U_raw.shape), S.reshape(S_pred.shape), complex_of(V, V_raw.shape)
 
 

@@ -14,9 +14,9 @@ from .frozen import (
     frozen_svd,
 )
 from .gated_conv import GatedConv1D, gated_conv1d
-from .heads import svd_heads
+from .heads import pooled_heads, svd_heads
 from .low_rank import low_rank_loss
-from .network import LoMACSSVDNet
+from .network import LoMACSSVDNet, NetworkWeights
 from .neural_svd import neural_svd_steps
 from .ortho import NeuralOrthoRefiner, bjorck, column_normalize, ortho_refine, ortho_refine_pair
 from .projected_attention import GroupedProjectedAttention, projected_attention
@@ -36,6 +36,7 @@ __all__ = [
     "GroupedProjectedAttention",
     "LoMACSSVDNet",
     "LowMACS_SVDNet",
+    "NetworkWeights",
     "NeuralOrthoRefiner",
     "SpectralRefiner",
     "aeplus_loss",
@@ -56,6 +57,7 @@ __all__ = [
     "neural_svd_steps",
     "ortho_refine",
     "ortho_refine_pair",
+    "pooled_heads",
     "projected_attention",
     "refine_svd",
     "spectral_calibrate",

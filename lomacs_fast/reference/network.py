@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,19 @@ from .projected_attention import GroupedProjectedAttention
 from .refine import SpectralRefiner, dft_start, refine_svd
 from .spectral import spectral_calibrate, svd_tail
 
+SOFTPLUS = 1.0, 20.0  # beta and threshold of the spectrum's head
+
+FEW = 512  # numbers that are cheaper in a list
+
 SHIFT = 0.005  # mu of the untrained steps on a filtered covariance, whose tail is nearly zero
 
 
 def _unhooked(*modules: nn.Module) -> bool:
     """Whether calling past the modules leaves no hook of the user's uncalled, of theirs or of all modules."""
-    own = any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
-    return not (own or _has_any_global_hook())
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return False
+    return not _has_any_global_hook()
 
 
 def _as_written(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -43,7 +46,7 @@ def _as_written(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     A class derived from one, a wrapper or a `forward` set on the instance computes what the user wrote.
     """
     forward = getattr(type(module), "forward", None)
-    return "forward" not in module.__dict__ and any(forward is kind.forward for kind in kinds)
+    return "forward" not in module.__dict__ and forward in [kind.forward for kind in kinds]
 
 
 def _parts(block: nn.Module, d: int) -> tuple[nn.LayerNorm, nn.Module] | None:
@@ -83,6 +86,27 @@ def _residual(block: nn.Module, x: Tensor) -> Tensor:
         return x + cast(Tensor, block(x))
     norm, mixer = parts
     return cast(GroupedProjectedAttention | GatedConv1D, mixer).residual(x, norm)
+
+
+class NetworkWeights(NamedTuple):
+    """What `svd_network` takes of a network, each as the function of its stem does.
+
+    `gate` four matrices; `projection` weight, bias and position; `norm` weight and bias; `scenes`
+    `(n_scene, d)`; `heads` weight and bias of U and of V; `spectrum` weight and bias; `sizes` the two raw
+    scalars of the refinement, of which `max_scale` is the bound; `eps` of every norm.
+    """
+
+    gate: tuple[Tensor, ...]
+    temperature: float
+    projection: tuple[Tensor, Tensor, Tensor]
+    blocks: list[Block]
+    norm: tuple[Tensor, Tensor]
+    eps: float
+    scenes: Tensor
+    heads: tuple[Tensor, ...]
+    spectrum: tuple[Tensor, Tensor]
+    sizes: tuple[Tensor, Tensor]
+    max_scale: float
 
 
 class LoMACSSVDNet(nn.Module):
@@ -337,26 +361,90 @@ class LoMACSSVDNet(nn.Module):
         else:
             U, S, V, Hd = self._pooled(H, scene)
         parts = real_view(H).flatten(1)
-        # most often the first number of every sample tells
-        if _readable(parts) and parts[:, 0].all():
+        # most often the first number of every sample tells; a list of few costs less than a reduction
+        if _readable(parts) and (all(parts.select(1, 0).tolist()) if len(parts) < FEW else parts[:, 0].all()):
             return U, S, V, Hd
         # a tenth of the time, and no copy, of asking every number
         alive = (parts.amax(-1, keepdim=True) != 0) | (parts.amin(-1, keepdim=True) != 0)
         return U, torch.where(alive, S, 0), V, Hd
 
     def _pooled(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        U, S, V, Hd = self._published(H, scene)
+        if self.refine_steps:
+            refiner, X = self.refiner, 0.5 * (Hd + Hd.mH) if self.hermitian else Hd
+            options = {"active": refiner.active, "hermitian": self.hermitian, "scalars": refiner.scalars}
+            U, S, V = self.functions.refine_svd(X, U, V, self.refine_steps, **options)
+        return U, S, V, Hd
+
+    def _published(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        at_once = getattr(self.functions, "svd_network_at_once", None)
+        weights = None if at_once is None or _launches(H) else self._weights()
+        if at_once is not None and weights is not None:
+            found: tuple[Tensor, Tensor, Tensor, Tensor] | None = at_once(H, scene, self.tau_s, weights)
+            if found is not None:
+                return found
+        return self._by_parts(H, scene)
+
+    def _by_parts(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self._check_scenes(scene)
         x, Hd = self._front(H)
         feat = self._backbone(x) + self.scene_emb(scene)
         # autocast gives half precision here; columns, spectrum and their order are full precision
         (u, v), s = self._columns(feat), self.s_head(feat).to(self.pos.dtype)
         U = self.complex_of(u.view(-1, self.M, self.r, 2))
         V = self.complex_of(v.view(-1, self.N, self.r, 2))
-        U, S, V = self._tail(U, V, s + 1e-6, Hd)
-        if self.refine_steps:
-            refiner, X = self.refiner, 0.5 * (Hd + Hd.mH) if self.hermitian else Hd
-            options = {"active": refiner.active, "hermitian": self.hermitian, "scalars": refiner.scalars}
-            U, S, V = self.functions.refine_svd(X, U, V, self.refine_steps, **options)
-        return U, S, V, Hd
+        return *self._tail(U, V, s + 1e-6, Hd), Hd
+
+    def _weights(self) -> NetworkWeights | None:
+        """All weights, where one call may stand for all modules; else None."""
+        # past the lookup by name, which is felt at one sample
+        m = cast(Any, self._modules)
+        gate, project, last, scenes = m["freq_gate"], m["input_proj"], m["norm"], m["scene_emb"]
+        u_head, v_head, s_head, refiner = m["u_head"], m["v_head"], m["s_head"], m["ortho_refine"]
+        if not _as_written(s_head, nn.Sequential) or len(s_head) != 2:
+            return None
+        linear, softplus = s_head._modules.values()
+        linears = project, u_head, v_head, linear
+        written = (
+            _as_written(gate, AxialLowRankFreqGate)
+            and all(_as_written(one, nn.Linear) for one in linears)
+            and _as_written(last, nn.LayerNorm)
+            and last.normalized_shape == (self.dim,)
+            and _as_written(softplus, nn.Softplus)
+            and (softplus.beta, softplus.threshold) == SOFTPLUS
+            and _as_written(scenes, nn.Embedding)
+            and (scenes.padding_idx is scenes.max_norm is None)
+            and not (scenes.sparse or scenes.scale_grad_by_freq)
+            and _as_written(refiner, NeuralOrthoRefiner)
+            and isinstance(refiner, self.modules_.NeuralOrthoRefiner)
+            and type(refiner).steps is NeuralOrthoRefiner.steps
+        )
+        if not (written and _unhooked(gate, *linears, last, s_head, softplus, scenes, refiner)):
+            return None
+        blocks = self._block_weights(self.dim, last.eps)
+        if blocks is None:
+            return None
+        # a parametrised weight is no parameter of its module
+        values = [one._parameters.get(name) for one in (*linears, last) for name in ("weight", "bias")]
+        values += [
+            scenes._parameters.get("weight"),
+            *(refiner._parameters.get(x) for x in ("a_raw", "b_raw")),
+        ]
+        if any(x is None for x in values) or values[-1].ndim:
+            return None
+        return NetworkWeights(
+            gate.weights,
+            gate.temperature,
+            (*values[:2], self.pos),
+            blocks,
+            (values[8], values[9]),
+            last.eps,
+            values[10],
+            tuple(values[2:6]),
+            (values[6], values[7]),
+            (values[11], values[12]),
+            refiner.max_scale,
+        )
 
     def _columns(self, feat: Tensor) -> Sequence[Tensor]:
         heads = self.u_head, self.v_head
@@ -368,6 +456,7 @@ class LoMACSSVDNet(nn.Module):
         return [head(feat).to(self.pos.dtype) for head in heads]
 
     def _angular(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self._check_scenes(scene)
         refiner, k, floor = self.refiner, self.refiner.active, None
         Hd = 0.5 * (H + H.mH) if self.hermitian else H
         if self.hermitian:
@@ -399,14 +488,17 @@ class LoMACSSVDNet(nn.Module):
             return None
         if not (_as_written(last, nn.LayerNorm) and _unhooked(last)) or last.normalized_shape != x.shape[-1:]:
             return None
+        return self._block_weights(x.shape[-1], last.eps)
+
+    def _block_weights(self, d: int, eps: float) -> list[Block] | None:
         found: list[Block] = []
         for block in self.blocks:
-            parts = _parts(block, x.shape[-1])
+            parts = _parts(block, d)
             if parts is None:
                 return None
             norm, mixer = parts
             # mixers that call other functions are called themselves
-            if norm.eps != last.eps or norm.bias is None or mixer.functions is not self.functions:
+            if norm.eps != eps or norm.bias is None or mixer.functions is not self.functions:
                 return None
             if isinstance(mixer, GroupedProjectedAttention):
                 found.append(AttentionBlock(norm.weight, norm.bias, *mixer.weights))
@@ -474,14 +566,16 @@ class LoMACSSVDNet(nn.Module):
             raise TypeError(f"sid must be an integer tensor, got {sid.dtype}")
         if sid.shape != H.shape[:1]:
             raise ValueError(f"sid must have shape ({H.shape[0]},) as H has, got {tuple(sid.shape)}")
-        if sid.device.type == "cpu" and not torch.compiler.is_compiling() and sid.numel():
-            low, high = sid.aminmax()
+        return sid
+
+    def _check_scenes(self, scene: Tensor) -> None:
+        if scene.device.type == "cpu" and not torch.compiler.is_compiling() and scene.numel():
+            low, high = scene.aminmax()
             if low < 0 or high >= self.n_scene:
                 raise ValueError(
                     f"sid must lie between 0 and n_scene - 1 = {self.n_scene - 1}, "
                     f"got values from {int(low)} to {int(high)}"
                 )
-        return sid
 
     def _scene_number(self, sid: Any) -> int:
         # a traced integer stays what it is

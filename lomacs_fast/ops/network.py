@@ -1,0 +1,212 @@
+"""The published network at once: its kernels one after the other, as one node of autograd."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import NetworkWeights
+from ..reference.backbone import AttentionBlock
+from . import common, native, tokens
+from .dispatch import chosen
+from .freq_gate import cpu_gate_reasons
+from .gated_conv import numbers as numbers_of_conv
+from .ortho import gradient
+from .projected_attention import numbers as numbers_of_attention
+
+Found = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class _Plan(NamedTuple):
+    """What is no tensor: groups of every block, 0 for a convolution, and the numbers."""
+
+    groups: tuple[int, ...]
+    temperature: float
+    eps: float
+    max_scale: float
+
+
+def _flat(weights: NetworkWeights) -> list[Tensor]:
+    found = [*weights.gate, *weights.projection]
+    for block in weights.blocks:
+        if isinstance(block, AttentionBlock):
+            found += block[:2]
+            found += itertools.chain.from_iterable(block[2:])
+        else:
+            found += block
+    found += weights.norm
+    found.append(weights.scenes)
+    found += weights.heads
+    found += weights.spectrum
+    found += weights.sizes
+    return found
+
+
+def _sigmoid(x: float) -> float:
+    small = math.exp(-abs(x))
+    return (small if x < 0 else 1) / (1 + small)
+
+
+def _taken(block: list[Tensor], groups: int) -> list[Any]:
+    """Weights as the block's op takes them: those of an attention in six lists."""
+    return [block[i : i + groups] for i in range(2, len(block), groups)] if groups else block[2:]
+
+
+def _forward(plan: _Plan, h: Tensor, scene: Tensor, tau: Tensor, flat: list[Tensor], keep: bool) -> Any:
+    """Results as the ops give them, and where they are kept for the backward all that it needs beside."""
+    ops = torch.ops.lomacs
+    row_w1, row_w2, col_w1, col_w2, weight, bias, pos, *rest = flat
+    x, hd, _ = ops.gate_project.default(
+        h, row_w1, row_w2, col_w1, col_w2, plan.temperature, False, weight, bias, pos
+    )
+    kept, at = [], 0
+    for groups in plan.groups:
+        count = 2 + 6 * groups if groups else 6
+        block = rest[at : at + count]
+        at += count
+        op = ops.projected_attention_groups if groups else ops.gated_conv1d
+        kept.append(x)
+        x = op.default(x, *_taken(block, groups), *block[:2], plan.eps)
+    *norm, scenes = rest[at : at + 3]
+    u, v, s, of_heads = ops.pooled_heads.default(x, *norm, plan.eps, scenes, scene, *rest[at + 3 : -2])
+    B, M, N, r = *h.shape[:3], s.shape[1]
+    u, v = u.view(B, M, r, 2), v.view(B, N, r, 2)
+    sizes = [plan.max_scale * _sigmoid(raw.item()) for raw in rest[-2:]]
+    scalars = torch.tensor([*sizes, tau.item()], dtype=torch.float64)
+    if not keep:
+        return (*ops.svd_tail.default(u, v, s, hd, scalars), hd), ()
+    U, S, V, of_tail = ops.svd_tail_kept.default(u, v, s, hd, scalars)
+    # of the bound times a sigmoid
+    slopes = torch.tensor([size * (1 - size / plan.max_scale) for size in sizes], dtype=torch.float64)
+    return (U, S, V, hd), (*kept, u, v, s, scalars, slopes, U, V, hd, of_tail, of_heads)
+
+
+def _complex(found: Any) -> Found:
+    """Detached, because views of several outputs cannot be changed in place."""
+    U, S, V, Hd = found
+    return tuple(x if x is S else torch.view_as_complex(x).detach() for x in (U, S, V, Hd))  # type: ignore
+
+
+class _Network(torch.autograd.Function):
+    """One node for all, because those of autograd between the kernels cost more than what they do."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, H: Tensor, scene: Tensor, tau: Tensor, *flat: Tensor) -> Found:
+        with torch._C._AutoDispatchBelowAutograd():
+            h = common.planes(H)
+            found, kept = _forward(plan, h, scene, tau, list(flat), True)
+            out = _complex(found)
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.weights = plan, len(flat)
+        ctx.save_for_backward(h, scene, *flat, *kept)
+        return out
+
+    @staticmethod
+    def backward(
+        ctx: Any, gU: Tensor | None, gS: Tensor | None, gV: Tensor | None, gHd: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        common.refuse_second_derivatives("the fused network")
+        ops, plan, needs = torch.ops.lomacs, ctx.plan, ctx.needs_input_grad
+        h, scene, *saved = ctx.saved_tensors
+        flat, kept = saved[: ctx.weights], saved[ctx.weights :]
+        *blocks, u, v, s, scalars, slopes, U, V, hd, of_tail, of_heads = kept
+        norm_weight, _, scenes, u_weight, _, v_weight, _, s_weight, _, a_raw, _ = flat[-11:]
+        grads = (
+            gradient(None if g is None else common.planes(g) if g.is_complex() else g, x)
+            for g, x in ((gU, U), (gS, s), (gV, V))
+        )
+        gu, gv, gs, ghd, gscalars = ops.svd_tail_kept_backward.default(
+            *grads, u, v, s, hd, scalars, U, V, of_tail, True
+        )
+        if gHd is not None:
+            ghd.add_(common.planes(gHd))
+        of_sizes = gscalars[:2].mul(slopes).to(a_raw.dtype).unbind()
+        B, M = h.shape[:2]
+        gx, *of_pooled = ops.pooled_heads_backward.default(
+            gu.view(B, u_weight.shape[0]),
+            gv.view(B, v_weight.shape[0]),
+            gs,
+            M,
+            norm_weight,
+            scenes.shape[0],
+            scene,
+            u_weight,
+            v_weight,
+            s_weight,
+            of_heads,
+            any(needs[-11:-2]),
+        )
+        of_blocks: list[Tensor] = []
+        end = len(flat) - 11
+        for groups in reversed(plan.groups):
+            count = 2 + 6 * groups if groups else 6
+            of_weights = any(needs[4 + end - count : 4 + end])
+            end -= count
+            block, x = flat[end : end + count], blocks.pop()
+            args = *block[:2], plan.eps, True, of_weights
+            weights = _taken(block, groups)
+            if not groups:
+                gx, *found, gw, gb = ops.gated_conv1d_backward.default(gx, x, *weights, *args)
+            elif not common.is_batched(gx):
+                gx, found, gw, gb = ops.projected_attention_groups_backward.default(gx, x, *weights, *args)
+            else:
+                # nothing batches an op of lists
+                stacks = (torch.stack(w) for w in weights)
+                gx, *found, gw, gb = ops.projected_attention_backward.default(gx, x, *stacks, *args)
+                found = [part for g in found for part in g.unbind()]
+            of_blocks = [gw, gb, *found, *of_blocks]
+        *gate, weight, _, _ = flat[:7]
+        wanted = needs[1], any(needs[4:8]), any(needs[8:11])
+        gH, *of_front = ops.gate_project_backward.default(
+            gx, ghd, None, h, *gate, plan.temperature, False, weight, hd, *wanted
+        )
+        gradients = *of_front, *of_blocks, *of_pooled, *of_sizes
+        of_flat = (g if need else None for g, need in zip(gradients, needs[4:], strict=True))
+        return None, torch.view_as_complex(gH) if needs[1] else None, None, None, *of_flat
+
+
+def _fits(H: Tensor, weights: NetworkWeights) -> bool:
+    """Whether the kernels of every stem would be chosen for samples of this size."""
+    (M, N), d = H.shape[-2:], weights.scenes.shape[1]
+    r = weights.spectrum[1].shape[0]
+    sizes = [
+        numbers_of_attention(M, d, len(b.pk), b.pk[0].shape[-1])
+        if isinstance(b, AttentionBlock)
+        else numbers_of_conv(M, d, b[2].shape[-1])
+        for b in weights.blocks
+    ]
+    few = M * N + (M + N) * r <= common.LARGEST and max(sizes, default=0) <= tokens.LARGEST
+    return few and not cpu_gate_reasons(H)
+
+
+def svd_network_at_once(H: Tensor, scene: Tensor, tau: Tensor, weights: NetworkWeights) -> Found | None:
+    """U, S, V and Hd of the published network on a CPU, one call for all stems; None where none serves.
+
+    The kernels check their arguments. What they refuse is for the caller to serve another way, or to name.
+    """
+    flat = _flat(weights)
+    served = (
+        H.is_cpu
+        and chosen() in ("auto", "cpp")
+        and common.plain(H, scene, tau, *flat)
+        and not torch.is_autocast_enabled("cpu")
+        and not common.transform_reasons()
+        and not tau.requires_grad
+        and _fits(H, weights)
+        and not native.reasons("cpu")
+    )
+    if not served:
+        return None
+    groups = tuple(len(b.pk) if isinstance(b, AttentionBlock) else 0 for b in weights.blocks)
+    plan = _Plan(groups, float(weights.temperature), weights.eps, weights.max_scale)
+    try:
+        if common.records((H, *flat)):
+            return _Network.apply(plan, H, scene, tau, *flat)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _complex(_forward(plan, common.planes(H), scene, tau, flat, False)[0])
+    except (RuntimeError, TypeError):
+        return None
