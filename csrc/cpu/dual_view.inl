@@ -91,10 +91,10 @@ LOMACS_TARGET void add_times(T x, const T* u, std::int64_t n, T* to) {
   for (; j < n; ++j) to[j] += x * u[j];
 }
 
-// rows begin to end of the tokens
-template <typename T>
+// rows begin to end of the tokens. FETCH: meanwhile what `ahead` holds comes into the cache.
+template <bool FETCH = false, typename T>
 LOMACS_TARGET void project_rows(const Projection<T>& job, const T* Hd, std::int64_t begin, std::int64_t end, T* X,
-                                ProjectionScratch<T>& s) {
+                                ProjectionScratch<T>& s, Ahead* ahead = nullptr) {
   const std::int64_t d = job.d, narrow = job.narrow();
   const std::int64_t *low = job.rows.low.data(), *high = job.rows.high.data();
   const std::int64_t first = low[begin], count = high[end - 1] + 1 - first;
@@ -105,26 +105,16 @@ LOMACS_TARGET void project_rows(const Projection<T>& job, const T* Hd, std::int6
     blend(job.base + m * d, 1 - share, s.low.data() + (low[m] - first) * d, share,
           s.low.data() + (high[m] - first) * d, d, X + m * d);
   }
-  matmul<T>({Hd + 2 * begin * job.N, 2 * job.N, 1}, {job.w1t, d}, X + begin * d, d, end - begin, d, 2 * job.N, true);
-}
-
-// a channel, where there is one, in the blocks of a product of so many rows and the channel's columns
-template <bool FETCH, typename T>
-LOMACS_INLINE Ahead ahead_of(const T* x, std::int64_t M, std::int64_t N, std::int64_t rows) {
-  if (!FETCH || x == nullptr) return Ahead();
-  const std::int64_t bytes = static_cast<std::int64_t>(sizeof(T)) * 2 * M * N;
-  const std::int64_t wide = LOMACS_BYTES == 64 ? 4 : 2, height = tile_rows<LOMACS_BYTES == 64 ? 4 : 2>;
-  const std::int64_t blocks = ((rows + height - 1) / height) * ((2 * N + wide * lanes<T> - 1) / (wide * lanes<T>));
-  Ahead ahead(bytes / 64 / blocks + 1);
-  ahead.add(x, static_cast<std::size_t>(bytes));
-  return ahead;
+  matmul<T, FETCH>({Hd + 2 * begin * job.N, 2 * job.N, 1}, {job.w1t, d}, X + begin * d, d, end - begin, d, 2 * job.N,
+                   true, ahead);
 }
 
 // gHd where it is wanted, plus `more` where there is some, and this sample's part of the sums where they are; the
-// first one begins them. FETCH: meanwhile `more`, and `next` of the channel's size, come into the cache.
+// first one begins them. FETCH: the products of the weight and of gHd bring into the cache what these two hold.
 template <bool FETCH = false, typename T>
 LOMACS_TARGET void project_sample_back(const Projection<T>& job, const T* gX, const T* Hd, const T* more, T* gHd,
-                                       T* sums, bool first, ProjectionScratch<T>& s, const T* next = nullptr) {
+                                       T* sums, bool first, ProjectionScratch<T>& s, Ahead* of_weight = nullptr,
+                                       Ahead* of_channel = nullptr) {
   const std::int64_t M = job.M, N = job.N, d = job.d, narrow = job.narrow(), low = job.low();
   std::memset(s.low.data(), 0, sizeof(T) * static_cast<std::size_t>(low * d));
   for (std::int64_t m = 0; m < M; ++m) {
@@ -135,8 +125,7 @@ LOMACS_TARGET void project_sample_back(const Projection<T>& job, const T* gX, co
   }
   if (sums != nullptr) {
     pool(job, Hd, 0, low, s.pooled.data());
-    Ahead ahead = ahead_of<FETCH>(more, M, N, d);
-    matmul<T, FETCH>({gX, 1, d}, {Hd, 2 * N}, sums, 2 * N, d, 2 * N, M, !first, &ahead);
+    matmul<T, FETCH>({gX, 1, d}, {Hd, 2 * N}, sums, 2 * N, d, 2 * N, M, !first, of_weight);
     T *of_w2 = sums + d * 2 * N, *of_pos = of_w2 + d * narrow;
     matmul<T>({s.low.data(), 1, d}, {s.pooled.data(), narrow}, of_w2, narrow, d, narrow, low, !first);
     if (first) std::copy(gX, gX + M * d, of_pos);
@@ -146,8 +135,7 @@ LOMACS_TARGET void project_sample_back(const Projection<T>& job, const T* gX, co
     matmul<T>({s.low.data(), d, 1}, {job.w2.data(), narrow}, s.wide.data(), narrow, low, narrow, d);
     if (more != nullptr) spread<true>(job, s.wide.data(), more, gHd);
     else spread<false>(job, s.wide.data(), more, gHd);
-    Ahead ahead = ahead_of<FETCH>(next, M, N, M);
-    matmul<T, FETCH>({gX, d, 1}, {job.weight, 4 * N}, gHd, 2 * N, M, 2 * N, d, true, &ahead);
+    matmul<T, FETCH>({gX, d, 1}, {job.weight, 4 * N}, gHd, 2 * N, M, 2 * N, d, true, of_channel);
   }
 }
 

@@ -159,7 +159,7 @@ struct Front {
         cols(FftPlan<T>::of(z.N)),
         row_mlp(row_w1, row_w2, z.row_hidden, rows->frequency, backward),
         col_mlp(col_w1, col_w2, z.col_hidden, cols->frequency, backward) {
-    job.M = z.M, job.N = z.N, job.hidden = std::max(z.row_hidden, z.col_hidden), job.chunk = chunk_of(z.B);
+    job.M = z.M, job.N = z.N, job.hidden = std::max(z.row_hidden, z.col_hidden), job.chunk = chunk_of_weights(z.B);
     job.temperature = temperature;
     job.ortho = 1 / std::sqrt(static_cast<double>(z.M) * static_cast<double>(z.N));
     job.rows = rows.get(), job.cols = cols.get(), job.row_mlp = &row_mlp, job.col_mlp = &col_mlp;

@@ -24,22 +24,8 @@ struct GateScratch {
   T* room;
   T* memory = nullptr;
   std::int64_t size = 0;
-  // what comes next, so many lines a vector of frequencies, of which the loops over them visit `rounds`
-  mutable Ahead ahead;
-  mutable std::int64_t lines = 0, bytes = 0;
-  std::int64_t rounds;
 
-  void look_ahead() const {
-    ahead = Ahead();
-    lines = bytes = 0;
-  }
-  void look_ahead(const T* p, std::int64_t count) const {
-    ahead.add(p, sizeof(T) * static_cast<std::size_t>(count));
-    bytes += static_cast<std::int64_t>(sizeof(T)) * count;
-    lines = bytes / (64 * rounds) + 1;
-  }
-
-  GateScratch(const Gate<T>& job, bool backward) : rounds(2 * ((job.M + lanes<T> - 1) / lanes<T>) * job.N) {
+  GateScratch(const Gate<T>& job, bool backward) {
     const std::int64_t M = job.M, N = job.N, hidden = padded(job.hidden);
     const std::int64_t Mp = padded(M), Np = padded(N);
     for (int round = 0; round < 2; ++round) {
@@ -264,7 +250,6 @@ LOMACS_TARGET Scale measure(const Gate<T>& job, std::int64_t b, const GateScratc
       total += size;
       T* c = s.column + n * lanes<T>;
       store(c, k ? load(c) + size : size);
-      s.ahead.fetch(s.lines);
     }
     store(s.rho + k * lanes<T>, total * splat(static_cast<T>(scale.up / static_cast<double>(N))));
   }
@@ -334,7 +319,6 @@ LOMACS_TARGET void gate_sample(const Gate<T>& job, std::int64_t b, const GateScr
         store(keep + 16, im * slope);
         keep += kept_row;
       }
-      s.ahead.fetch(s.lines);
     }
     inverse_strip(*job.cols, s.spectrum.at(k, 0), s.room);
   }
@@ -381,7 +365,6 @@ LOMACS_TARGET void gate_sample_back(const Gate<T>& job, std::int64_t b, const T*
       total += g;
       T* c = s.column + n * lanes<T>;
       store(c, k ? load(c) + g : g);
-      s.ahead.fetch(s.lines);
     }
     store(s.g_rows + k * lanes<T>, total);
     dot += dots;
@@ -433,19 +416,17 @@ LOMACS_TARGET void gate_and_project_samples(const Gate<T>& job, const Projection
                                             std::int64_t begin, std::int64_t end) {
   const GateScratch<T> scratch(job, false);
   ProjectionScratch<T> more(projection);
-  const std::int64_t whole = 2 * job.M * job.N, tokens = job.M * projection.d;
+  const std::int64_t M = job.M, d = projection.d, whole = 2 * M * job.N, tokens = M * d;
   for (std::int64_t b = begin; b < end; ++b) {
-    scratch.look_ahead();
-    if (b + 1 < end) scratch.look_ahead(job.H + (b + 1) * whole, whole);
-    scratch.look_ahead(X + b * tokens, tokens);
-    scratch.look_ahead(job.Hd + b * whole, whole);
-    if (job.kept != nullptr) {
-      scratch.look_ahead(job.kept_of(b).spectrum, job.kept_size());
-      gate_sample<true>(job, b, scratch);
-    } else {
-      gate_sample<false>(job, b, scratch);
+    if (job.kept != nullptr) gate_sample<true>(job, b, scratch);
+    else gate_sample<false>(job, b, scratch);
+    Ahead ahead;
+    if (b + 1 < end) {
+      const T* kept = job.kept ? job.kept_of(b + 1).spectrum : nullptr;
+      ahead = ahead_of<T>(M, d, {{X + (b + 1) * tokens, tokens}, {job.Hd + (b + 1) * whole, whole},
+                                 {kept, job.kept_size()}, {job.H + (b + 1) * whole, whole}});
     }
-    project_rows(projection, job.Hd + 2 * b * job.M * job.N, 0, job.M, X + b * job.M * projection.d, more);
+    project_rows<true>(projection, job.Hd + b * whole, 0, M, X + b * tokens, more, &ahead);
   }
 }
 
@@ -482,8 +463,6 @@ LOMACS_TARGET void front_chunks_back(const Gate<T>& job, const Projection<T>& pr
   const GateScratch<T> scratch(job, true);
   ProjectionScratch<T> other(projection);
   const std::int64_t whole = 2 * job.M * job.N, tokens = job.M * projection.d;
-  // more of the next sample would drive out what this one has in the second cache
-  const bool small = sizeof(T) * static_cast<std::size_t>(whole) <= (1 << 16);
   const Memory<T> gHd(whole);
   for (std::int64_t c = begin; c < end; ++c) {
     const GateSums<T> sums = job.sums_of(c);
@@ -491,15 +470,12 @@ LOMACS_TARGET void front_chunks_back(const Gate<T>& job, const Projection<T>& pr
     T* own = projection_sums ? projection_sums + c * projection.sums() : nullptr;
     const std::int64_t from = c * job.chunk, stop = std::min(B, from + job.chunk);
     for (std::int64_t b = from; b < stop; ++b) {
-      scratch.look_ahead();
-      if (b + 1 < B) {
-        if (small) scratch.look_ahead(job.H + (b + 1) * whole, whole);
-        if (small && more) scratch.look_ahead(more + (b + 1) * whole, whole);
-        scratch.look_ahead(job.Hd + (b + 1) * whole, whole);
-        scratch.look_ahead(gX + (b + 1) * tokens, tokens);
-      }
-      project_sample_back(projection, gX + b * tokens, job.Hd + b * whole, more ? more + b * whole : nullptr, gHd.p,
-                          own, b == from, other);
+      const bool last = b + 1 == B;
+      const T *g = gX + b * tokens, *x = job.Hd + b * whole, *y = more ? more + b * whole : nullptr;
+      Ahead of_weight = ahead_of<T>(projection.d, whole / job.M, {{job.H + b * whole, whole}, {y, whole}});
+      Ahead of_channel = ahead_of<T>(job.M, whole / job.M, {{last ? nullptr : g + tokens, tokens},
+                                                                    {last ? nullptr : x + whole, whole}});
+      project_sample_back<true>(projection, g, x, y, gHd.p, own, b == from, other, &of_weight, &of_channel);
       gate_sample_back(job, b, gHd.p, scratch, sums);
     }
   }
@@ -520,7 +496,6 @@ LOMACS_TARGET void logits_back(const Gate<T>& job, const T* gHd, const Kept<T>& 
       total += x;
       T* c = s.column + n * lanes<T>;
       store(c, k ? load(c) + x : x);
-      s.ahead.fetch(s.lines);
     }
     store(g + k * lanes<T>, total * splat(factor));
   }
@@ -563,8 +538,7 @@ template <typename T>
 LOMACS_TARGET void kept_chunks_back(const Gate<T>& job, const Projection<T>& projection, const T* gX, const T* more,
                                     T* projection_sums, T* logits, std::int64_t B, std::int64_t begin,
                                     std::int64_t end) {
-  GateScratch<T> scratch(job, false);
-  scratch.rounds /= 2;
+  const GateScratch<T> scratch(job, false);
   ProjectionScratch<T> other(projection);
   const std::int64_t whole = 2 * job.M * job.N, tokens = job.M * projection.d;
   const Memory<T> gHd(whole);
@@ -572,13 +546,13 @@ LOMACS_TARGET void kept_chunks_back(const Gate<T>& job, const Projection<T>& pro
     T* own = projection_sums ? projection_sums + c * projection.sums() : nullptr;
     const std::int64_t from = c * job.chunk, stop = std::min(B, from + job.chunk);
     for (std::int64_t b = from; b < stop; ++b) {
-      scratch.look_ahead();
-      if (b + 1 < B) {
-        scratch.look_ahead(job.Hd + (b + 1) * whole, whole);
-        scratch.look_ahead(gX + (b + 1) * tokens, tokens);
-      }
-      project_sample_back<true>(projection, gX + b * tokens, job.Hd + b * whole, more ? more + b * whole : nullptr,
-                                gHd.p, own, b == from, other, static_cast<const T*>(job.kept_of(b).spectrum));
+      const bool last = b + 1 == B;
+      const T *g = gX + b * tokens, *x = job.Hd + b * whole, *y = more ? more + b * whole : nullptr;
+      Ahead of_weight = ahead_of<T>(projection.d, whole / job.M, {{y, whole}});
+      Ahead of_channel = ahead_of<T>(job.M, whole / job.M, {{last ? nullptr : g + tokens, tokens},
+                                                                    {last ? nullptr : x + whole, whole},
+                                                                    {job.kept_of(b).spectrum, job.kept_size()}});
+      project_sample_back<true>(projection, g, x, y, gHd.p, own, b == from, other, &of_weight, &of_channel);
       logits_back(job, gHd.p, job.kept_of(b), scratch, logits + b * job.logits());
     }
   }

@@ -144,6 +144,35 @@ LOMACS_TARGET __attribute__((noinline)) void strip(const Product<T>& p, std::int
   }
 }
 
+// how many blocks such a product is made of
+template <typename T>
+LOMACS_INLINE std::int64_t blocks_of(std::int64_t rows, std::int64_t columns) {
+  const auto heights = [&](std::int64_t tall) { return (rows + tall - 1) / tall; };
+  const std::int64_t four = LOMACS_BYTES == 64 ? columns / (4 * lanes<T>) : 0;
+  columns -= four * 4 * lanes<T>;
+  const std::int64_t two = columns / (2 * lanes<T>);
+  columns -= two * 2 * lanes<T>;
+  return four * heights(tile_rows<4>) + two * heights(tile_rows<2>) +
+         (columns + lanes<T> - 1) / lanes<T> * heights(tile_rows<1>);
+}
+
+// Stretches of memory, those that there are, for a product of so many rows and columns to bring into the cache
+// evenly, the last one first.
+template <typename T>
+struct Stretch {
+  const T* p;
+  std::int64_t count;
+};
+template <typename T>
+LOMACS_TARGET Ahead ahead_of(std::int64_t rows, std::int64_t columns, std::initializer_list<Stretch<T>> all) {
+  std::size_t bytes = 0;
+  for (const Stretch<T>& x : all) bytes += x.p ? sizeof(T) * static_cast<std::size_t>(x.count) : 0;
+  Ahead ahead(static_cast<std::int64_t>(bytes) / 64 / blocks_of<T>(rows, columns) + 1);
+  for (const Stretch<T>& x : all)
+    if (x.p) ahead.add(x.p, sizeof(T) * static_cast<std::size_t>(x.count));
+  return ahead;
+}
+
 // c = or += left right, c with contiguous rows c_row apart. The factors may be empty; c overlaps neither.
 template <typename T, bool FETCH = false>
 LOMACS_TARGET void matmul(Factor<T> left, Rows<T> right, T* c, std::int64_t c_row, std::int64_t rows,

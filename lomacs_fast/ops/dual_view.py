@@ -32,7 +32,7 @@ library.define(
     "Tensor gr2, Tensor gc1, Tensor gc2, Tensor gweight, Tensor gbias, Tensor gpos)",
     tags=common.TAGS,
 )
-# of a forward whose H wants no gradient: the spectrum times the gate's slope, and what the perceptrons' gradients read
+# where H wants no gradient: the spectrum times the slope of the gate, and what both perceptrons read
 library.define(
     f"gate_project_kept(Tensor H, {freq_gate.WEIGHTS}, {PROJECTION}) "
     "-> (Tensor X, Tensor Hd, Tensor norms, Tensor kept)",
