@@ -3,11 +3,13 @@
 `python benchmarks/bench_dual_view.py [--json FILE] [--threads 2]` checks values and gradients against
 float64, then times interleaved variants in one process. The floor is the arithmetic that has to be done over
 the measured rate of a float32 matrix product: two products, of the channel and of its sums over 2x2 blocks,
-and for the front what `bench_freq_gate.py` counts.
+and for the front what `bench_freq_gate.py` counts. `gate_project of data` is the front as training calls it:
+H wants no gradient, so backward is one transform.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -50,6 +52,14 @@ def front(module: Any, tensors: tuple[Tensor, ...], gradients: tuple[Tensor, ...
     return (*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, gradients))
 
 
+def of_data(module: Any, tensors: tuple[Tensor, ...], gradients: tuple[Tensor, ...], backward: bool) -> Any:
+    """X and Hd, and the gradients of all weights."""
+    H, *weights = tensors
+    leaves = [x.detach().requires_grad_() for x in weights]
+    outputs = module.gate_project(H, *leaves[:4], gate.TEMPERATURE, *leaves[4:])
+    return (*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, gradients))
+
+
 def cases(rate: float, budget: float) -> Iterator[dict[str, Any]]:
     for M, N, batch in SIZES:
         generator = torch.Generator().manual_seed(2)
@@ -64,15 +74,18 @@ def cases(rate: float, budget: float) -> Iterator[dict[str, Any]]:
         for op, run, tensors in (
             ("dual_view_project", project, (channel[0], *projection)),
             ("gate_project", front, (*channel, *projection)),
+            ("gate_project of data", of_data, (*channel, *projection)),
         ):
             doubled, exact_gradients = (
                 tuple(x.to(torch.promote_types(x.dtype, torch.float64)) for x in xs)
                 for xs in (tensors, gradients)
             )
-            for backward in (False, True):
+            for backward in (True,) if run is of_data else (False, True):
                 macs = floor_macs(M, N, WIDTH, backward)
-                if op == "gate_project":
+                if run is not project:
                     macs += gate.floor_macs(M, N, gate.HIDDEN, backward)
+                if run is of_data:
+                    macs -= round(5 * M * N * math.log2(M * N) / 2)
                 yield harness.measure(
                     stem="dual_view",
                     op=op,

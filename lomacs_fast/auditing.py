@@ -44,6 +44,7 @@ FUSED = {
     "approx_svd": "matrix products, column norms, largest row sum, FFT, sort",
     "freq_gate": "FFT, means, two perceptrons, elementwise",
     "gate_project": "FFT, means, two perceptrons, matrix product",
+    "gate_project_kept": "FFT, means, two perceptrons, matrix product",
     "dual_view_project": "matrix product, bands of rows",
     "backbone": "norms, matrix products, softmax, taps, sigmoid, means",
     "frozen_angular_svd": "matrix products, convolutions, sigmoid, column norms, largest row sum, FFT, sort",

@@ -714,6 +714,17 @@ def _gate_project_backward(
     return front + _project_macs(H, weight, 1 + of_projection)
 
 
+def _gate_project_kept(H: Tensor, *args: Any, out: Any) -> float:
+    """And the spectrum times the slope of the gate: 4 flops a frequency."""
+    return _gate_project(H, *args, out=out) + _macs(4 * H.numel() // 2)
+
+
+def _gate_project_kept_backward(gX: Tensor, gHd: Tensor | None, *args: Any, out: Any) -> float:
+    """One transform, 5 flops a frequency for the gradient of the logits, one layer back and both weights'."""
+    row_w2, col_w2, _, weight, Hd, _, of_projection = args
+    return _gate_macs(Hd, row_w2, col_w2, 1, 3, 5) + _project_macs(Hd, weight, 1 + of_projection)
+
+
 register_macs("lomacs::freq_gate", _freq_gate)
 register_macs("lomacs::freq_gate_backward", _freq_gate_backward)
 register_macs("lomacs::dual_view_project", lambda Hd, weight, *_, **__: _project_macs(Hd, weight, 1))
@@ -723,6 +734,8 @@ register_macs(
 )
 register_macs("lomacs::gate_project", _gate_project)
 register_macs("lomacs::gate_project_backward", _gate_project_backward)
+register_macs("lomacs::gate_project_kept", _gate_project_kept)
+register_macs("lomacs::gate_project_kept_backward", _gate_project_kept_backward)
 
 
 register_macs("lomacs::svd_heads", lambda feat, u, bu, v, bv, out: len(feat) * (u.numel() + v.numel()))

@@ -230,3 +230,171 @@ def test_the_front_is_both_ops_to_the_bit(ops_, isa, size, normalize):
     assert torch.equal(Hd, want_Hd)
     assert torch.equal(norms, want_norms)
     assert torch.equal(X, ops_[0](want_Hd, *projection))
+
+
+def front_problem(M, N, d, B=3, seed=0, hidden=(3, 5)):
+    """H, four weights of the gate, weight, bias, pos; gradients of X and of Hd; double precision."""
+    H, *projection, gX = problem(M, N, d, B, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    shapes = [s for h, n in zip(hidden, (M, N), strict=True) for s in ((h, n), (n, h))]
+    gate = [torch.randn(s, dtype=torch.float64, generator=generator) / s[1] ** 0.5 for s in shapes]
+    return H, *gate, *projection, gX, torch.randn(H.shape, dtype=H.dtype, generator=generator)
+
+
+def run_kept(tensors, normalize=True, with_gHd=True, of_projection=True, temperature=0.7):
+    """X, Hd, norms, and the gradients of all weights, from what the forward keeps."""
+    H, *weights, gX, gHd = tensors
+    planes, gHd = (torch.view_as_real(x).contiguous() for x in (H, gHd))
+    gate, projection = weights[:4], weights[4:]
+    X, Hd, norms, kept = torch.ops.lomacs.gate_project_kept(
+        planes, *gate, temperature, normalize, *projection
+    )
+    gradients = torch.ops.lomacs.gate_project_kept_backward(
+        gX, gHd if with_gHd else None, gate[1], gate[3], temperature, projection[0], Hd, kept, of_projection
+    )
+    return X, torch.view_as_complex(Hd), norms, *gradients
+
+
+def expected_front(tensors, normalize=True, with_gHd=True):
+    H, *weights, gX, gHd = tensors
+    leaves = [x.detach().clone().requires_grad_() for x in weights]
+    X, Hd, *norms = reference.gate_project(H, *leaves[:4], 0.7, *leaves[4:], normalize=normalize)
+    asked = ((X, Hd), (gX, gHd)) if with_gHd else ((X,), (gX,))
+    gradients = torch.autograd.grad(asked[0], leaves, asked[1])
+    return X.detach(), Hd.detach(), norms[0] if norms else gX.new_empty(0), *gradients
+
+
+FRONT = ("X", "Hd", "norms", "gr1", "gr2", "gc1", "gc2", *NAMES[2:])
+# sides of whole blocks of 16 and beside them, whole vectors and beside them, several passes of a transform
+FRONTS = ((2, 3, 4, 3), (63, 11, 5, 37), (40, 63, 17, 3), (64, 32, 16, 9))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("size", FRONTS)
+def test_gradients_from_what_is_kept_equal_autograd_of_the_reference(ops_, isa, size, normalize):
+    tensors = front_problem(*size)
+    for with_gHd in (True, False):
+        got, want = (f(tensors, normalize, with_gHd) for f in (run_kept, expected_front))
+        for name, x, y in zip(FRONT, got, want, strict=True):
+            assert x.shape == y.shape, name
+            assert (x - y).norm() <= 1e-12 * y.norm(), name
+
+
+@pytest.mark.parametrize(
+    "kind", ["random", "ill-conditioned", "rank-deficient", "zero", "large weights", "scaled"]
+)
+@pytest.mark.parametrize("size", [(64, 64, 32), (63, 11, 17)])
+def test_kept_float32_error_is_at_most_twice_eager(ops_, size, kind):
+    for normalize in (False, True):
+        runs = [[], [], []]
+        for seed in range(3):
+            H, *rest = front_problem(*size, 32, seed, hidden=(8, 8))
+            if kind == "large weights":
+                rest[1], rest[3] = rest[1] * 300, rest[3] * 300
+            elif kind == "scaled":
+                H = H * torch.logspace(-15, 15, 32, dtype=torch.float64)[:, None, None]
+            else:
+                H = hard_case(kind, *size, seed)[0]
+            tensors = cast(cast([H, *rest]), torch.float64)
+            runs[0].append(expected_front(tensors, normalize))
+            runs[1].append(expected_front(cast(tensors), normalize))
+            runs[2].append(run_kept(cast(tensors), normalize))
+        for i, name in enumerate(FRONT):
+            want, base, got = (torch.cat([x[i].flatten() for x in r]).to(torch.complex128) for r in runs)
+            size_of = want.norm() if want.norm() > 0 else torch.ones((), dtype=torch.float64)
+            error, bound = (got - want).norm() / size_of, 2 * (base - want).norm() / size_of + 4 * EPS
+            assert error <= bound, f"{name}: {error:.2e}, allowed {bound:.2e}"
+
+
+@pytest.mark.parametrize("exponent", [-36, -20, 20, 34])
+def test_gradients_from_what_is_kept_at_any_scale(ops_, exponent):
+    H, *rest = front_problem(11, 8, 4)
+    tensors = cast([H * 10.0**exponent, *rest])
+    for normalize in (False, True):
+        want = expected_front(cast(tensors, torch.float64), normalize)
+        for name, x, y in zip(FRONT, run_kept(tensors, normalize), want, strict=True):
+            # products of two such numbers leave the precision
+            assert (x - y).norm() <= 1e-5 * y.norm() + 1e-42, name
+
+
+@pytest.mark.parametrize("size", [(40, 11, 5), (63, 11, 5), (64, 64, 16)])
+def test_what_is_kept_serves_every_instruction_set(ops_, isa, size, monkeypatch):
+    """A strip is 16 frequencies everywhere, and none of it is left as it was found."""
+    H, *weights, gX, _ = cast(front_problem(*size))
+    gate, projection = weights[:4], weights[4:]
+    arguments = torch.view_as_real(H).contiguous(), *gate, 0.7, True, *projection
+    *values, kept = torch.ops.lomacs.gate_project_kept(*arguments)
+    assert kept.isfinite().all()
+    for x, y in zip(values, torch.ops.lomacs.gate_project(*arguments), strict=True):
+        assert torch.equal(x, y)
+    backward = torch.ops.lomacs.gate_project_kept_backward
+    rest = gX, None, gate[1], gate[3], 0.7, projection[0], values[1], kept, False
+    here = backward(*rest)
+    monkeypatch.setenv("LOMACS_FAST_ISA", "portable")
+    other = torch.ops.lomacs.gate_project_kept(*arguments)[-1]
+    assert (other - kept).norm() <= 1e-5 * kept.norm()
+    for x, y in zip(here[:4], backward(*rest)[:4], strict=True):
+        assert (x - y).norm() <= 1e-5 * y.norm()
+
+
+def test_kept_threads_and_repetition_do_not_change_a_bit(ops_):
+    tensors = cast(front_problem(33, 24, 20, B=70))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5, 1):
+            torch.set_num_threads(threads)
+            results.append(run_kept(tensors))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    alone = run_kept(tensors, of_projection=False)
+    assert all(torch.equal(a, b) for a, b in zip(alone[:7], results[0][:7], strict=True))
+    assert all(x.shape == (0,) for x in alone[7:])
+
+
+def test_kept_inputs_are_not_written_to(ops_):
+    tensors = cast(front_problem(9, 7, 3))
+    copies = [x.clone() for x in tensors]
+    run_kept(tensors)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True))
+
+
+def test_kept_nan_and_no_samples(ops_):
+    tensors = front_problem(6, 9, 2)
+    clean = run_kept(tensors)
+    tensors[0][1, 2, 1] = float("nan")
+    got = run_kept(tensors)
+    for x, y in zip(got[:3], clean[:3], strict=True):
+        assert torch.equal(x[[0, 2]], y[[0, 2]])
+    # as autograd has it, a hidden number that is not known passes nothing back
+    assert got[0][1].isnan().all()
+    assert all(x.isnan().any() for x in (got[4], got[6], got[7]))
+    X, Hd, norms, *gradients = run_kept(front_problem(4, 3, 2, B=0))
+    assert (X.shape, Hd.shape, norms.shape) == ((0, 4, 2), (0, 4, 3), (0,))
+    assert all((g == 0).all() for g in gradients)
+    assert [g.shape for g in gradients] == [w.shape for w in tensors_of_weights(4, 3, 2)]
+
+
+def tensors_of_weights(*size):
+    return front_problem(*size)[1:8]
+
+
+def test_bad_arguments_of_the_kept_backward_are_named(ops_):
+    H, *weights, gX, gHd = front_problem(4, 3, 2)
+    planes, gHd = (torch.view_as_real(x).contiguous() for x in (H, gHd))
+    _, Hd, _, kept = torch.ops.lomacs.gate_project_kept(planes, *weights[:4], 0.7, True, *weights[4:])
+    good = [gX, gHd, weights[1], weights[3], 0.7, weights[4], Hd, kept, True]
+    for position, bad, message in (
+        (0, gX[:2], "gX must have shape"),
+        (1, gHd[:2], "gHd must have shape"),
+        (2, weights[1][:3], "row_w2 must have shape"),
+        (3, weights[3].float(), "col_w2 must be float64"),
+        (4, 0.0, "temperature must be positive"),
+        (5, weights[4][:, :11], "weight must have shape"),
+        (6, Hd[..., 0], "Hd must have shape"),
+        (7, kept[:, 1:], "kept must have shape"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.lomacs.gate_project_kept_backward(*good[:position], bad, *good[position + 1 :])

@@ -49,7 +49,7 @@ template <typename T>
 void backward(const Sizes& z, const Tensor& gX, const Tensor& Hd, const Tensor& weight, Tensor& gHd, Tensor& gweight,
               Tensor& gbias, Tensor& gpos, bool gh, bool gw) {
   Projection<T> job(pointer<T>(weight), z.M, z.N, z.d);
-  job.chunk = chunk_of(z.B);
+  job.chunk = chunk_of_weights(z.B);
   const std::int64_t chunks = (z.B + job.chunk - 1) / job.chunk;
   const Memory<T> partial(gw ? chunks * job.sums() : 0);
   const T *g = pointer<T>(gX), *x = pointer<T>(Hd);

@@ -91,10 +91,10 @@ LOMACS_TARGET void add_times(T x, const T* u, std::int64_t n, T* to) {
   for (; j < n; ++j) to[j] += x * u[j];
 }
 
-// rows begin to end of the tokens
-template <typename T>
+// rows begin to end of the tokens. FETCH: meanwhile what `ahead` holds comes into the cache.
+template <bool FETCH = false, typename T>
 LOMACS_TARGET void project_rows(const Projection<T>& job, const T* Hd, std::int64_t begin, std::int64_t end, T* X,
-                                ProjectionScratch<T>& s) {
+                                ProjectionScratch<T>& s, Ahead* ahead = nullptr) {
   const std::int64_t d = job.d, narrow = job.narrow();
   const std::int64_t *low = job.rows.low.data(), *high = job.rows.high.data();
   const std::int64_t first = low[begin], count = high[end - 1] + 1 - first;
@@ -105,14 +105,16 @@ LOMACS_TARGET void project_rows(const Projection<T>& job, const T* Hd, std::int6
     blend(job.base + m * d, 1 - share, s.low.data() + (low[m] - first) * d, share,
           s.low.data() + (high[m] - first) * d, d, X + m * d);
   }
-  matmul<T>({Hd + 2 * begin * job.N, 2 * job.N, 1}, {job.w1t, d}, X + begin * d, d, end - begin, d, 2 * job.N, true);
+  matmul<T, FETCH>({Hd + 2 * begin * job.N, 2 * job.N, 1}, {job.w1t, d}, X + begin * d, d, end - begin, d, 2 * job.N,
+                   true, ahead);
 }
 
 // gHd where it is wanted, plus `more` where there is some, and this sample's part of the sums where they are; the
-// first one begins them
-template <typename T>
+// first one begins them. FETCH: the products of the weight and of gHd bring into the cache what these two hold.
+template <bool FETCH = false, typename T>
 LOMACS_TARGET void project_sample_back(const Projection<T>& job, const T* gX, const T* Hd, const T* more, T* gHd,
-                                       T* sums, bool first, ProjectionScratch<T>& s) {
+                                       T* sums, bool first, ProjectionScratch<T>& s, Ahead* of_weight = nullptr,
+                                       Ahead* of_channel = nullptr) {
   const std::int64_t M = job.M, N = job.N, d = job.d, narrow = job.narrow(), low = job.low();
   std::memset(s.low.data(), 0, sizeof(T) * static_cast<std::size_t>(low * d));
   for (std::int64_t m = 0; m < M; ++m) {
@@ -123,7 +125,7 @@ LOMACS_TARGET void project_sample_back(const Projection<T>& job, const T* gX, co
   }
   if (sums != nullptr) {
     pool(job, Hd, 0, low, s.pooled.data());
-    matmul<T>({gX, 1, d}, {Hd, 2 * N}, sums, 2 * N, d, 2 * N, M, !first);
+    matmul<T, FETCH>({gX, 1, d}, {Hd, 2 * N}, sums, 2 * N, d, 2 * N, M, !first, of_weight);
     T *of_w2 = sums + d * 2 * N, *of_pos = of_w2 + d * narrow;
     matmul<T>({s.low.data(), 1, d}, {s.pooled.data(), narrow}, of_w2, narrow, d, narrow, low, !first);
     if (first) std::copy(gX, gX + M * d, of_pos);
@@ -133,7 +135,7 @@ LOMACS_TARGET void project_sample_back(const Projection<T>& job, const T* gX, co
     matmul<T>({s.low.data(), d, 1}, {job.w2.data(), narrow}, s.wide.data(), narrow, low, narrow, d);
     if (more != nullptr) spread<true>(job, s.wide.data(), more, gHd);
     else spread<false>(job, s.wide.data(), more, gHd);
-    matmul<T>({gX, d, 1}, {job.weight, 4 * N}, gHd, 2 * N, M, 2 * N, d, true);
+    matmul<T, FETCH>({gX, d, 1}, {job.weight, 4 * N}, gHd, 2 * N, M, 2 * N, d, true, of_channel);
   }
 }
 

@@ -1,5 +1,5 @@
 // lomacs::freq_gate on CPU, lomacs::gate_project, which goes on to the tokens of both views while a gated channel is
-// in the cache, and the gradients of both.
+// in the cache, and the gradients of both; lomacs::gate_project_kept leaves what the weights' gradients read.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -25,7 +25,8 @@ namespace {
 // whole vectors of any instruction set
 std::int64_t padded(std::int64_t n) { return (n + 15) / 16 * 16; }
 
-// One perceptron, its side in the order of the spectrum: row k of w1t belongs to frequency[k].
+// One perceptron, its side in the order of the spectrum: row k of w1t belongs to frequency[k]. Without `first` it is
+// for gradients from what a forward kept, which read w2 alone.
 template <typename T>
 struct Perceptron {
   std::int64_t n, hidden;
@@ -36,17 +37,19 @@ struct Perceptron {
              bool backward)
       : n(static_cast<std::int64_t>(frequency.size())), hidden(hidden) {
     const std::int64_t np = padded(n), hp = padded(hidden);
-    w1t.resize(static_cast<std::size_t>(n * hp)), w2t.resize(static_cast<std::size_t>(hidden * np));
-    if (backward) w2.resize(w1t.size()), w1.resize(w2t.size());
+    const auto size = static_cast<std::size_t>(n * hp), turned = static_cast<std::size_t>(hidden * np);
+    if (first != nullptr) w1t.resize(size), w2t.resize(turned);
+    if (backward) w2.resize(size), w1.resize(first != nullptr ? turned : 0);
     for (std::int64_t p = 0; p < n; ++p) {
       const std::int64_t f = frequency[static_cast<std::size_t>(p)];
       const auto tall = static_cast<std::size_t>(p * hp);
+      for (std::int64_t k = 0; backward && k < hidden; ++k)
+        w2[tall + static_cast<std::size_t>(k)] = second[f * hidden + k];
+      if (first == nullptr) continue;
       for (std::int64_t k = 0; k < hidden; ++k) w1t[tall + static_cast<std::size_t>(k)] = first[k * n + f];
       for (std::int64_t k = 0; k < hidden; ++k) w2t[static_cast<std::size_t>(k * np + p)] = second[f * hidden + k];
-      for (std::int64_t k = 0; backward && k < hidden; ++k) {
+      for (std::int64_t k = 0; backward && k < hidden; ++k)
         w1[static_cast<std::size_t>(k * np + p)] = first[k * n + f];
-        w2[tall + static_cast<std::size_t>(k)] = second[f * hidden + k];
-      }
     }
   }
   std::int64_t sums() const { return hidden * padded(n) + n * padded(hidden); }
@@ -58,16 +61,42 @@ struct GateSums {
   T *row_w1, *row_w2, *col_w1, *col_w2;
 };
 
+// What a forward keeps of a sample for the gradients of the weights: its spectrum times gate (1 - gate), in strips of
+// 16 row frequencies whatever the instruction set, what both perceptrons read and their hidden numbers, and the scale.
+template <typename T>
+struct Kept {
+  T *spectrum, *rho, *kappa, *row_hidden, *col_hidden, *up;
+
+  Kept(T* p, std::int64_t M, std::int64_t N, std::int64_t row_hidden, std::int64_t col_hidden)
+      : spectrum(p),
+        rho(p + 2 * padded(M) * N),
+        kappa(rho + padded(M)),
+        row_hidden(kappa + padded(N)),
+        col_hidden(this->row_hidden + padded(row_hidden)),
+        up(this->col_hidden + padded(col_hidden)) {}
+  // numbers of a sample
+  static std::int64_t size(std::int64_t M, std::int64_t N, std::int64_t row_hidden, std::int64_t col_hidden) {
+    return 2 * padded(M) * N + padded(M) + padded(N) + padded(row_hidden) + padded(col_hidden) + 16;
+  }
+};
+
 // Pointers to contiguous batches; what is not wanted is null.
 template <typename T>
 struct Gate {
   const T *H, *gHd, *gnorms;
-  T *Hd, *norms, *gH, *sums;
+  T *Hd, *norms, *gH, *sums, *kept;
   std::int64_t M, N, hidden, chunk;
   double temperature, ortho;
   bool normalize;
   const FftPlan<T> *rows, *cols;
   const Perceptron<T> *row_mlp, *col_mlp;
+
+  std::int64_t kept_size() const { return Kept<T>::size(M, N, row_mlp->hidden, col_mlp->hidden); }
+  Kept<T> kept_of(std::int64_t b) const {
+    return {kept + b * kept_size(), M, N, row_mlp->hidden, col_mlp->hidden};
+  }
+  // numbers of the gradients of both sides' logits of a sample
+  std::int64_t logits() const { return padded(M) + padded(N); }
 
   GateSums<T> sums_of(std::int64_t chunk) const {
     if (sums == nullptr) return {};
@@ -130,13 +159,15 @@ struct Front {
         cols(FftPlan<T>::of(z.N)),
         row_mlp(row_w1, row_w2, z.row_hidden, rows->frequency, backward),
         col_mlp(col_w1, col_w2, z.col_hidden, cols->frequency, backward) {
-    job.M = z.M, job.N = z.N, job.hidden = std::max(z.row_hidden, z.col_hidden), job.chunk = chunk_of(z.B);
+    job.M = z.M, job.N = z.N, job.hidden = std::max(z.row_hidden, z.col_hidden), job.chunk = chunk_of_weights(z.B);
     job.temperature = temperature;
     job.ortho = 1 / std::sqrt(static_cast<double>(z.M) * static_cast<double>(z.N));
     job.rows = rows.get(), job.cols = cols.get(), job.row_mlp = &row_mlp, job.col_mlp = &col_mlp;
   }
   Front(const Front&) = delete;
 };
+
+std::int64_t kept_size(const Sizes& z) { return Kept<float>::size(z.M, z.N, z.row_hidden, z.col_hidden); }
 
 // about 30 operations a number for each of the transforms
 std::int64_t operations(const Sizes& z) { return 60 * z.M * z.N; }
@@ -150,6 +181,9 @@ void forward(const Sizes& z, Front<T>& front, Tensor& Hd, Tensor& norms, bool no
     LOMACS_DISPATCH(isa, gate_samples(job, begin, end));
   });
 }
+
+// samples of which the gradients of the perceptrons are one product
+constexpr std::int64_t samples_of_block = 16;
 
 template <typename T>
 void unpack(const double* sums, const Perceptron<T>& p, const std::vector<std::int64_t>& frequency, T* gw1,
@@ -235,12 +269,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> freq_gate_backward(
   return {gH, of_weights[0], of_weights[1], of_weights[2], of_weights[3]};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gate_project(const Tensor& H, const Tensor& row_w1, const Tensor& row_w2,
-                                                const Tensor& col_w1, const Tensor& col_w2, double temperature,
-                                                bool normalize, const Tensor& weight, const Tensor& bias,
-                                                const Tensor& pos) {
-  constexpr Checks checks{"gate_project"};
-  const Weights w{row_w1, row_w2, col_w1, col_w2};
+std::tuple<Tensor, Tensor, Tensor, Tensor> front(const char* name, const Tensor& H, const Weights& w,
+                                                 double temperature, bool normalize, const Tensor& weight,
+                                                 const Tensor& bias, const Tensor& pos, bool keep) {
+  const Checks checks{name};
   const Sizes z = sizes_of(checks, H, w, temperature);
   const ScalarType dtype = H.scalar_type();
   checks.expect(z.M > 1 && z.N > 1, "M and N must be at least 2");
@@ -252,11 +284,12 @@ std::tuple<Tensor, Tensor, Tensor> gate_project(const Tensor& H, const Tensor& r
   Tensor X = torch::stable::new_empty(H, {z.B, z.M, d});
   Tensor Hd = torch::stable::new_empty(H, {z.B, z.M, z.N, 2});
   Tensor norms = torch::stable::new_empty(H, {normalize ? z.B : 0});
+  Tensor kept = torch::stable::new_empty(H, {keep ? z.B : 0, kept_size(z)});
   const Isa isa = choose_isa();
   const auto run = [&]<typename T>(T) {
     Front<T> front(z, H, w, temperature, normalize);
     Gate<T>& job = front.job;
-    job.Hd = output<T>(Hd), job.norms = output<T>(norms, normalize);
+    job.Hd = output<T>(Hd), job.norms = output<T>(norms, normalize), job.kept = output<T>(kept, keep);
     Projection<T> projection(pointer<T>(weight), z.M, z.N, d);
     projection.forward(pointer<T>(bias), pointer<T>(pos));
     T* x = output<T>(X);
@@ -266,7 +299,25 @@ std::tuple<Tensor, Tensor, Tensor> gate_project(const Tensor& H, const Tensor& r
   };
   if (dtype == ScalarType::Float) run(float{});
   else run(double{});
+  return {X, Hd, norms, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gate_project(const Tensor& H, const Tensor& row_w1, const Tensor& row_w2,
+                                                const Tensor& col_w1, const Tensor& col_w2, double temperature,
+                                                bool normalize, const Tensor& weight, const Tensor& bias,
+                                                const Tensor& pos) {
+  const auto [X, Hd, norms, _] =
+      front("gate_project", H, {row_w1, row_w2, col_w1, col_w2}, temperature, normalize, weight, bias, pos, false);
   return {X, Hd, norms};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gate_project_kept(const Tensor& H, const Tensor& row_w1,
+                                                             const Tensor& row_w2, const Tensor& col_w1,
+                                                             const Tensor& col_w2, double temperature, bool normalize,
+                                                             const Tensor& weight, const Tensor& bias,
+                                                             const Tensor& pos) {
+  return front("gate_project_kept", H, {row_w1, row_w2, col_w1, col_w2}, temperature, normalize, weight, bias, pos,
+               true);
 }
 
 using FrontGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -324,6 +375,69 @@ FrontGradients gate_project_backward(const Tensor& gX, const std::optional<Tenso
   return {gH, of_weights[0], of_weights[1], of_weights[2], of_weights[3], gweight, gbias, gpos};
 }
 
+using KeptGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+KeptGradients gate_project_kept_backward(const Tensor& gX, const std::optional<Tensor>& gHd, const Tensor& row_w2,
+                                         const Tensor& col_w2, double temperature, const Tensor& weight,
+                                         const Tensor& Hd, const Tensor& kept, bool of_projection) {
+  constexpr Checks checks{"gate_project_kept_backward"};
+  const ScalarType dtype = Hd.scalar_type();
+  checks.real("Hd", dtype);
+  checks.expect(Hd.dim() == 4 && Hd.size(1) > 1 && Hd.size(2) > 1,
+                "Hd must have shape (B, M, N, 2), M and N at least 2");
+  checks.expect(row_w2.dim() == 2 && row_w2.size(1) > 0 && col_w2.dim() == 2 && col_w2.size(1) > 0,
+                "row_w2 must have shape (M, hidden), col_w2 (N, hidden)");
+  checks.expect(weight.dim() == 2 && weight.size(0) > 0, "weight must have shape (d, 4N)");
+  checks.expect(temperature > 0, "temperature must be positive");
+  const Sizes z{Hd.size(0), Hd.size(1), Hd.size(2), row_w2.size(1), col_w2.size(1)};
+  const std::int64_t d = weight.size(0);
+  checks.tensor("Hd", Hd, dtype, {z.B, z.M, z.N, 2});
+  checks.tensor("row_w2", row_w2, dtype, {z.M, z.row_hidden});
+  checks.tensor("col_w2", col_w2, dtype, {z.N, z.col_hidden});
+  checks.tensor("weight", weight, dtype, {d, 4 * z.N});
+  checks.tensor("gX", gX, dtype, {z.B, z.M, d});
+  if (gHd) checks.tensor("gHd", *gHd, dtype, {z.B, z.M, z.N, 2});
+  checks.tensor("kept", kept, dtype, {z.B, kept_size(z)});
+  const auto make = [&](bool wanted, const std::vector<std::int64_t>& sizes) {
+    return wanted ? torch::stable::new_empty(Hd, sizes) : torch::stable::new_empty(Hd, {0});
+  };
+  const std::vector<Tensor> of_weights{make(true, {z.row_hidden, z.M}), make(true, {z.M, z.row_hidden}),
+                                       make(true, {z.col_hidden, z.N}), make(true, {z.N, z.col_hidden})};
+  Tensor gweight = make(of_projection, {d, 4 * z.N}), gbias = make(of_projection, {d});
+  Tensor gpos = make(of_projection, {1, z.M, d});
+  const Isa isa = choose_isa();
+  const auto run = [&]<typename T>(T) {
+    const T* none = nullptr;
+    Front<T> front(z, none, pointer<T>(row_w2), none, pointer<T>(col_w2), temperature, true);
+    const Projection<T> projection(pointer<T>(weight), z.M, z.N, d);
+    Gate<T>& job = front.job;
+    // read alone
+    job.Hd = const_cast<T*>(pointer<T>(Hd)), job.kept = const_cast<T*>(pointer<T>(kept));
+    const std::int64_t chunks = (z.B + job.chunk - 1) / job.chunk;
+    const std::int64_t block = std::max(samples_of_block, job.chunk), blocks = (z.B + block - 1) / block;
+    const Memory<T> of_logits(z.B * job.logits());
+    const Memory<T> gate_sums(blocks * (front.row_mlp.sums() + front.col_mlp.sums()));
+    const Memory<T> sums(of_projection ? chunks * projection.sums() : 0);
+    job.sums = gate_sums.p;
+    const T *g = pointer<T>(gX), *more = gHd ? pointer<T>(*gHd) : nullptr;
+    T *to = of_projection ? sums.p : nullptr, *logits = of_logits.p;
+    torch::stable::parallel_for(
+        0, chunks, share_of(job.chunk * operations(z)), [&](std::int64_t begin, std::int64_t end) {
+          LOMACS_DISPATCH(isa, kept_chunks_back(job, projection, g, more, to, logits, z.B, begin, end));
+        });
+    const std::int64_t products = 3 * block * (z.M * z.row_hidden + z.N * z.col_hidden);
+    torch::stable::parallel_for(0, blocks, share_of(products / 16), [&](std::int64_t begin, std::int64_t end) {
+      LOMACS_DISPATCH(isa, perceptron_blocks_back(job, logits, block, z.B, begin, end));
+    });
+    gate_gradients(front, job.sums, blocks, of_weights);
+    if (!of_projection) return;
+    projection_gradients(projection, to, chunks, output<T>(gweight), output<T>(gbias), output<T>(gpos));
+  };
+  if (dtype == ScalarType::Float) run(float{});
+  else run(double{});
+  return {of_weights[0], of_weights[1], of_weights[2], of_weights[3], gweight, gbias, gpos};
+}
+
 }  // namespace
 }  // namespace lomacs
 
@@ -363,4 +477,6 @@ STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) {
   m.impl("freq_gate_backward", TORCH_BOX(&lomacs::freq_gate_backward));
   m.impl("gate_project", TORCH_BOX(&lomacs::gate_project));
   m.impl("gate_project_backward", TORCH_BOX(&lomacs::gate_project_backward));
+  m.impl("gate_project_kept", TORCH_BOX(&lomacs::gate_project_kept));
+  m.impl("gate_project_kept_backward", TORCH_BOX(&lomacs::gate_project_kept_backward));
 }

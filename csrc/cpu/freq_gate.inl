@@ -24,22 +24,8 @@ struct GateScratch {
   T* room;
   T* memory = nullptr;
   std::int64_t size = 0;
-  // what comes next, so many lines a vector of frequencies, of which the loops over them visit `rounds`
-  mutable Ahead ahead;
-  mutable std::int64_t lines = 0, bytes = 0;
-  std::int64_t rounds;
 
-  void look_ahead() const {
-    ahead = Ahead();
-    lines = bytes = 0;
-  }
-  void look_ahead(const T* p, std::int64_t count) const {
-    ahead.add(p, sizeof(T) * static_cast<std::size_t>(count));
-    bytes += static_cast<std::int64_t>(sizeof(T)) * count;
-    lines = bytes / (64 * rounds) + 1;
-  }
-
-  GateScratch(const Gate<T>& job, bool backward) : rounds(2 * ((job.M + lanes<T> - 1) / lanes<T>) * job.N) {
+  GateScratch(const Gate<T>& job, bool backward) {
     const std::int64_t M = job.M, N = job.N, hidden = padded(job.hidden);
     const std::int64_t Mp = padded(M), Np = padded(N);
     for (int round = 0; round < 2; ++round) {
@@ -264,7 +250,6 @@ LOMACS_TARGET Scale measure(const Gate<T>& job, std::int64_t b, const GateScratc
       total += size;
       T* c = s.column + n * lanes<T>;
       store(c, k ? load(c) + size : size);
-      s.ahead.fetch(s.lines);
     }
     store(s.rho + k * lanes<T>, total * splat(static_cast<T>(scale.up / static_cast<double>(N))));
   }
@@ -281,21 +266,59 @@ LOMACS_TARGET Scale measure(const Gate<T>& job, std::int64_t b, const GateScratc
   return scale;
 }
 
+// row of a kept strip: 16 real parts, 16 imaginary parts
+constexpr std::int64_t kept_row = 32;
+
+// strip k of a kept spectrum of N columns
 template <typename T>
+LOMACS_INLINE T* kept_strip(T* spectrum, std::int64_t k, std::int64_t N) {
+  return spectrum + k * lanes<T> / 16 * N * kept_row + k * lanes<T> % 16;
+}
+
+// what the gradients read beside the spectrum
+template <typename T>
+LOMACS_TARGET void keep_statistics(const Gate<T>& job, const Kept<T>& kept, const Scale& scale,
+                                   const GateScratch<T>& s) {
+  const std::int64_t N = job.N;
+  std::copy_n(s.rho, padded(job.M), kept.rho);
+  std::copy_n(s.kappa, padded(N), kept.kappa);
+  std::copy_n(s.row_hidden, padded(job.row_mlp->hidden), kept.row_hidden);
+  std::copy_n(s.col_hidden, padded(job.col_mlp->hidden), kept.col_hidden);
+  std::fill_n(kept.up, 16, static_cast<T>(scale.up));
+  // strips that no row frequency reaches
+  for (std::int64_t k = (job.M + lanes<T> - 1) / lanes<T>; k * lanes<T> < padded(job.M); ++k) {
+    T* p = kept_strip(kept.spectrum, k, N);
+    for (std::int64_t n = 0; n < N; ++n, p += kept_row) store(p, Vec<T>{}), store(p + 16, Vec<T>{});
+  }
+}
+
+template <bool KEEP, typename T>
 LOMACS_TARGET void gate_sample(const Gate<T>& job, std::int64_t b, const GateScratch<T>& s) {
   const std::int64_t M = job.M, N = job.N;
   const Scale scale = measure<T, false>(job, b, s);
   if (job.norms) job.norms[b] = static_cast<T>(scale.norm);
+  T* spectrum = nullptr;
+  if constexpr (KEEP) {
+    const Kept<T> kept = job.kept_of(b);
+    keep_statistics(job, kept, scale, s);
+    spectrum = kept.spectrum;
+  }
   const Vec<T> back = splat(static_cast<T>(scale.up * job.ortho));
   for (std::int64_t k = 0; k * lanes<T> < M; ++k) {
     const Vec<T> power = load(s.row_power + k * lanes<T>);
     const Vec<T> shift = load(s.row_shift + k * lanes<T>);
-    T* p = s.spectrum.at(k, 0);
+    T *p = s.spectrum.at(k, 0), *keep = KEEP ? kept_strip(spectrum, k, N) : nullptr;
     for (std::int64_t n = 0; n < N; ++n, p += strip_row<T>) {
-      const Vec<T> gate = sigmoid<T>(power, shift, s.col_power[n], s.col_shift[n]) * back;
-      store(p, load(p) * gate);
-      store(p + lanes<T>, load(p + lanes<T>) * gate);
-      s.ahead.fetch(s.lines);
+      const Vec<T> gate = sigmoid<T>(power, shift, s.col_power[n], s.col_shift[n]), through = gate * back;
+      const Vec<T> re = load(p), im = load(p + lanes<T>);
+      store(p, re * through);
+      store(p + lanes<T>, im * through);
+      if constexpr (KEEP) {
+        const Vec<T> slope = gate * (T(1) - gate);
+        store(keep, re * slope);
+        store(keep + 16, im * slope);
+        keep += kept_row;
+      }
     }
     inverse_strip(*job.cols, s.spectrum.at(k, 0), s.room);
   }
@@ -342,7 +365,6 @@ LOMACS_TARGET void gate_sample_back(const Gate<T>& job, std::int64_t b, const T*
       total += g;
       T* c = s.column + n * lanes<T>;
       store(c, k ? load(c) + g : g);
-      s.ahead.fetch(s.lines);
     }
     store(s.g_rows + k * lanes<T>, total);
     dot += dots;
@@ -386,7 +408,7 @@ LOMACS_TARGET void gate_sample_back(const Gate<T>& job, std::int64_t b, const T*
 template <typename T>
 LOMACS_TARGET void gate_samples(const Gate<T>& job, std::int64_t begin, std::int64_t end) {
   const GateScratch<T> scratch(job, false);
-  for (std::int64_t b = begin; b < end; ++b) gate_sample(job, b, scratch);
+  for (std::int64_t b = begin; b < end; ++b) gate_sample<false>(job, b, scratch);
 }
 
 template <typename T>
@@ -394,14 +416,17 @@ LOMACS_TARGET void gate_and_project_samples(const Gate<T>& job, const Projection
                                             std::int64_t begin, std::int64_t end) {
   const GateScratch<T> scratch(job, false);
   ProjectionScratch<T> more(projection);
-  const std::int64_t whole = 2 * job.M * job.N, tokens = job.M * projection.d;
+  const std::int64_t M = job.M, d = projection.d, whole = 2 * M * job.N, tokens = M * d;
   for (std::int64_t b = begin; b < end; ++b) {
-    scratch.look_ahead();
-    if (b + 1 < end) scratch.look_ahead(job.H + (b + 1) * whole, whole);
-    scratch.look_ahead(X + b * tokens, tokens);
-    scratch.look_ahead(job.Hd + b * whole, whole);
-    gate_sample(job, b, scratch);
-    project_rows(projection, job.Hd + 2 * b * job.M * job.N, 0, job.M, X + b * job.M * projection.d, more);
+    if (job.kept != nullptr) gate_sample<true>(job, b, scratch);
+    else gate_sample<false>(job, b, scratch);
+    Ahead ahead;
+    if (b + 1 < end) {
+      const T* kept = job.kept ? job.kept_of(b + 1).spectrum : nullptr;
+      ahead = ahead_of<T>(M, d, {{X + (b + 1) * tokens, tokens}, {job.Hd + (b + 1) * whole, whole},
+                                 {kept, job.kept_size()}, {job.H + (b + 1) * whole, whole}});
+    }
+    project_rows<true>(projection, job.Hd + b * whole, 0, M, X + b * tokens, more, &ahead);
   }
 }
 
@@ -438,8 +463,6 @@ LOMACS_TARGET void front_chunks_back(const Gate<T>& job, const Projection<T>& pr
   const GateScratch<T> scratch(job, true);
   ProjectionScratch<T> other(projection);
   const std::int64_t whole = 2 * job.M * job.N, tokens = job.M * projection.d;
-  // more of the next sample would drive out what this one has in the second cache
-  const bool small = sizeof(T) * static_cast<std::size_t>(whole) <= (1 << 16);
   const Memory<T> gHd(whole);
   for (std::int64_t c = begin; c < end; ++c) {
     const GateSums<T> sums = job.sums_of(c);
@@ -447,16 +470,90 @@ LOMACS_TARGET void front_chunks_back(const Gate<T>& job, const Projection<T>& pr
     T* own = projection_sums ? projection_sums + c * projection.sums() : nullptr;
     const std::int64_t from = c * job.chunk, stop = std::min(B, from + job.chunk);
     for (std::int64_t b = from; b < stop; ++b) {
-      scratch.look_ahead();
-      if (b + 1 < B) {
-        if (small) scratch.look_ahead(job.H + (b + 1) * whole, whole);
-        if (small && more) scratch.look_ahead(more + (b + 1) * whole, whole);
-        scratch.look_ahead(job.Hd + (b + 1) * whole, whole);
-        scratch.look_ahead(gX + (b + 1) * tokens, tokens);
-      }
-      project_sample_back(projection, gX + b * tokens, job.Hd + b * whole, more ? more + b * whole : nullptr, gHd.p,
-                          own, b == from, other);
+      const bool last = b + 1 == B;
+      const T *g = gX + b * tokens, *x = job.Hd + b * whole, *y = more ? more + b * whole : nullptr;
+      Ahead of_weight = ahead_of<T>(projection.d, whole / job.M, {{job.H + b * whole, whole}, {y, whole}});
+      Ahead of_channel = ahead_of<T>(job.M, whole / job.M, {{last ? nullptr : g + tokens, tokens},
+                                                                    {last ? nullptr : x + whole, whole}});
+      project_sample_back<true>(projection, g, x, y, gHd.p, own, b == from, other, &of_weight, &of_channel);
       gate_sample_back(job, b, gHd.p, scratch, sums);
+    }
+  }
+}
+
+// gradients g of the logits of one sample, rows and then columns, from that of its result and what its forward kept
+template <typename T>
+LOMACS_TARGET void logits_back(const Gate<T>& job, const T* gHd, const Kept<T>& kept, const GateScratch<T>& s, T* g) {
+  const std::int64_t M = job.M, N = job.N;
+  transform(job, gHd, static_cast<T>(job.ortho), s.spectrum, s);
+  const T factor = static_cast<T>(static_cast<double>(*kept.up) / job.temperature);
+  for (std::int64_t k = 0; k * lanes<T> < M; ++k) {
+    const T *q = s.spectrum.at(k, 0), *p = kept_strip(kept.spectrum, k, N);
+    forward_strip(*job.cols, s.spectrum.at(k, 0), s.room);
+    Vec<T> total{};
+    for (std::int64_t n = 0; n < N; ++n, p += kept_row, q += strip_row<T>) {
+      const Vec<T> x = load(p) * load(q) + load(p + 16) * load(q + lanes<T>);
+      total += x;
+      T* c = s.column + n * lanes<T>;
+      store(c, k ? load(c) + x : x);
+    }
+    store(g + k * lanes<T>, total * splat(factor));
+  }
+  sum_lanes(s.column, N, static_cast<double>(factor), g + padded(M));
+}
+
+// gradients of the weights of one perceptron from those of its logits, n samples as the depth of products; `in` and
+// `hidden` of a sample lie `kept_size` from those of the next
+template <typename T>
+LOMACS_TARGET void perceptron_block_back(const Perceptron<T>& p, const T* in, const T* hidden, std::int64_t kept_size,
+                                         const T* g, std::int64_t g_row, std::int64_t n, T* g_hidden, T* gw1, T* gw2) {
+  const std::int64_t np = padded(p.n), hp = padded(p.hidden);
+  matmul<T>({g, g_row, 1}, {p.w2.data(), hp}, g_hidden, hp, n, hp, p.n);
+  for (std::int64_t b = 0; b < n; ++b)
+    for (std::int64_t k = 0; k < hp; ++k)
+      if (!(hidden[b * kept_size + k] > 0)) g_hidden[b * hp + k] = 0;
+  matmul<T>({g, 1, g_row}, {hidden, kept_size}, gw2, hp, p.n, hp, n);
+  matmul<T>({g_hidden, 1, hp}, {in, kept_size}, gw1, np, p.hidden, np, n);
+}
+
+template <typename T>
+LOMACS_TARGET void perceptron_blocks_back(const Gate<T>& job, const T* logits, std::int64_t block, std::int64_t B,
+                                          std::int64_t begin, std::int64_t end) {
+  const Memory<T> g_hidden(block * padded(job.hidden));
+  const std::int64_t size = job.kept_size(), row = job.logits();
+  for (std::int64_t c = begin; c < end; ++c) {
+    const std::int64_t b = c * block, n = std::min(block, B - b);
+    const Kept<T> kept = job.kept_of(b);
+    const GateSums<T> sums = job.sums_of(c);
+    const T* g = logits + b * row;
+    perceptron_block_back(*job.row_mlp, kept.rho, kept.row_hidden, size, g, row, n, g_hidden.p, sums.row_w1,
+                          sums.row_w2);
+    perceptron_block_back(*job.col_mlp, kept.kappa, kept.col_hidden, size, g + padded(job.M), row, n, g_hidden.p,
+                          sums.col_w1, sums.col_w2);
+  }
+}
+
+// As `front_chunks_back`, from what the forward kept: gradients of the projection's weights and of the logits.
+template <typename T>
+LOMACS_TARGET void kept_chunks_back(const Gate<T>& job, const Projection<T>& projection, const T* gX, const T* more,
+                                    T* projection_sums, T* logits, std::int64_t B, std::int64_t begin,
+                                    std::int64_t end) {
+  const GateScratch<T> scratch(job, false);
+  ProjectionScratch<T> other(projection);
+  const std::int64_t whole = 2 * job.M * job.N, tokens = job.M * projection.d;
+  const Memory<T> gHd(whole);
+  for (std::int64_t c = begin; c < end; ++c) {
+    T* own = projection_sums ? projection_sums + c * projection.sums() : nullptr;
+    const std::int64_t from = c * job.chunk, stop = std::min(B, from + job.chunk);
+    for (std::int64_t b = from; b < stop; ++b) {
+      const bool last = b + 1 == B;
+      const T *g = gX + b * tokens, *x = job.Hd + b * whole, *y = more ? more + b * whole : nullptr;
+      Ahead of_weight = ahead_of<T>(projection.d, whole / job.M, {{y, whole}});
+      Ahead of_channel = ahead_of<T>(job.M, whole / job.M, {{last ? nullptr : g + tokens, tokens},
+                                                                    {last ? nullptr : x + whole, whole},
+                                                                    {job.kept_of(b).spectrum, job.kept_size()}});
+      project_sample_back<true>(projection, g, x, y, gHd.p, own, b == from, other, &of_weight, &of_channel);
+      logits_back(job, gHd.p, job.kept_of(b), scratch, logits + b * job.logits());
     }
   }
 }

@@ -76,10 +76,12 @@ struct Product {
   T* c;
   std::int64_t c_row, depth;
   bool add;
+  // what the loops bring into the cache meanwhile
+  Ahead* ahead;
 };
 
 // R rows of the result from i0 on, V vectors of columns from j0 on; TAIL: one vector, and not all of it
-template <int R, int V, bool TAIL, typename T>
+template <int R, int V, bool TAIL, bool FETCH, typename T>
 LOMACS_INLINE void tile(const Product<T>& p, std::int64_t i0, std::int64_t j0, const Tail<T>& tail) {
   static_assert(!TAIL || V == 1);
   const auto fetch = [&](const T* at) LOMACS_TARGET __attribute__((always_inline)) {
@@ -89,8 +91,11 @@ LOMACS_INLINE void tile(const Product<T>& p, std::int64_t i0, std::int64_t j0, c
   Vec<T> sum[R][V] = {};
   const std::int64_t row = p.left.row, column = p.left.column, step = p.right.row;
   const T *a = p.left.x + i0 * row, *b = p.right.x + j0;
+  Ahead::Run run{};
+  if constexpr (FETCH) run = p.ahead->next(p.depth);
 #pragma GCC unroll 1
   for (std::int64_t k = p.depth; k > 0; --k, a += column, b += step) {
+    if constexpr (FETCH) run.step();
     Vec<T> right[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) right[j] = fetch(b + j * lanes<T>);
@@ -113,20 +118,20 @@ LOMACS_INLINE void tile(const Product<T>& p, std::int64_t i0, std::int64_t j0, c
   }
 }
 
-template <int R, int V, bool TAIL, typename T>
+template <int R, int V, bool TAIL, bool FETCH, typename T>
 LOMACS_INLINE void tile_of(std::int64_t height, const Product<T>& p, std::int64_t i0, std::int64_t j0,
                            const Tail<T>& tail) {
   if constexpr (R > 1) {
-    if (height < R) return tile_of<R - 1, V, TAIL>(height, p, i0, j0, tail);
+    if (height < R) return tile_of<R - 1, V, TAIL, FETCH>(height, p, i0, j0, tail);
   }
-  tile<R, V, TAIL>(p, i0, j0, tail);
+  tile<R, V, TAIL, FETCH>(p, i0, j0, tail);
 }
 
 // rows of a tile of V vectors that leave registers for the right factor
 template <int V>
 constexpr int tile_rows = V == 4 ? 6 : V == 2 && LOMACS_BYTES == 64 ? 8 : V == 1 ? 8 : LOMACS_ROWS;
 
-template <int V, bool TAIL, typename T>
+template <int V, bool TAIL, bool FETCH, typename T>
 LOMACS_TARGET __attribute__((noinline)) void strip(const Product<T>& p, std::int64_t rows, std::int64_t j0,
                                                    Tail<T> tail) {
   // of nearly equal height: a low one would wait for its few accumulators
@@ -134,24 +139,53 @@ LOMACS_TARGET __attribute__((noinline)) void strip(const Product<T>& p, std::int
   std::int64_t i0 = 0;
   for (std::int64_t n = 0; n < heights; ++n) {
     const std::int64_t end = (n + 1) * rows / heights;
-    tile_of<tile_rows<V>, V, TAIL>(end - i0, p, i0, j0, tail);
+    tile_of<tile_rows<V>, V, TAIL, FETCH>(end - i0, p, i0, j0, tail);
     i0 = end;
   }
 }
 
-// c = or += left right, c with contiguous rows c_row apart. The factors may be empty; c overlaps neither.
+// how many blocks such a product is made of
 template <typename T>
+LOMACS_INLINE std::int64_t blocks_of(std::int64_t rows, std::int64_t columns) {
+  const auto heights = [&](std::int64_t tall) { return (rows + tall - 1) / tall; };
+  const std::int64_t four = LOMACS_BYTES == 64 ? columns / (4 * lanes<T>) : 0;
+  columns -= four * 4 * lanes<T>;
+  const std::int64_t two = columns / (2 * lanes<T>);
+  columns -= two * 2 * lanes<T>;
+  return four * heights(tile_rows<4>) + two * heights(tile_rows<2>) +
+         (columns + lanes<T> - 1) / lanes<T> * heights(tile_rows<1>);
+}
+
+// Stretches of memory, those that there are, for a product of so many rows and columns to bring into the cache
+// evenly, the last one first.
+template <typename T>
+struct Stretch {
+  const T* p;
+  std::int64_t count;
+};
+template <typename T>
+LOMACS_TARGET Ahead ahead_of(std::int64_t rows, std::int64_t columns, std::initializer_list<Stretch<T>> all) {
+  std::size_t bytes = 0;
+  for (const Stretch<T>& x : all) bytes += x.p ? sizeof(T) * static_cast<std::size_t>(x.count) : 0;
+  Ahead ahead(static_cast<std::int64_t>(bytes) / 64 / blocks_of<T>(rows, columns) + 1);
+  for (const Stretch<T>& x : all)
+    if (x.p) ahead.add(x.p, sizeof(T) * static_cast<std::size_t>(x.count));
+  return ahead;
+}
+
+// c = or += left right, c with contiguous rows c_row apart. The factors may be empty; c overlaps neither.
+template <typename T, bool FETCH = false>
 LOMACS_TARGET void matmul(Factor<T> left, Rows<T> right, T* c, std::int64_t c_row, std::int64_t rows,
-                          std::int64_t columns, std::int64_t depth, bool add = false) {
-  const Product<T> p{left, right, c, c_row, depth, add};
+                          std::int64_t columns, std::int64_t depth, bool add = false, Ahead* ahead = nullptr) {
+  const Product<T> p{left, right, c, c_row, depth, add, ahead};
   const Tail<T> tail(columns % lanes<T>);
   std::int64_t j = 0;
   if constexpr (LOMACS_BYTES == 64) {
-    for (; j + 4 * lanes<T> <= columns; j += 4 * lanes<T>) strip<4, false>(p, rows, j, tail);
+    for (; j + 4 * lanes<T> <= columns; j += 4 * lanes<T>) strip<4, false, FETCH>(p, rows, j, tail);
   }
-  for (; j + 2 * lanes<T> <= columns; j += 2 * lanes<T>) strip<2, false>(p, rows, j, tail);
-  for (; j + lanes<T> <= columns; j += lanes<T>) strip<1, false>(p, rows, j, tail);
-  if (j < columns) strip<1, true>(p, rows, j, tail);
+  for (; j + 2 * lanes<T> <= columns; j += 2 * lanes<T>) strip<2, false, FETCH>(p, rows, j, tail);
+  for (; j + lanes<T> <= columns; j += lanes<T>) strip<1, false, FETCH>(p, rows, j, tail);
+  if (j < columns) strip<1, true, FETCH>(p, rows, j, tail);
 }
 
 }  // namespace

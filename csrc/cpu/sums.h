@@ -11,6 +11,11 @@ namespace lomacs {
 // samples of a chunk: few enough chunks that their sums stay small, enough for many threads
 inline std::int64_t chunk_of(std::int64_t B) { return std::max<std::int64_t>(1, (B + 31) / 32); }
 
+// the same where sums are as large as weights: a few samples share them, but there are eight chunks at least
+inline std::int64_t chunk_of_weights(std::int64_t B) {
+  return std::max(chunk_of(B), std::min<std::int64_t>(4, B / 8));
+}
+
 // tasks of this many operations that are worth a thread: about 20 us
 inline std::int64_t share_of(std::int64_t operations) {
   return std::max<std::int64_t>(1, (1 << 19) / std::max<std::int64_t>(1, operations));

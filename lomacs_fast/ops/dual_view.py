@@ -32,6 +32,18 @@ library.define(
     "Tensor gr2, Tensor gc1, Tensor gc2, Tensor gweight, Tensor gbias, Tensor gpos)",
     tags=common.TAGS,
 )
+# where H wants no gradient: the spectrum times the slope of the gate, and what both perceptrons read
+library.define(
+    f"gate_project_kept(Tensor H, {freq_gate.WEIGHTS}, {PROJECTION}) "
+    "-> (Tensor X, Tensor Hd, Tensor norms, Tensor kept)",
+    tags=common.TAGS,
+)
+library.define(
+    "gate_project_kept_backward(Tensor gX, Tensor? gHd, Tensor row_w2, Tensor col_w2, float temperature, "
+    "Tensor weight, Tensor Hd, Tensor kept, bool of_projection) -> (Tensor gr1, Tensor gr2, Tensor gc1, "
+    "Tensor gc2, Tensor gweight, Tensor gbias, Tensor gpos)",
+    tags=common.TAGS,
+)
 
 
 def _check(name: str, Hd: Tensor, weight: Tensor, *others: Tensor) -> tuple[int, int, int]:
@@ -111,6 +123,38 @@ def _fake_front_backward(
     return H.new_empty(H.shape if gh else (0,)), *of_gates, *of_weights
 
 
+def _kept_shape(H: Tensor, row_w2: Tensor, col_w2: Tensor) -> tuple[int, int]:
+    B, M, N = H.shape[:3]
+    M, *rest = ((n + 15) // 16 * 16 for n in (M, N, row_w2.shape[1], col_w2.shape[1]))
+    return B, 2 * M * N + M + sum(rest) + 16
+
+
+@torch.library.register_fake("lomacs::gate_project_kept", lib=library)
+def _fake_kept(H: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return *_fake_front(H, *args), H.new_empty(_kept_shape(H, args[1], args[3]))
+
+
+@torch.library.register_fake("lomacs::gate_project_kept_backward", lib=library)
+def _fake_kept_backward(
+    gX: Tensor,
+    gHd: Tensor | None,
+    row_w2: Tensor,
+    col_w2: Tensor,
+    temperature: float,
+    weight: Tensor,
+    Hd: Tensor,
+    kept: Tensor,
+    of_projection: bool,
+) -> tuple[Tensor, ...]:
+    _, *of_weights = _fake_backward(gX, Hd, weight, False, of_projection)
+    freq_gate.check_gate(Hd, row_w2.mT, row_w2, col_w2.mT, col_w2, temperature)
+    for name, x, shape in (("gHd", gHd, Hd.shape), ("kept", kept, _kept_shape(Hd, row_w2, col_w2))):
+        fits = x is None or x.shape == shape
+        torch._check(fits, lambda n=name, x=x, s=shape: f"{n} must be {tuple(s)}, got {tuple(x.shape)}")
+    of_gates = (w.new_empty(shape) for w in (row_w2, col_w2) for shape in (w.shape[::-1], w.shape))
+    return *of_gates, *of_weights
+
+
 @torch.library.impl("lomacs::dual_view_project", "CUDA", lib=library)
 def _on_cuda(*args: Any) -> Tensor:
     from ..kernels import dual_view as kernels
@@ -179,7 +223,13 @@ def _front_backward(
     ctx: Any, gX: Tensor | None, gHd: Tensor | None, gnorms: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     common.refuse_second_derivatives("the fused front")
-    H, *weights, weight, Hd = ctx.saved_tensors
+    return _front_gradients(ctx, ctx.saved_tensors, gX, gHd, gnorms)
+
+
+def _front_gradients(
+    ctx: Any, saved: Sequence[Tensor], gX: Tensor | None, gHd: Tensor | None, gnorms: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    H, *weights, weight, Hd = saved
     needs = ctx.needs_input_grad
     of_gate, of_projection = needs[:5], needs[7:10]
     scalars = ctx.temperature, ctx.normalize
@@ -196,9 +246,39 @@ def _front_backward(
     return *every[:5], None, None, *every[5:]
 
 
+def _kept_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *gate, ctx.temperature, ctx.normalize, weight, _, _ = inputs
+    _, Hd, norms, kept = output
+    ctx.mark_non_differentiable(*(kept,) if ctx.normalize else (norms, kept))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*gate, weight, Hd, kept)
+
+
+def _kept_backward(
+    ctx: Any, gX: Tensor | None, gHd: Tensor | None, gnorms: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    common.refuse_second_derivatives("the fused front")
+    *saved, kept = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    of_gate, of_projection = needs[1:5], needs[7:10]
+    if gX is None or needs[0] or not any(of_gate):
+        return _front_gradients(ctx, saved, gX, gHd, gnorms)
+    _, _, row_w2, _, col_w2, weight, Hd = saved
+    gradients = torch.ops.lomacs.gate_project_kept_backward(
+        gX.contiguous(),
+        None if gHd is None else gHd.contiguous(),
+        *(row_w2, col_w2, ctx.temperature, weight, Hd, kept, any(of_projection)),
+    )
+    every = [g if need else None for g, need in zip(gradients, (*of_gate, *of_projection), strict=True)]
+    return None, *every[:4], None, None, *every[4:]
+
+
 torch.library.register_autograd("lomacs::dual_view_project", _backward, setup_context=_setup, lib=library)
 torch.library.register_autograd(
     "lomacs::gate_project", _front_backward, setup_context=_front_setup, lib=library
+)
+torch.library.register_autograd(
+    "lomacs::gate_project_kept", _kept_backward, setup_context=_kept_setup, lib=library
 )
 # Hd is complex: half precision of the caller's becomes single
 for _device in ("cpu", "cuda"):
@@ -207,6 +287,8 @@ for _device in ("cpu", "cuda"):
         "dual_view_project_backward",
         "gate_project",
         "gate_project_backward",
+        "gate_project_kept",
+        "gate_project_kept_backward",
     ):
         torch.library.register_autocast(f"lomacs::{_name}", _device, torch.float32, lib=library)
 
@@ -230,7 +312,23 @@ def _front_backward_flops(gX: Any, gHd: Any, gnorms: Any, H: Any, *args: Any, **
     )
 
 
-@register_flop_formula(torch.ops.lomacs.gate_project)
+@register_flop_formula(torch.ops.lomacs.gate_project_kept_backward)
+def _kept_backward_flops(
+    gX: Any,
+    gHd: Any,
+    row_w2: Any,
+    col_w2: Any,
+    temperature: float,
+    weight: Any,
+    Hd: Any,
+    kept: Any,
+    *rest: Any,
+    **__: Any,
+) -> int:
+    return freq_gate.gate_flops(Hd, row_w2, col_w2, 3) + _flops(Hd, weight) * (1 + rest[0])
+
+
+@register_flop_formula([torch.ops.lomacs.gate_project, torch.ops.lomacs.gate_project_kept])
 def _front_flops(
     H: Any,
     row_w1: Any,
@@ -319,9 +417,12 @@ def _front(
 ) -> tuple[Tensor, ...]:
     gate = freq_gate.dense(row_w1, row_w2, col_w1, col_w2)
     projection = freq_gate.dense(weight, bias, pos)
-    X, Hd, norms = torch.ops.lomacs.gate_project.default(
-        common.planes(H), *gate, float(temperature), normalize, *projection
-    )
+    arguments = common.planes(H), *gate, float(temperature), normalize, *projection
+    # gradients of H read all that is computed again
+    if H.device.type == "cpu" and common.records(gate) and not H.requires_grad:
+        X, Hd, norms, _ = torch.ops.lomacs.gate_project_kept.default(*arguments)
+    else:
+        X, Hd, norms = torch.ops.lomacs.gate_project.default(*arguments)
     Hd = torch.view_as_complex(Hd)
     return (X, Hd, norms) if normalize else (X, Hd)
 
