@@ -61,9 +61,9 @@ def sum_of(found, seed=5):
     return total
 
 
-def gradients(net, H, of=slice(None)):
+def gradients(net, H, of=slice(None), of_channel=True):
     """Outputs, and the gradients of H and of all parameters."""
-    leaf = H.detach().clone().requires_grad_()
+    leaf = H.detach().clone().requires_grad_(of_channel)
     found = net(leaf, scenes(len(H)))
     net.zero_grad()
     sum_of(found[of]).backward()
@@ -82,12 +82,14 @@ def close(got, want, factor):
         )
 
 
+@pytest.mark.parametrize("of_channel", [True, False])
 @pytest.mark.parametrize("depth", [0, 1, 2, 5])
-def test_float64_equals_autograd_of_the_reference(depth):
+def test_float64_equals_autograd_of_the_reference(depth, of_channel):
     net, eager = (network(kind, depth=depth, dtype=torch.float64) for kind in (lomacs_fast, reference))
     H = channels(dtype=torch.float64)
     assert is_node(net(H, scenes()))
-    close(gradients(net, H), gradients(eager, H), 3e4)
+    got, want = (gradients(one, H, of_channel=of_channel) for one in (net, eager))
+    close(got, want, 3e4)
 
 
 @pytest.mark.parametrize("of", [slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4), slice(0, 3)])
@@ -101,14 +103,18 @@ def test_any_of_the_outputs_may_have_a_gradient(of):
         assert w is not None or g is None or not g.any()
 
 
+@pytest.mark.parametrize("of_channel", [True, False])
 @pytest.mark.parametrize("options", [{}, {"r": 10, "groups": 2}, {"M": 9, "N": 35, "k_len": 3}])
-def test_float32_error_is_at_most_twice_that_of_the_modules(options):
+def test_float32_error_is_at_most_twice_that_of_the_modules(options, of_channel):
     sums = None
     for seed in range(3):
         net = network(**options)
         H = channels(M=net.M, N=net.N, seed=seed)
-        exact = gradients(network(reference, dtype=torch.float64, **options), H.to(torch.complex128))
-        runs = gradients(net, H), gradients(one_by_one(net), H)
+        double = network(reference, dtype=torch.float64, **options)
+        exact, *runs = (
+            [x for x in gradients(one, h, of_channel=of_channel) if x is not None]
+            for one, h in ((double, H.to(torch.complex128)), (net, H), (one_by_one(net), H))
+        )
         squares = [
             [(x - y).abs().square().sum().double() for x, y in zip(run, exact, strict=True)] for run in runs
         ]
@@ -129,13 +135,15 @@ def test_inference_gives_the_values_of_training():
         close(net(H, scenes()), trained, 4)
 
 
+@pytest.mark.parametrize("of_channel", [True, False])
 @pytest.mark.parametrize("part", ["freq_gate", "input_proj", "pos", "blocks", "norm", "scene_emb", "u_head"])
-def test_what_is_frozen_has_no_gradient(part):
+def test_what_is_frozen_has_no_gradient(part, of_channel):
     net = network(dtype=torch.float64)
     for name, p in net.named_parameters():
         p.requires_grad_(not name.startswith(part))
     H = channels(dtype=torch.float64)
-    close(gradients(net, H), gradients(one_by_one(net), H), 3e4)
+    got, want = (gradients(one, H, of_channel=of_channel) for one in (net, one_by_one(net)))
+    close(got, want, 3e4)
 
 
 def test_one_trained_parameter():
@@ -333,7 +341,7 @@ def test_two_backwards_and_many_at_once():
 def test_checkpointing_computes_it_again():
     net = network(dtype=torch.float64)
     H = channels(dtype=torch.float64)
-    want = gradients(net, H)
+    want = gradients(net, H, of_channel=False)
     net.zero_grad()
     sum_of(checkpoint(net, H, scenes(), use_reentrant=False)).backward()
     for p, g in zip(net.parameters(), want[5:], strict=True):

@@ -273,13 +273,9 @@ def _kept_backward(
     return None, *every[:4], None, None, *every[4:]
 
 
-torch.library.register_autograd("lomacs::dual_view_project", _backward, setup_context=_setup, lib=library)
-torch.library.register_autograd(
-    "lomacs::gate_project", _front_backward, setup_context=_front_setup, lib=library
-)
-torch.library.register_autograd(
-    "lomacs::gate_project_kept", _kept_backward, setup_context=_kept_setup, lib=library
-)
+_call = common.differentiable("dual_view_project", _setup, _backward)
+_call_front = common.differentiable("gate_project", _front_setup, _front_backward)
+_call_front_kept = common.differentiable("gate_project_kept", _kept_setup, _kept_backward)
 # Hd is complex: half precision of the caller's becomes single
 for _device in ("cpu", "cuda"):
     for _name in (
@@ -359,7 +355,8 @@ def _triton_reasons(*args: Tensor) -> list[str]:
 
 
 def _run(Hd: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
-    return torch.ops.lomacs.dual_view_project.default(common.planes(Hd), *freq_gate.dense(weight, bias, pos))
+    found: Tensor = _call(common.planes(Hd), *freq_gate.dense(weight, bias, pos))
+    return found
 
 
 def _nominal_projection(device: torch.device) -> tuple[Tensor, ...]:
@@ -420,9 +417,9 @@ def _front(
     arguments = common.planes(H), *gate, float(temperature), normalize, *projection
     # gradients of H read all that is computed again
     if H.device.type == "cpu" and common.records(gate) and not H.requires_grad:
-        X, Hd, norms, _ = torch.ops.lomacs.gate_project_kept.default(*arguments)
+        X, Hd, norms, _ = _call_front_kept(*arguments)
     else:
-        X, Hd, norms = torch.ops.lomacs.gate_project.default(*arguments)
+        X, Hd, norms = _call_front(*arguments)
     Hd = torch.view_as_complex(Hd)
     return (X, Hd, norms) if normalize else (X, Hd)
 

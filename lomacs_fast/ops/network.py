@@ -56,14 +56,17 @@ def _taken(block: list[Tensor], groups: int) -> list[Any]:
     return [block[i : i + groups] for i in range(2, len(block), groups)] if groups else block[2:]
 
 
-def _forward(plan: _Plan, h: Tensor, scene: Tensor, tau: Tensor, flat: list[Tensor], keep: bool) -> Any:
-    """Results as the ops give them, and where they are kept for the backward all that it needs beside."""
-    ops = torch.ops.lomacs
-    row_w1, row_w2, col_w1, col_w2, weight, bias, pos, *rest = flat
-    x, hd, _ = ops.gate_project.default(
-        h, row_w1, row_w2, col_w1, col_w2, plan.temperature, False, weight, bias, pos
-    )
-    kept, at = [], 0
+def _forward(
+    plan: _Plan, h: Tensor, scene: Tensor, tau: Tensor, flat: list[Tensor], keep: bool, of_gate: bool = False
+) -> Any:
+    """Results as the ops give them, and where they are kept for the backward all that it needs beside.
+
+    `of_gate`: the gradients of the gate will be wanted, and that of H will not.
+    """
+    ops, rest = torch.ops.lomacs, flat[7:]
+    front = ops.gate_project_kept if of_gate else ops.gate_project
+    x, hd, _, *kept = front.default(h, *flat[:4], plan.temperature, False, *flat[4:7])
+    at = 0
     for groups in plan.groups:
         count = 2 + 6 * groups if groups else 6
         block = rest[at : at + count]
@@ -98,10 +101,12 @@ class _Network(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, H: Tensor, scene: Tensor, tau: Tensor, *flat: Tensor) -> Found:
         with torch._C._AutoDispatchBelowAutograd():
             h = common.planes(H)
-            found, kept = _forward(plan, h, scene, tau, list(flat), True)
+            needs = ctx.needs_input_grad
+            of_gate = any(needs[4:8]) and not needs[1]
+            found, kept = _forward(plan, h, scene, tau, list(flat), True, of_gate)
             out = _complex(found)
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.weights = plan, len(flat)
+        ctx.plan, ctx.weights, ctx.of_gate = plan, len(flat), of_gate
         ctx.save_for_backward(h, scene, *flat, *kept)
         return out
 
@@ -160,13 +165,19 @@ class _Network(torch.autograd.Function):
                 found = [part for g in found for part in g.unbind()]
             of_blocks = [gw, gb, *found, *of_blocks]
         *gate, weight, _, _ = flat[:7]
-        wanted = needs[1], any(needs[4:8]), any(needs[8:11])
-        gH, *of_front = ops.gate_project_backward.default(
-            gx, ghd, None, h, *gate, plan.temperature, False, weight, hd, *wanted
-        )
+        of_h, *wanted = needs[1], any(needs[4:8]), any(needs[8:11])
+        gH = None
+        if ctx.of_gate:
+            of_front = ops.gate_project_kept_backward.default(
+                gx, ghd, gate[1], gate[3], plan.temperature, weight, hd, *blocks, wanted[1]
+            )
+        else:
+            gH, *of_front = ops.gate_project_backward.default(
+                gx, ghd, None, h, *gate, plan.temperature, False, weight, hd, of_h, *wanted
+            )
         gradients = *of_front, *of_blocks, *of_pooled, *of_sizes
         of_flat = (g if need else None for g, need in zip(gradients, needs[4:], strict=True))
-        return None, torch.view_as_complex(gH) if needs[1] else None, None, None, *of_flat
+        return None, None if gH is None or not of_h else torch.view_as_complex(gH), None, None, *of_flat
 
 
 def _fits(H: Tensor, weights: NetworkWeights) -> bool:
