@@ -112,7 +112,8 @@ OrthoRefine<T> refine_job(const Tensor& U, const std::optional<Tensor>& V, const
   OrthoRefine<T> job{};
   const double* step = pointer<double>(steps);
   job.batch = U.size(0), job.r = U.size(2);
-  job.factors[0] = {pointer<T>(U), nullptr, output<T>(outU), nullptr, U.size(1), step[0], nullptr, nullptr, nullptr, 0, 0};
+  job.factors[0] = {pointer<T>(U), nullptr, output<T>(outU), nullptr, U.size(1), step[0], nullptr, nullptr,
+                    nullptr, 0, 0};
   if (V.has_value())
     job.factors[1] = {pointer<T>(*V), nullptr, output<T>(outV), nullptr, V->size(1), step[1], nullptr, nullptr,
                       nullptr, 0, 0};
