@@ -42,8 +42,8 @@ struct Tail {
 namespace lomacs {
 namespace {
 
-// What the forward of a sample keeps: the upper halves of U^H U - I of both factors, H V, the measured diagonal, and of each factor by
-// column the reciprocals of norms that normalise and differentiate, raw and refined.
+// What the forward of a sample keeps: the upper halves of U^H U - I of both factors, H V, the measured diagonal, and
+// of each factor by column the reciprocals of norms that normalise and differentiate, raw and refined.
 template <typename T>
 struct Kept {
   Upper<T> residuals[2];
