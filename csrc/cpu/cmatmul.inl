@@ -319,6 +319,25 @@ LOMACS_INLINE X spread(const T* p) {
   return x;
 }
 
+// a + x or a - x, and total + b x, for a number x in all lanes of whole vectors, as an operand in memory: on some
+// processors a broadcast to a register takes a multiplier's turn, one inside another instruction none
+template <bool MINUS, typename T>
+LOMACS_INLINE Vec<T> with_number(Vec<T> a, const T* x) {
+  Vec<T> sum;
+  if constexpr (sizeof(T) == 4 && MINUS) asm("vsubps %2%{1to16%}, %1, %0" : "=v"(sum) : "v"(a), "m"(*x));
+  else if constexpr (sizeof(T) == 4) asm("vaddps %2%{1to16%}, %1, %0" : "=v"(sum) : "v"(a), "m"(*x));
+  else if constexpr (MINUS) asm("vsubpd %2%{1to8%}, %1, %0" : "=v"(sum) : "v"(a), "m"(*x));
+  else asm("vaddpd %2%{1to8%}, %1, %0" : "=v"(sum) : "v"(a), "m"(*x));
+  return sum;
+}
+
+template <typename T>
+LOMACS_INLINE Vec<T> with_multiple(Vec<T> total, Vec<T> b, const T* x) {
+  if constexpr (sizeof(T) == 4) asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(total) : "v"(b), "m"(*x));
+  else asm("vfmadd231pd %2%{1to8%}, %1, %0" : "+v"(total) : "v"(b), "m"(*x));
+  return total;
+}
+
 // Three real products instead of four (Karatsuba): re += a_re b_re, im += a_im b_im, both += (a_re + a_im)
 // (b_re + b_im), a_im with its sign turned in `both` where the left factor is conjugated. The real part is
 // re - im (conjugated re + im), the imaginary part both - re - im (both - re + im). Normwise as accurate as four.
@@ -344,7 +363,15 @@ LOMACS_INLINE void multiply(X (&re)[R][V], X (&im)[R][V], X (&both)[R][V], const
       }
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
-        const X ar = spread<X>(a + i * row), ai = spread<X>(a + i * row + imag), as = CONJ ? ar - ai : ar + ai;
+        const X ar = spread<X>(a + i * row);
+        // the broadcasts of a single vector would take many turns
+        if constexpr (V == 1 && sizeof(X) == LOMACS_BYTES) {
+          re[i][0] += ar * br[0];
+          im[i][0] = with_multiple<T>(im[i][0], bi[0], a + i * row + imag);
+          both[i][0] += with_number<CONJ, T>(ar, a + i * row + imag) * bs[0];
+          continue;
+        }
+        const X ai = spread<X>(a + i * row + imag), as = CONJ ? ar - ai : ar + ai;
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) {
           re[i][j] += ar * br[j];

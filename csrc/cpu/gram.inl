@@ -1,6 +1,7 @@
 // One factor of tall columns: its Gram matrix, one refinement step and the step's gradient.
 // Included inside isa.inl by the files that need it.
 #include "cmatmul.inl"
+#include "upper.h"
 
 namespace lomacs {
 namespace LOMACS_ISA {
@@ -51,38 +52,84 @@ struct ToRowsAndSquares {
   }
 };
 
+// x times the upper half of a product to panels, and that half itself to where it is kept, if anywhere
+template <typename T>
+struct ToMultipleAndUpper {
+  ToPanels<T> panels;
+  T x;
+  Upper<T> kept;
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+    if (kept.data != nullptr) {
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) {
+        const std::int64_t column = (vec + j) * lanes<T>;
+        T* p = kept.at(i0, column);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i, p += Upper<T>::step) {
+          // strips of half a vector's rows end where the blocks do, others may not
+          if (LOMACS_PRODUCTS != 3 && i0 + i >= Upper<T>::rows(column / Upper<T>::block)) break;
+          store(p, re[i][j]);
+          store(p + Upper<T>::imag, im[i][j]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) re[i][j] *= x, im[i][j] *= x;
+    panels.template take<R, V>(re, im, i0, vec);
+  }
+};
+
+// rows that passes over columns take at a time: sums in chains so short, and lines read one after another
+constexpr std::int64_t chunk_rows = 8;
+
 // x to panels, with the square sums of its columns in short chains: they have one sign and their error would show
 template <typename T>
 LOMACS_TARGET void pack_squares(const T* x, std::int64_t rows, std::int64_t columns, Panels<T> to, T* squares) {
-  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
-    T* p = to.at(0, j / lanes<T>);
-    Vec<T> total{};
-    for (std::int64_t i = 0; i < rows;) {
+  std::fill_n(squares, whole<T>(columns), T(0));
+  for (std::int64_t i0 = 0; i0 < rows; i0 += chunk_rows) {
+    const std::int64_t stop = std::min(i0 + chunk_rows, rows);
+    for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+      T* p = to.at(i0, j / lanes<T>);
       Vec<T> part{};
-      for (const std::int64_t stop = std::min<std::int64_t>(i + 8, rows); i < stop; ++i, p += Panels<T>::step) {
+      for (std::int64_t i = i0; i < stop; ++i, p += Panels<T>::step) {
         Vec<T> re, im;
         load_complex(x + 2 * (i * columns + j), columns - j, re, im);
         store(p, re);
         store(p + Panels<T>::imag, im);
         part += re * re + im * im;
       }
-      total += part;
+      store(squares + j, load(squares + j) + part);
     }
-    store(squares + j, total);
   }
 }
 
 // to = x diag(s), which may be x itself
 template <typename T>
 LOMACS_TARGET void times_real(const T* x, const T* s, std::int64_t rows, std::int64_t columns, T* to) {
-  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
-    const std::int64_t count = columns - j;
+  for (std::int64_t i0 = 0; i0 < rows; i0 += chunk_rows) {
+    const std::int64_t stop = std::min(i0 + chunk_rows, rows);
+    std::int64_t j = 0;
+    for (; j + lanes<T> <= columns; j += lanes<T>) {
+      const Vec<T> weight = load(s + j);
+      const Vec<T> low = zip_low<T>(weight, weight, Lanes<T>{}), high = zip_high<T>(weight, weight, Lanes<T>{});
+      for (std::int64_t i = i0; i < stop; ++i) {
+        const std::int64_t at = 2 * (i * columns + j);
+        const Vec<T> first = low * load(x + at), second = high * load(x + at + lanes<T>);
+        store(to + at, first);
+        store(to + at + lanes<T>, second);
+      }
+    }
+    if (j == columns) continue;
     const Vec<T> weight = load(s + j);
-    for (std::int64_t i = 0; i < rows; ++i) {
+    for (std::int64_t i = i0; i < stop; ++i) {
       const std::int64_t at = 2 * (i * columns + j);
       Vec<T> re, im;
-      load_complex(x + at, count, re, im);
-      store_complex(to + at, count, re * weight, im * weight);
+      load_complex(x + at, columns - j, re, im);
+      store_complex(to + at, columns - j, re * weight, im * weight);
     }
   }
 }
@@ -133,25 +180,57 @@ LOMACS_TARGET void hermitian_sum(Panels<T> X, T x, std::int64_t n, Panels<T> to)
   combine(X, x, to, x, n, to);
 }
 
-// to = x (X + X^H); returns the sum of Re(X_ij conj(G_ij)) for a Hermitian G, which X + X^H has twice
+// of row k of a square on the diagonal: 1 right of the diagonal, a half on it, nothing left of it
 template <typename T>
-LOMACS_TARGET double hermitian_sum_and_inner(Panels<T> X, T x, Panels<T> G, std::int64_t n, Panels<T> to) {
+LOMACS_INLINE Vec<T> right_of_diagonal(std::int64_t k) {
+  Vec<T> place;
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes<T>; ++i) place[i] = static_cast<T>(i);
+  const Vec<T> at = splat(static_cast<T>(k));
+  // a comparison is -1 where it holds
+  return T(-0.5) * (__builtin_convertvector(place > at, Vec<T>) + __builtin_convertvector(place >= at, Vec<T>));
+}
+
+// One plane of squares (i, j) and (j, i) of x (X + X^H), of the imaginary parts x (X - X^T) = -(..)^T, in their place,
+// each from both. Returns what the upper one's inner product with the rows of g is, before x.
+template <typename T>
+LOMACS_INLINE Vec<T> hermitian_squares(T* upper, T* lower, const T* g, std::int64_t rows, T x, T sign, bool diagonal) {
+  Vec<T> y[lanes<T>], part{};
+#pragma GCC unroll 16
+  for (int k = 0; k < lanes<T>; ++k) y[k] = load(lower + k * Panels<T>::step);
+  transpose_square<T>(y);
+#pragma GCC unroll 16
+  for (int k = 0; k < lanes<T>; ++k) {
+    y[k] = load(upper + k * Panels<T>::step) + sign * y[k];
+    if (k < rows) {
+      const Vec<T> inner = y[k] * load(g + k * Upper<T>::step);
+      part += diagonal ? right_of_diagonal<T>(k) * inner : inner;
+    }
+    y[k] *= x;
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < lanes<T>; ++k) store(upper + k * Panels<T>::step, y[k]);
+  if (diagonal) return part;
+  transpose_square<T>(y);
+#pragma GCC unroll 16
+  for (int k = 0; k < lanes<T>; ++k) store(lower + k * Panels<T>::step, sign * y[k]);
+  return part;
+}
+
+// X becomes x (X + X^H); returns the sum of Re(X_ij conj(G_ij)) for a Hermitian G: by its upper half, as X + X^H has
+// all of them twice
+template <typename T>
+LOMACS_TARGET double hermitian_sum_and_inner(Panels<T> X, T x, Upper<T> G, std::int64_t n) {
   double total = 0;
   for (std::int64_t j = 0; j * lanes<T> < n; ++j)
     for (std::int64_t i = 0; i <= j; ++i) {
-      adjoint_square(X, j, i, to);
-      Vec<T> part{};
-      const std::int64_t stop = std::min((i + 1) * lanes<T>, n);
-      for (std::int64_t k = i * lanes<T>; k < stop; ++k) {
-        const T *p = X.at(k, j), *g = G.at(k, j);
-        T* o = to.at(k, j);
-        const Vec<T> re = load(p) + load(o), im = load(p + Panels<T>::imag) + load(o + Panels<T>::imag);
-        part += re * load(g) + im * load(g + Panels<T>::imag);
-        store(o, x * re);
-        store(o + Panels<T>::imag, x * im);
-      }
-      total += (i == j ? 0.5 : 1.0) * sum<T>(part);
-      if (i < j) adjoint_square(to, i, j, to);
+      const std::int64_t first = i * lanes<T>, rows = std::min<std::int64_t>(lanes<T>, n - first);
+      T *upper = X.at(first, j), *lower = X.at(j * lanes<T>, i);
+      const T* g = G.at(first, j * lanes<T>);
+      const Vec<T> re = hermitian_squares<T>(upper, lower, g, rows, x, 1, i == j);
+      const Vec<T> im = hermitian_squares<T>(upper + Panels<T>::imag, lower + Panels<T>::imag, g + Upper<T>::imag,
+                                             rows, x, -1, i == j);
+      total += sum<T>(re + im);
     }
   return total;
 }
@@ -166,43 +245,22 @@ LOMACS_TARGET void gram_matrix(const T* x, Panels<T> planar, std::int64_t rows, 
   mirror(to, r);
 }
 
-// normal_gradient of V whole vectors of columns from j on: on interleaved numbers, which are parted as they are stored
+// normal_gradient of rows from i0 to `stop` and V whole vectors of columns from j on: on interleaved numbers, which are
+// parted as they are stored
 template <int V, typename T>
-LOMACS_INLINE void normal_gradient_of(const T* x, const T* g, const T* a, const T* q, std::int64_t rows,
-                                      std::int64_t columns, std::int64_t j, T* to, Panels<T> planar) {
-  Vec<T> dot[2 * V] = {};
-  for (std::int64_t i = 0; i < rows;) {
-    Vec<T> part[2 * V] = {};
-    for (const std::int64_t stop = std::min<std::int64_t>(i + 8, rows); i < stop; ++i)
+LOMACS_INLINE void normal_gradient_of(const T* x, const T* g, const T* of_g, const T* of_x, std::int64_t i0,
+                                      std::int64_t stop, std::int64_t columns, std::int64_t j, Panels<T> to) {
+  Vec<T> a[2 * V], b[2 * V];
 #pragma GCC unroll 4
-      for (int n = 0; n < 2 * V; ++n) {
-        const std::int64_t at = 2 * (i * columns + j) + n * lanes<T>;
-        part[n] += load(x + at) * load(g + at);
-      }
-#pragma GCC unroll 4
-    for (int n = 0; n < 2 * V; ++n) dot[n] += part[n];
-  }
-  Vec<T> of_g[2 * V], of_x[2 * V];
-#pragma GCC unroll 2
-  for (int n = 0; n < V; ++n) {
-    const Vec<T> low = dot[2 * n], high = dot[2 * n + 1];
-    const Vec<T> real = evens<T>(low, high, Lanes<T>{}) + odds<T>(low, high, Lanes<T>{});
-    const Vec<T> of_gradient = load(a + j + n * lanes<T>), of_column = real * load(q + j + n * lanes<T>);
-    of_g[2 * n] = zip_low<T>(of_gradient, of_gradient, Lanes<T>{});
-    of_g[2 * n + 1] = zip_high<T>(of_gradient, of_gradient, Lanes<T>{});
-    of_x[2 * n] = zip_low<T>(of_column, of_column, Lanes<T>{});
-    of_x[2 * n + 1] = zip_high<T>(of_column, of_column, Lanes<T>{});
-  }
-  for (std::int64_t i = 0; i < rows; ++i) {
+  for (int n = 0; n < 2 * V; ++n) a[n] = load(of_g + n * lanes<T>), b[n] = load(of_x + n * lanes<T>);
+  T* p = to.at(i0, j / lanes<T>);
+  for (std::int64_t i = i0; i < stop; ++i, p += Panels<T>::step) {
     Vec<T> y[2 * V];
 #pragma GCC unroll 4
     for (int n = 0; n < 2 * V; ++n) {
       const std::int64_t at = 2 * (i * columns + j) + n * lanes<T>;
-      y[n] = of_g[n] * load(g + at) - of_x[n] * load(x + at);
-      if (to != nullptr) store(to + at, y[n]);
+      y[n] = a[n] * load(g + at) - b[n] * load(x + at);
     }
-    if (planar.data == nullptr) continue;
-    T* p = planar.at(i, j / lanes<T>);
 #pragma GCC unroll 2
     for (int n = 0; n < V; ++n) {
       store(p + n * lanes<T>, evens<T>(y[2 * n], y[2 * n + 1], Lanes<T>{}));
@@ -212,87 +270,140 @@ LOMACS_INLINE void normal_gradient_of(const T* x, const T* g, const T* a, const 
 }
 
 // Gradient of columns x that were divided by (norm + eps), given that of the quotients, g:
-// to = g diag(a) - x diag(q Re(x^H g)), a = 1 / (norm + eps), q = a^2 / norm, or 1 / norm for x the quotients;
-// to may be x or g; as rows, in panels, or both, whatever there is
+// to = g diag(a) - x diag(q Re(x^H g)), a = 1 / (norm + eps), q = a^2 / norm, or 1 / norm for x the quotients
 template <typename T>
 LOMACS_TARGET void normal_gradient(const T* x, const T* g, const T* a, const T* q, std::int64_t rows,
-                                   std::int64_t columns, T* to, Panels<T> planar = {}) {
-  std::int64_t j = 0;
-  for (; j + panel<T> <= columns; j += panel<T>)
-    normal_gradient_of<LOMACS_VECS>(x, g, a, q, rows, columns, j, to, planar);
-  for (; j < columns; j += lanes<T>) {
-    const std::int64_t count = columns - j;
-    if (count >= lanes<T>) {
-      normal_gradient_of<1>(x, g, a, q, rows, columns, j, to, planar);
-      continue;
-    }
-    Vec<T> dot{};
-    for (std::int64_t i = 0; i < rows;) {
-      Vec<T> part{};
-      for (const std::int64_t stop = std::min<std::int64_t>(i + 8, rows); i < stop; ++i) {
-        const std::int64_t at = 2 * (i * columns + j);
-        Vec<T> xr, xi, gr, gi;
-        load_complex(x + at, count, xr, xi);
-        load_complex(g + at, count, gr, gi);
-        part += xr * gr + xi * gi;
+                                   std::int64_t columns, Panels<T> to) {
+  // by interleaved numbers: the sums of so many, then what g and x are multiplied by
+  constexpr int many = 8;
+  alignas(LOMACS_BYTES) T dots[many * lanes<T>], of_g[many * lanes<T>];
+  std::int64_t j0 = 0;
+  for (std::int64_t width; columns - j0 >= lanes<T>; j0 += width) {
+    width = std::min<std::int64_t>(many / 2, (columns - j0) / lanes<T>) * lanes<T>;
+    const std::int64_t vecs = 2 * width / lanes<T>;
+    std::fill_n(dots, many * lanes<T>, T(0));
+    for (std::int64_t i0 = 0; i0 < rows; i0 += chunk_rows) {
+      const std::int64_t stop = std::min(i0 + chunk_rows, rows);
+      for (std::int64_t n = 0; n < vecs; n += 2) {
+        Vec<T> low{}, high{};
+        for (std::int64_t i = i0; i < stop; ++i) {
+          const std::int64_t at = 2 * (i * columns + j0) + n * lanes<T>;
+          low += load(x + at) * load(g + at);
+          high += load(x + at + lanes<T>) * load(g + at + lanes<T>);
+        }
+        store(dots + n * lanes<T>, load(dots + n * lanes<T>) + low);
+        store(dots + (n + 1) * lanes<T>, load(dots + (n + 1) * lanes<T>) + high);
       }
-      dot += part;
     }
-    const Vec<T> of_g = load(a + j), of_x = dot * load(q + j);
-    for (std::int64_t i = 0; i < rows; ++i) {
-      const std::int64_t at = 2 * (i * columns + j);
+    for (std::int64_t n = 0; n < vecs; n += 2) {
+      const std::int64_t j = j0 + n / 2 * lanes<T>;
+      T *of_column = dots + n * lanes<T>, *of_gradient = of_g + n * lanes<T>;
+      const Vec<T> low = load(of_column), high = load(of_column + lanes<T>);
+      const Vec<T> dot = evens<T>(low, high, Lanes<T>{}) + odds<T>(low, high, Lanes<T>{});
+      const Vec<T> along = dot * load(q + j), scale = load(a + j);
+      store(of_column, zip_low<T>(along, along, Lanes<T>{}));
+      store(of_column + lanes<T>, zip_high<T>(along, along, Lanes<T>{}));
+      store(of_gradient, zip_low<T>(scale, scale, Lanes<T>{}));
+      store(of_gradient + lanes<T>, zip_high<T>(scale, scale, Lanes<T>{}));
+    }
+    // from the last rows back, which are the nearest
+    for (std::int64_t i0 = (rows - 1) / chunk_rows * chunk_rows; i0 >= 0; i0 -= chunk_rows) {
+      const std::int64_t stop = std::min(i0 + chunk_rows, rows);
+      std::int64_t n = 0;
+      for (; n + 2 * LOMACS_VECS <= vecs; n += 2 * LOMACS_VECS)
+        normal_gradient_of<LOMACS_VECS>(x, g, of_g + n * lanes<T>, dots + n * lanes<T>, i0, stop, columns,
+                                        j0 + n / 2 * lanes<T>, to);
+      for (; n < vecs; n += 2)
+        normal_gradient_of<1>(x, g, of_g + n * lanes<T>, dots + n * lanes<T>, i0, stop, columns,
+                              j0 + n / 2 * lanes<T>, to);
+    }
+  }
+  if (j0 == columns) return;
+  const std::int64_t count = columns - j0;
+  Vec<T> dot{};
+  for (std::int64_t i = 0; i < rows;) {
+    Vec<T> part{};
+    for (const std::int64_t stop = std::min(i + chunk_rows, rows); i < stop; ++i) {
+      const std::int64_t at = 2 * (i * columns + j0);
       Vec<T> xr, xi, gr, gi;
       load_complex(x + at, count, xr, xi);
       load_complex(g + at, count, gr, gi);
-      const Vec<T> re = of_g * gr - of_x * xr, im = of_g * gi - of_x * xi;
-      if (to != nullptr) store_complex(to + at, count, re, im);
-      if (planar.data == nullptr) continue;
-      T* p = planar.at(i, j / lanes<T>);
-      store(p, re);
-      store(p + Panels<T>::imag, im);
+      part += xr * gr + xi * gi;
     }
+    dot += part;
+  }
+  const Vec<T> scale = load(a + j0), along = dot * load(q + j0);
+  T* p = to.at(0, j0 / lanes<T>);
+  for (std::int64_t i = 0; i < rows; ++i, p += Panels<T>::step) {
+    const std::int64_t at = 2 * (i * columns + j0);
+    Vec<T> xr, xi, gr, gi;
+    load_complex(x + at, count, xr, xi);
+    load_complex(g + at, count, gr, gi);
+    store(p, scale * gr - along * xr);
+    store(p + Panels<T>::imag, scale * gi - along * xi);
   }
 }
 
-// Scratch of a factor: U, U^H U - I, I - step (U^H U - I) and two more r x r, planar; U P, interleaved.
+// Scratch of a factor: U, I - step (U^H U - I) and one more r x r, planar; U P, interleaved; and of U^H U - I the upper
+// half, unless it is kept elsewhere.
 template <typename T>
 struct Factor {
-  Panels<T> U, G, P, K, C;
+  Panels<T> U, P, K;
+  Upper<T> residual;
   T *Y, *squares, *scale, *slope;
 
   void plan(Arena<T>& arena, std::int64_t rows, std::int64_t r, bool backward) {
     U = take_panels(arena, rows, r);
-    G = take_squares(arena, r, r);
     P = take_squares(arena, r, r);
     squares = take_row(arena, r);
     scale = take_row(arena, r);
     slope = take_row(arena, r);
     if (!backward) return;
     K = take_squares(arena, r, r);
-    C = take_squares(arena, r, r);
     Y = arena.take(2 * rows * r);
+    residual.data = arena.take(Upper<T>::size(r));
   }
 };
 
+// P = I - step G from the upper half of G
 template <typename T>
-LOMACS_TARGET void refine_polynomial(const Factor<T>& x, std::int64_t r, double step) {
-  multiple(x.G, static_cast<T>(-step), r, x.P);
-  add_identity(x.P, static_cast<T>(1), r);
+LOMACS_TARGET void refine_polynomial(Upper<T> G, std::int64_t r, double step, Panels<T> P) {
+  const T x = static_cast<T>(-step);
+  for (std::int64_t j = 0; j < r; j += lanes<T>) {
+    const T* p = G.at(0, j);
+    T* o = P.at(0, j / lanes<T>);
+    for (std::int64_t i = std::min(j + lanes<T>, r); i > 0; --i, p += Upper<T>::step, o += Panels<T>::step) {
+      store(o, x * load(p));
+      store(o + Panels<T>::imag, x * load(p + Upper<T>::imag));
+    }
+  }
+  mirror(P, r);
+  add_identity(P, static_cast<T>(1), r);
 }
 
 // Y = U - step U (U^H U - I) for the u that is in x.U too, the square sums of its columns in x.squares; leaves
-// 1 / (norm + eps) of Y's columns in x.scale
+// 1 / (norm + eps) of Y's columns in x.scale and, where it is to be kept, the upper half of U^H U - I
 template <typename T>
 LOMACS_TARGET void refine_packed(const T* u, const Factor<T>& x, std::int64_t rows, std::int64_t r, double step, T* Y,
-                                 Ahead& ahead) {
-  gram_matrix(u, x.U, rows, r, x.G, ahead);
+                                 Ahead& ahead, Upper<T> kept = {}) {
+  // what no vector of a product reaches
+  if (kept.data != nullptr && (lanes<T> != Upper<T>::block || r % Upper<T>::block != 0))
+    std::fill_n(kept.data, Upper<T>::size(r), T(0));
+  const Term<T> gram[] = {{{u, 1, r}, x.U, rows}};
+  ToMultipleAndUpper<T> upper{{x.P}, static_cast<T>(-step), kept};
+  product<true>(gram, upper, r, r, ahead, Part::upper);
+  mirror(x.P, r);
   for (std::int64_t k = 0; k < r; ++k) {
-    T* g = x.G.element(k, k);
-    g[0] = x.squares[k] - 1;
-    g[Panels<T>::imag] = 0;
+    const T g = x.squares[k] - 1;
+    T* p = x.P.element(k, k);
+    p[0] = static_cast<T>(-step) * g + 1;
+    p[Panels<T>::imag] = 0;
     x.squares[k] = 0;
+    if (kept.data == nullptr) continue;
+    T* q = kept.at(k, k);
+    q[0] = g;
+    q[Upper<T>::imag] = 0;
   }
-  refine_polynomial(x, r, step);
   const Term<T> terms[] = {{{u, r, 1}, x.P, r}};
   ToRowsAndSquares<T> sink{{Y, r}, x.squares};
   product<false>(terms, sink, rows, r, ahead);
@@ -305,20 +416,21 @@ LOMACS_TARGET void refine_packed(const T* u, const Factor<T>& x, std::int64_t ro
 
 template <typename T>
 LOMACS_TARGET void refine_columns(const T* u, const Factor<T>& x, std::int64_t rows, std::int64_t r, double step,
-                                  T* Y, Ahead& ahead) {
+                                  T* Y, Ahead& ahead, Upper<T> kept = {}) {
   pack_squares(u, rows, r, x.U, x.squares);
-  refine_packed(u, x, rows, r, step, Y, ahead);
+  refine_packed(u, x, rows, r, step, Y, ahead, kept);
 }
 
-// To the sink the gradient of u from that of its refined columns, which is in G; returns that of the step.
+// To the sink the gradient of u from that of its refined columns, which is in G; returns that of the step. After
+// refine_polynomial or refine_packed of this residual.
 template <typename T, typename Sink>
-LOMACS_TARGET double refine_product(const T* u, Panels<T> G, const Factor<T>& x, std::int64_t rows, std::int64_t r,
-                                    double step, Sink sink, Ahead& ahead) {
+LOMACS_TARGET double refine_product(const T* u, Panels<T> G, const Factor<T>& x, Upper<T> residual, std::int64_t rows,
+                                    std::int64_t r, double step, Sink sink, Ahead& ahead) {
   const Term<T> cross[] = {{{u, 1, r}, G, rows}};
   ToPanels<T> of_gram{x.K};
   product<true>(cross, of_gram, r, r, ahead);
-  const double gstep = -hermitian_sum_and_inner(x.K, static_cast<T>(-step), x.G, r, x.C);
-  const Term<T> terms[] = {{left_of(G), x.P, r}, {{u, r, 1}, x.C, r}};
+  const double gstep = -hermitian_sum_and_inner(x.K, static_cast<T>(-step), residual, r);
+  const Term<T> terms[] = {{left_of(G), x.P, r}, {{u, r, 1}, x.K, r}};
   product<false>(terms, sink, rows, r, ahead);
   return gstep;
 }
@@ -326,10 +438,10 @@ LOMACS_TARGET double refine_product(const T* u, Panels<T> G, const Factor<T>& x,
 // gU from the gradient g of the normalised columns; returns that of the step. After refine_columns into x.Y, which
 // is `columns`; or those normalised, and then x.slope has 1 / norm.
 template <typename T>
-LOMACS_TARGET double refine_gradient(const T* u, const T* columns, const T* g, const Factor<T>& x, std::int64_t rows,
-                                     std::int64_t r, double step, T* gU, Ahead& ahead) {
-  normal_gradient(columns, g, x.scale, x.slope, rows, r, static_cast<T*>(nullptr), x.U);
-  return refine_product(u, x.U, x, rows, r, step, ToRows<T>{gU, r}, ahead);
+LOMACS_TARGET double refine_gradient(const T* u, const T* columns, const T* g, const Factor<T>& x, Upper<T> residual,
+                                     std::int64_t rows, std::int64_t r, double step, T* gU, Ahead& ahead) {
+  normal_gradient(columns, g, x.scale, x.slope, rows, r, x.U);
+  return refine_product(u, x.U, x, residual, rows, r, step, ToRows<T>{gU, r}, ahead);
 }
 
 }  // namespace

@@ -11,13 +11,14 @@
 
 #include "simd.h"
 #include "tensors.h"
+#include "upper.h"
 
 namespace lomacs {
 namespace {
 
 // A batch of one factor; g and gsteps, one a sample, are there for the backward alone. Where the forward kept
-// U^H U - I and the norms of the columns, `stride` columns from sample to sample, the backward reads them and the
-// refined columns.
+// the upper half of U^H U - I and the norms of the columns, `many` and `stride` numbers from sample to sample, the
+// backward reads them and the refined columns.
 template <typename T>
 struct FactorOf {
   const T *x, *g;
@@ -27,7 +28,7 @@ struct FactorOf {
   double step;
   const T* refined;
   T *residual, *norms;
-  std::int64_t stride;
+  std::int64_t many, stride;
 };
 
 template <typename T>
@@ -111,19 +112,21 @@ OrthoRefine<T> refine_job(const Tensor& U, const std::optional<Tensor>& V, const
   OrthoRefine<T> job{};
   const double* step = pointer<double>(steps);
   job.batch = U.size(0), job.r = U.size(2);
-  job.factors[0] = {pointer<T>(U), nullptr, output<T>(outU), nullptr, U.size(1), step[0], nullptr, nullptr, nullptr, 0};
+  job.factors[0] = {pointer<T>(U), nullptr, output<T>(outU), nullptr, U.size(1), step[0], nullptr, nullptr,
+                    nullptr, 0, 0};
   if (V.has_value())
     job.factors[1] = {pointer<T>(*V), nullptr, output<T>(outV), nullptr, V->size(1), step[1], nullptr, nullptr,
-                      nullptr, 0};
+                      nullptr, 0, 0};
   return job;
 }
 
-// where the forward leaves what the backward reads: residuals (B, factors, r, r, 2) and norms (B, factors, r)
+// where the forward leaves what the backward reads: residuals (B, factors, of Upper) and norms (B, factors, r)
 template <typename T>
 void keep(OrthoRefine<T>& job, std::int64_t factors, const Tensor& residuals, const Tensor& norms) {
   for (std::int64_t f = 0; f < factors; ++f) {
-    job.factors[f].residual = output<T>(residuals) + 2 * f * job.r * job.r;
+    job.factors[f].residual = output<T>(residuals) + f * Upper<T>::size(job.r);
     job.factors[f].norms = output<T>(norms) + f * job.r;
+    job.factors[f].many = factors * Upper<T>::size(job.r);
     job.factors[f].stride = factors * job.r;
   }
 }
@@ -146,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refine_kept(const Tensor& U, const st
                                                        const Tensor& steps) {
   const std::int64_t factors = V.has_value() ? 2 : 1, B = U.size(0), r = U.size(2);
   Tensor outU = shaped_like(U), outV = V.has_value() ? shaped_like(*V) : torch::stable::new_empty(U, {0});
-  Tensor residuals = torch::stable::new_empty(U, {B, factors, r, r, 2});
+  Tensor residuals = torch::stable::new_empty(U, {B, factors, Upper<T>::size(r)});
   Tensor norms = torch::stable::new_empty(U, {B, factors, r});
   OrthoRefine<T> job = refine_job<T>(U, V, steps, outU, outV);
   keep(job, factors, residuals, norms);
@@ -220,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> ortho_refine_kept_backward(
   const std::int64_t factors = V.has_value() ? 2 : 1, B = U.size(0), r = U.size(2);
   checks.tensor("U_out", U_out, U.scalar_type(), {B, U.size(1), r, 2});
   if (V.has_value()) checks.tensor("V_out", V_out, U.scalar_type(), {B, V->size(1), r, 2});
-  checks.tensor("residuals", residuals, U.scalar_type(), {B, factors, r, r, 2});
+  checks.tensor("residuals", residuals, U.scalar_type(), {B, factors, Upper<float>::size(r)});
   checks.tensor("norms", norms, U.scalar_type(), {B, factors, r});
   const Kept kept{&U_out, &V_out, &residuals, &norms};
   if (U.scalar_type() == ScalarType::Float) return refine_backward<float>(gU, gV, U, V, steps, &kept);

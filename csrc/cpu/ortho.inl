@@ -22,35 +22,33 @@ LOMACS_TARGET void ortho_refine_factors(const OrthoRefine<T>& job, std::int64_t 
       if (job.backward) ahead.add(f.g + (b + 1) * size, bytes);
       if (f.refined) {
         ahead.add(f.refined + (b + 1) * size, bytes);
-        ahead.add(f.residual + 2 * (b + 1) * f.stride * r, sizeof(T) * static_cast<std::size_t>(2 * r * r));
+        ahead.add(f.residual + (b + 1) * f.many, sizeof(T) * static_cast<std::size_t>(Upper<T>::size(r)));
       }
       ahead.add(f.x + (b + 1) * size, bytes);
     }
-    T* residual = f.residual ? f.residual + 2 * b * f.stride * r : nullptr;
-    // written at the end
-    if (residual && !job.backward) ahead.add(residual, sizeof(T) * static_cast<std::size_t>(2 * r * r));
+    const Upper<T> kept{f.residual ? f.residual + b * f.many : nullptr};
+    // to be written
+    if (kept.data && !job.backward) ahead.add(kept.data, sizeof(T) * static_cast<std::size_t>(Upper<T>::size(r)));
     x.U.rows = rows;
     const T* u = f.x + b * size;
     T* out = f.out + b * size;
     T* norms = f.norms ? f.norms + b * f.stride : nullptr;
-    if (job.backward && residual) {
-      pack(residual, r, r, x.G);
-      refine_polynomial(x, r, f.step);
+    if (job.backward && kept.data) {
+      refine_polynomial(kept, r, f.step, x.P);
       for (std::int64_t k = 0; k < r; ++k) {
         const double n = norms[k];
         x.scale[k] = static_cast<T>(1 / (n + normal_eps));
         x.slope[k] = static_cast<T>(n != 0 ? 1 / n : 0.0);
       }
       const T* refined = f.refined + b * size;
-      f.gsteps[b] = refine_gradient(u, refined, f.g + b * size, x, rows, r, f.step, out, ahead);
+      f.gsteps[b] = refine_gradient(u, refined, f.g + b * size, x, kept, rows, r, f.step, out, ahead);
     } else if (job.backward) {
-      refine_columns(u, x, rows, r, f.step, x.Y, ahead);
-      f.gsteps[b] = refine_gradient(u, x.Y, f.g + b * size, x, rows, r, f.step, out, ahead);
+      refine_columns(u, x, rows, r, f.step, x.Y, ahead, x.residual);
+      f.gsteps[b] = refine_gradient(u, x.Y, f.g + b * size, x, x.residual, rows, r, f.step, out, ahead);
     } else {
-      refine_columns(u, x, rows, r, f.step, out, ahead);
+      refine_columns(u, x, rows, r, f.step, out, ahead, kept);
       times_real(out, x.scale, rows, r, out);
-      if (!residual) continue;
-      rows_of(x.G, r, residual);
+      if (!kept.data) continue;
       for (std::int64_t k = 0; k < r; ++k) norms[k] = std::sqrt(x.squares[k]);
     }
   }

@@ -10,6 +10,7 @@
 #include "simd.h"
 #include "stages.h"
 #include "tensors.h"
+#include "upper.h"
 
 namespace lomacs {
 namespace {
@@ -41,17 +42,18 @@ struct Tail {
 namespace lomacs {
 namespace {
 
-// What the forward of a sample keeps: U^H U - I of both factors, H V, the measured diagonal, and of each factor by
-// column the reciprocals of norms that normalise and differentiate, raw and refined.
+// What the forward of a sample keeps: the upper halves of U^H U - I of both factors, H V, the measured diagonal, and
+// of each factor by column the reciprocals of norms that normalise and differentiate, raw and refined.
 template <typename T>
 struct Kept {
-  T *residuals[2] = {}, *W = nullptr, *z = nullptr, *columns[2] = {};
+  Upper<T> residuals[2];
+  T *W = nullptr, *z = nullptr, *columns[2] = {};
 
-  static std::int64_t size(std::int64_t M, std::int64_t r) { return 4 * r * r + 2 * M * r + 10 * r; }
+  static std::int64_t size(std::int64_t M, std::int64_t r) { return 2 * Upper<T>::size(r) + 2 * M * r + 10 * r; }
   Kept() = default;
   Kept(T* p, std::int64_t M, std::int64_t r)
-      : residuals{p, p + 2 * r * r},
-        W(p + 4 * r * r),
+      : residuals{{p}, {p + Upper<T>::size(r)}},
+        W(p + 2 * Upper<T>::size(r)),
         z(W + 2 * M * r),
         columns{z + 2 * r, z + 6 * r} {}
 };

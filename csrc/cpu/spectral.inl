@@ -218,18 +218,18 @@ struct TailFactor {
 // square sums of the columns, in short chains
 template <typename T>
 LOMACS_TARGET void column_squares(const T* x, std::int64_t rows, std::int64_t columns, T* squares) {
-  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
-    Vec<T> total{};
-    for (std::int64_t i = 0; i < rows;) {
+  std::fill_n(squares, whole<T>(columns), T(0));
+  for (std::int64_t i0 = 0; i0 < rows; i0 += chunk_rows) {
+    const std::int64_t stop = std::min(i0 + chunk_rows, rows);
+    for (std::int64_t j = 0; j < columns; j += lanes<T>) {
       Vec<T> part{};
-      for (const std::int64_t stop = std::min<std::int64_t>(i + 8, rows); i < stop; ++i) {
+      for (std::int64_t i = i0; i < stop; ++i) {
         Vec<T> re, im;
         load_complex(x + 2 * (i * columns + j), columns - j, re, im);
         part += re * re + im * im;
       }
-      total += part;
+      store(squares + j, load(squares + j) + part);
     }
-    store(squares + j, total);
   }
 }
 
@@ -273,18 +273,21 @@ LOMACS_TARGET void ordered_columns(const T* raw, const std::int64_t* order, cons
 template <typename T>
 LOMACS_TARGET void times_real_packed(const T* x, const T* s, std::int64_t rows, std::int64_t columns, T* to,
                                      Panels<T> planar) {
-  for (std::int64_t j = 0; j < columns; j += lanes<T>) {
-    const std::int64_t count = columns - j;
-    const Vec<T> weight = load(s + j);
-    T* p = planar.at(0, j / lanes<T>);
-    for (std::int64_t i = 0; i < rows; ++i, p += Panels<T>::step) {
-      const std::int64_t at = 2 * (i * columns + j);
-      Vec<T> re, im;
-      load_complex(x + at, count, re, im);
-      re *= weight, im *= weight;
-      store_complex(to + at, count, re, im);
-      store(p, re);
-      store(p + Panels<T>::imag, im);
+  for (std::int64_t i0 = 0; i0 < rows; i0 += chunk_rows) {
+    const std::int64_t stop = std::min(i0 + chunk_rows, rows);
+    for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+      const std::int64_t count = columns - j;
+      const Vec<T> weight = load(s + j);
+      T* p = planar.at(i0, j / lanes<T>);
+      for (std::int64_t i = i0; i < stop; ++i, p += Panels<T>::step) {
+        const std::int64_t at = 2 * (i * columns + j);
+        Vec<T> re, im;
+        load_complex(x + at, count, re, im);
+        re *= weight, im *= weight;
+        store_complex(to + at, count, re, im);
+        store(p, re);
+        store(p + Panels<T>::imag, im);
+      }
     }
   }
 }
@@ -292,7 +295,7 @@ LOMACS_TARGET void times_real_packed(const T* x, const T* s, std::int64_t rows, 
 // The raw columns in this order, divided by (norm + eps); then refined: Y and the scale of its columns.
 template <typename T>
 LOMACS_TARGET void tail_columns(const T* raw, const std::int64_t* order, const TailFactor<T>& f, std::int64_t rows,
-                                std::int64_t r, double step, T* Y, Ahead& ahead) {
+                                std::int64_t r, double step, T* Y, Ahead& ahead, Upper<T> kept = {}) {
   column_squares(raw, rows, r, f.dots);
   for (std::int64_t k = 0; k < r; ++k) {
     const double n = std::sqrt(static_cast<double>(f.dots[order[k]]));
@@ -300,16 +303,15 @@ LOMACS_TARGET void tail_columns(const T* raw, const std::int64_t* order, const T
     f.slope[k] = static_cast<T>(n != 0 ? 1 / n : 0.0);
   }
   ordered_columns<true>(raw, order, f, rows, r);
-  refine_packed(f.columns, f.x, rows, r, step, Y, ahead);
+  refine_packed(f.columns, f.x, rows, r, step, Y, ahead, kept);
 }
 
 // What tail_columns leaves and the gradients need, from what the forward kept.
 template <typename T>
 LOMACS_TARGET void kept_columns(const T* raw, const std::int64_t* order, const TailFactor<T>& f, std::int64_t rows,
-                                std::int64_t r, double step, const T* residual) {
+                                std::int64_t r, double step, Upper<T> residual) {
   ordered_columns<false>(raw, order, f, rows, r);
-  pack(residual, r, r, f.x.G);
-  refine_polynomial(f.x, r, step);
+  refine_polynomial(residual, r, step, f.x.P);
 }
 
 // dots = Re(x^H g) of the columns; x also to panels where there are some
@@ -420,11 +422,11 @@ struct ToRowsAndRealDots {
 
 // The gradient of the refined columns, in G, back to the raw ones; returns that of the step.
 template <typename T>
-LOMACS_TARGET double tail_gradient(const std::int64_t* order, const TailFactor<T>& f, Panels<T> G, std::int64_t rows,
-                                   std::int64_t r, double step, T* graw, Ahead& ahead) {
+LOMACS_TARGET double tail_gradient(const std::int64_t* order, const TailFactor<T>& f, Panels<T> G, Upper<T> residual,
+                                   std::int64_t rows, std::int64_t r, double step, T* graw, Ahead& ahead) {
   std::fill_n(f.dots, whole<T>(r), T(0));
   const ToRowsAndRealDots<T> sink{{f.x.Y, r}, f.columns, f.dots};
-  const double gstep = refine_product(f.columns, G, f.x, rows, r, step, sink, ahead);
+  const double gstep = refine_product(f.columns, G, f.x, residual, rows, r, step, sink, ahead);
   for (std::int64_t j = 0; j < r; j += lanes<T>) store(f.dots + j, load(f.dots + j) * load(f.slope + j));
   for (std::int64_t i0 = 0; i0 < rows; i0 += f.few) {
     const std::int64_t many = std::min(f.few, rows - i0);
@@ -527,13 +529,13 @@ LOMACS_TARGET void tail_gradients(const Tail<T>& job, const std::int64_t* order,
     product<true>(terms, sink, N, r, ahead);
   }
   kept_columns(job.V + right, order, f, N, r, job.b, kept.residuals[1]);
-  scalars[1] = tail_gradient(order, f, x.V, N, r, job.b, job.oV + right, ahead);
+  scalars[1] = tail_gradient(order, f, x.V, kept.residuals[1], N, r, job.b, job.oV + right, ahead);
 
   project(kept.columns[0], x.dots_of_U);
   const OfNormal<T> of{u, job.gU + left, z.re, x.conjugate, f.x.scale, x.along};
   normal_gradient_of(kept.W, of, M, r, x.U);
   kept_columns(job.U + left, order, f, M, r, job.a, kept.residuals[0]);
-  scalars[0] = tail_gradient(order, f, x.U, M, r, job.a, job.oU + left, ahead);
+  scalars[0] = tail_gradient(order, f, x.U, kept.residuals[0], M, r, job.a, job.oU + left, ahead);
 }
 
 // largest first, NaN before all, equal ones as they come: torch's order
@@ -552,19 +554,13 @@ LOMACS_TARGET void tail_of_sample(const Tail<T>& job, const std::int64_t* order,
                                   Ahead& ahead) {
   const std::int64_t M = job.M, N = job.N, r = job.r;
   f.x.U.rows = M;
-  tail_columns(job.U + 2 * b * M * r, order, f, M, r, job.a, u, ahead);
+  tail_columns(job.U + 2 * b * M * r, order, f, M, r, job.a, u, ahead, kept ? kept->residuals[0] : Upper<T>{});
   times_real(u, f.x.scale, M, r, u);
-  if (kept) {
-    rows_of(f.x.G, r, kept->residuals[0]);
-    f.keep(r, kept->columns[0]);
-  }
+  if (kept) f.keep(r, kept->columns[0]);
   f.x.U.rows = N;
-  tail_columns(job.V + 2 * b * N * r, order, f, N, r, job.b, v, ahead);
+  tail_columns(job.V + 2 * b * N * r, order, f, N, r, job.b, v, ahead, kept ? kept->residuals[1] : Upper<T>{});
   times_real_packed(v, f.x.scale, N, r, v, V);
-  if (kept) {
-    rows_of(f.x.G, r, kept->residuals[1]);
-    f.keep(r, kept->columns[1]);
-  }
+  if (kept) f.keep(r, kept->columns[1]);
   z.clear(r);
   const Term<T> measured[] = {{{job.H + 2 * b * M * N, N, 1}, V, N}};
   ToDots<T> dots{u, r, z.re, z.im};

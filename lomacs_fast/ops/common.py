@@ -33,6 +33,12 @@ def planes(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def upper_half(n: int) -> int:
+    """Numbers in the upper half of a Hermitian matrix as `csrc/cpu/upper.h` keeps it."""
+    blocks = (n + 15) // 16
+    return 256 * blocks * (blocks + 1)
+
+
 def rows(x: Tensor) -> Tensor:
     """Real `(..., n)` as contiguous `(B, n)`."""
     x = x.resolve_neg()

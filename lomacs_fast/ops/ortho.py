@@ -20,7 +20,7 @@ library.define(
     "-> (Tensor gU, Tensor gV, Tensor gsteps)",
     tags=common.TAGS,
 )
-# U^H U - I of the factors and the norms of the columns are, with the results, what the gradients need
+# the upper halves of U^H U - I and the norms of the columns are, with the results, what the gradients need
 library.define(
     "ortho_refine_kept(Tensor U, Tensor? V, Tensor steps) "
     "-> (Tensor U_out, Tensor V_out, Tensor residuals, Tensor norms)",
@@ -79,7 +79,11 @@ def _fake_refine_backward(
 @torch.library.register_fake("lomacs::ortho_refine_kept", lib=library)
 def _fake_refine_kept(U: Tensor, V: Tensor | None, steps: Tensor) -> tuple[Tensor, ...]:
     B, r, factors = U.shape[0], U.shape[2], 1 if V is None else 2
-    return (*_fake_refine(U, V, steps), U.new_empty((B, factors, r, r, 2)), U.new_empty((B, factors, r)))
+    return (
+        *_fake_refine(U, V, steps),
+        U.new_empty((B, factors, common.upper_half(r))),
+        U.new_empty((B, factors, r)),
+    )
 
 
 @torch.library.register_fake("lomacs::ortho_refine_kept_backward", lib=library)
@@ -99,7 +103,7 @@ def _fake_refine_kept_backward(
     check_like("U_out", U_out, U.shape, "U", U)
     if V is not None:
         check_like("V_out", V_out, V.shape, "U", U)
-    check_like("residuals", residuals, (B, factors, r, r, 2), "U", U)
+    check_like("residuals", residuals, (B, factors, common.upper_half(r)), "U", U)
     check_like("norms", norms, (B, factors, r), "U", U)
     return found
 

@@ -124,7 +124,7 @@ def _fake_tail_backward(
 
 def _kept_shape(U_raw: Tensor) -> tuple[int, int]:
     B, M, r = U_raw.shape[:3]
-    return B, 4 * r * r + 2 * M * r + 10 * r
+    return B, 2 * common.upper_half(r) + 2 * M * r + 10 * r
 
 
 @torch.library.register_fake("lomacs::svd_tail_kept", lib=library)
