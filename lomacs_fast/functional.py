@@ -446,20 +446,23 @@ def _columns(name: str, value: Any) -> None:
 def ortho_refine(U: Tensor, step: Tensor | float) -> Tensor:
     _columns("U", U)
     _step("step", step)
-    return ops.ortho_refine(U, None, step, None)[0]
+    found = ops.ortho_refine_at_once(U, None, step)
+    return ops.ortho_refine(U, None, step, None)[0] if found is None else found[0]
 
 
 @_specified_by(reference.ortho_refine_pair)
 def ortho_refine_pair(U: Tensor, V: Tensor, a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
     _columns("U", U)
     _columns("V", V)
-    # what fits is said quickly
-    if not (U.dtype == V.dtype and V.shape == (*U.shape[:-2], V.shape[-2], U.shape[-1])):
-        _tensor("V", V, REAL + COMPLEX, ("...", None, U.shape[-1]))
-        _like("V", V, "U", U.dtype)
-        raise ValueError(f"V must have the batch of U, {tuple(U.shape[:-2])}, got shape {tuple(V.shape)}")
     _step("a", a)
     _step("b", b)
+    found = ops.ortho_refine_at_once(U, V, a, b)
+    if found is not None:
+        return found[0], found[1]
+    _tensor("V", V, REAL + COMPLEX, ("...", None, U.shape[-1]))
+    _like("V", V, "U", U.dtype)
+    if U.shape[:-2] != V.shape[:-2]:
+        raise ValueError(f"V must have the batch of U, {tuple(U.shape[:-2])}, got shape {tuple(V.shape)}")
     return ops.ortho_refine(U, V, a, b)
 
 

@@ -98,6 +98,41 @@ def raw(dtype, needs, B=2):
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_factors_may_come_as_pairs_or_as_numbers(dtype):
+    U, V, steps = raw(dtype, (False, False, False))
+    u, v = (torch.view_as_complex(x) for x in (U, V))
+    for name in ("ortho_refine", "ortho_refine_kept"):
+        op = getattr(OPS, name).default
+        torch.library.opcheck(op, (u.clone().requires_grad_(), v, steps))
+        torch.library.opcheck(op, (u, None, steps[:1].clone().requires_grad_()))
+        (Uo, Vo, *kept), (uo, vo, *same) = op(U, V, steps), op(u, v, steps)
+        for x, y in zip((uo, vo, *same), (*map(torch.view_as_complex, (Uo, Vo)), *kept), strict=True):
+            assert torch.equal(x, y)
+    of_kept = OPS.ortho_refine_kept_backward
+    for op, more in ((OPS.ortho_refine_backward, ((), ())), (of_kept, ((Uo, Vo, *kept), (uo, vo, *same)))):
+        torch.library.opcheck(op.default, (u, v, u, v, steps, *more[1]))
+        *want, gsteps = op(U, V, U, V, steps, *more[0])
+        *got, found = op(u, v, u, v, steps, *more[1])
+        assert torch.equal(found, gsteps)
+        for x, y in zip(got, want, strict=True):
+            assert torch.equal(x, torch.view_as_complex(y))
+    for args, words in (
+        ((u, V, steps), "V must have shape"),
+        ((U, v, steps), "V must have shape"),
+        ((U[0], None, steps[:1]), "U must have shape"),
+        ((u[None], None, steps[:1]), "U must have shape"),
+        (
+            (u, v.to(torch.complex32 if dtype == torch.complex64 else torch.complex64), steps),
+            "V must be complex",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            OPS.ortho_refine(*args)
+    with pytest.raises(RuntimeError, match=r"U must have shape \(B, M, r, 2\)"):
+        OPS.bjorck(u, 2, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_opcheck(dtype):
     for needs in ((True, True, True), (True, False, False), (False, False, True)):
         U, V, steps = raw(dtype, needs)
@@ -454,11 +489,8 @@ def test_a_refiner_of_one_step_is_the_published_module(namespace):
 
 
 def test_the_refiner_makes_one_call(monkeypatch):
-    seen = []
-    op = ortho.ortho_refine
-    native_backend = op.backends[1]
-    recorded = native_backend._replace(run=lambda *a: (seen.append(a), native_backend.run(*a))[1])
-    monkeypatch.setattr(op, "backends", (recorded,))
+    seen, op = [], OPS.ortho_refine_kept.default
+    monkeypatch.setattr(OPS.ortho_refine_kept, "default", lambda *a: (seen.append(a), op(*a))[1])
     lomacs_fast.NeuralOrthoRefiner()(matrices(dtype=torch.complex64), matrices(5, dtype=torch.complex64))
     assert len(seen) == 1
     assert seen[0][1] is not None

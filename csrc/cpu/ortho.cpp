@@ -90,18 +90,36 @@ void run(const Bjorck<T>& job, std::int64_t count) {
 
 Tensor shaped_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
 
+// Complex numbers lie in memory as pairs of real ones: a factor may come as either.
+bool is_complex(const Tensor& x) {
+  return x.scalar_type() == ScalarType::ComplexFloat || x.scalar_type() == ScalarType::ComplexDouble;
+}
+
+ScalarType real_of(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::ComplexFloat) return ScalarType::Float;
+  return x.scalar_type() == ScalarType::ComplexDouble ? ScalarType::Double : x.scalar_type();
+}
+
+// of a factor like U, with so many rows
+std::vector<std::int64_t> shape_of_factor(const Tensor& U, std::int64_t rows) {
+  std::vector<std::int64_t> shape{U.size(0), rows, U.size(2)};
+  if (!is_complex(U)) shape.push_back(2);
+  return shape;
+}
+
 void check_factor(const Checks& checks, const Tensor& U) {
-  checks.real("U", U.scalar_type());
-  checks.expect(U.dim() == 4 && U.size(3) == 2, "U must have shape (B, M, r, 2)");
+  checks.real("U", real_of(U));
+  const bool pairs = U.dim() == 4 && U.size(3) == 2 && !is_complex(U);
+  checks.expect(pairs || (U.dim() == 3 && is_complex(U)), "U must have shape (B, M, r, 2), or (B, M, r) and be complex");
   checks.expect(U.size(1) > 0 && U.size(2) > 0, "no dimension but the batch may be empty");
-  checks.tensor("U", U, U.scalar_type(), {U.size(0), U.size(1), U.size(2), 2});
+  checks.tensor("U", U, U.scalar_type(), shape_of_factor(U, U.size(1)));
 }
 
 void check_refine(const Checks& checks, const Tensor& U, const std::optional<Tensor>& V, const Tensor& steps) {
   check_factor(checks, U);
   if (V.has_value()) {
-    checks.expect(V->dim() == 4 && V->size(1) > 0, "V must have shape (B, N, r, 2)");
-    checks.tensor("V", *V, U.scalar_type(), {U.size(0), V->size(1), U.size(2), 2});
+    checks.expect(V->dim() == U.dim() && V->size(1) > 0, "V must have shape (B, N, r, 2), or (B, N, r) and be complex");
+    checks.tensor("V", *V, U.scalar_type(), shape_of_factor(U, V->size(1)));
   }
   checks.tensor("steps", steps, ScalarType::Double, {V.has_value() ? 2 : 1});
 }
@@ -141,7 +159,7 @@ std::tuple<Tensor, Tensor> refine(const Tensor& U, const std::optional<Tensor>& 
 
 std::tuple<Tensor, Tensor> ortho_refine(const Tensor& U, const std::optional<Tensor>& V, const Tensor& steps) {
   check_refine(Checks{"ortho_refine"}, U, V, steps);
-  return U.scalar_type() == ScalarType::Float ? refine<float>(U, V, steps) : refine<double>(U, V, steps);
+  return real_of(U) == ScalarType::Float ? refine<float>(U, V, steps) : refine<double>(U, V, steps);
 }
 
 template <typename T>
@@ -149,8 +167,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refine_kept(const Tensor& U, const st
                                                        const Tensor& steps) {
   const std::int64_t factors = V.has_value() ? 2 : 1, B = U.size(0), r = U.size(2);
   Tensor outU = shaped_like(U), outV = V.has_value() ? shaped_like(*V) : torch::stable::new_empty(U, {0});
-  Tensor residuals = torch::stable::new_empty(U, {B, factors, Upper<T>::size(r)});
-  Tensor norms = torch::stable::new_empty(U, {B, factors, r});
+  Tensor residuals = torch::stable::new_empty(U, {B, factors, Upper<T>::size(r)}, real_of(U));
+  Tensor norms = torch::stable::new_empty(U, {B, factors, r}, real_of(U));
   OrthoRefine<T> job = refine_job<T>(U, V, steps, outU, outV);
   keep(job, factors, residuals, norms);
   if (B > 0) run(job, B * factors);
@@ -160,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refine_kept(const Tensor& U, const st
 std::tuple<Tensor, Tensor, Tensor, Tensor> ortho_refine_kept(const Tensor& U, const std::optional<Tensor>& V,
                                                              const Tensor& steps) {
   check_refine(Checks{"ortho_refine_kept"}, U, V, steps);
-  return U.scalar_type() == ScalarType::Float ? refine_kept<float>(U, V, steps) : refine_kept<double>(U, V, steps);
+  return real_of(U) == ScalarType::Float ? refine_kept<float>(U, V, steps) : refine_kept<double>(U, V, steps);
 }
 
 // What the forward kept and the refined factors, or nothing.
@@ -203,15 +221,15 @@ void check_refine_backward(const Checks& checks, const Tensor& gU, const std::op
                            const std::optional<Tensor>& V, const Tensor& steps) {
   check_refine(checks, U, V, steps);
   checks.expect(gV.has_value() == V.has_value(), "gV must be given where V is, and nowhere else");
-  checks.tensor("gU", gU, U.scalar_type(), {U.size(0), U.size(1), U.size(2), 2});
-  if (V.has_value()) checks.tensor("gV", *gV, U.scalar_type(), {U.size(0), V->size(1), U.size(2), 2});
+  checks.tensor("gU", gU, U.scalar_type(), shape_of_factor(U, U.size(1)));
+  if (V.has_value()) checks.tensor("gV", *gV, U.scalar_type(), shape_of_factor(U, V->size(1)));
 }
 
 std::tuple<Tensor, Tensor, Tensor> ortho_refine_backward(const Tensor& gU, const std::optional<Tensor>& gV,
                                                          const Tensor& U, const std::optional<Tensor>& V,
                                                          const Tensor& steps) {
   check_refine_backward(Checks{"ortho_refine_backward"}, gU, gV, U, V, steps);
-  if (U.scalar_type() == ScalarType::Float) return refine_backward<float>(gU, gV, U, V, steps, nullptr);
+  if (real_of(U) == ScalarType::Float) return refine_backward<float>(gU, gV, U, V, steps, nullptr);
   return refine_backward<double>(gU, gV, U, V, steps, nullptr);
 }
 
@@ -221,12 +239,12 @@ std::tuple<Tensor, Tensor, Tensor> ortho_refine_kept_backward(
   constexpr Checks checks{"ortho_refine_kept_backward"};
   check_refine_backward(checks, gU, gV, U, V, steps);
   const std::int64_t factors = V.has_value() ? 2 : 1, B = U.size(0), r = U.size(2);
-  checks.tensor("U_out", U_out, U.scalar_type(), {B, U.size(1), r, 2});
-  if (V.has_value()) checks.tensor("V_out", V_out, U.scalar_type(), {B, V->size(1), r, 2});
-  checks.tensor("residuals", residuals, U.scalar_type(), {B, factors, Upper<float>::size(r)});
-  checks.tensor("norms", norms, U.scalar_type(), {B, factors, r});
+  checks.tensor("U_out", U_out, U.scalar_type(), shape_of_factor(U, U.size(1)));
+  if (V.has_value()) checks.tensor("V_out", V_out, U.scalar_type(), shape_of_factor(U, V->size(1)));
+  checks.tensor("residuals", residuals, real_of(U), {B, factors, Upper<float>::size(r)});
+  checks.tensor("norms", norms, real_of(U), {B, factors, r});
   const Kept kept{&U_out, &V_out, &residuals, &norms};
-  if (U.scalar_type() == ScalarType::Float) return refine_backward<float>(gU, gV, U, V, steps, &kept);
+  if (real_of(U) == ScalarType::Float) return refine_backward<float>(gU, gV, U, V, steps, &kept);
   return refine_backward<double>(gU, gV, U, V, steps, &kept);
 }
 
@@ -355,6 +373,7 @@ Tensor iterate(const Tensor* g, const Tensor& U, std::int64_t steps, std::int64_
 
 void check_bjorck(const Checks& checks, const Tensor& U, std::int64_t steps, std::int64_t order) {
   check_factor(checks, U);
+  checks.expect(!is_complex(U), "U must have shape (B, M, r, 2)");
   checks.expect(U.size(1) >= U.size(2), "U must have at least as many rows as columns");
   checks.expect(steps >= 0, "steps must be at least 0, got " + std::to_string(steps));
   checks.expect(order == 1 || order == 2, "order must be 1 or 2, got " + std::to_string(order));

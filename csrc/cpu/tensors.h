@@ -25,6 +25,16 @@ inline std::string shape_of(const std::vector<std::int64_t>& sizes) {
   return text + ")";
 }
 
+// the dtypes that an op may ask for
+inline const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return "float64";
+  }
+}
+
 // The checks of one op, whose name begins every message.
 struct Checks {
   const char* op;
@@ -72,9 +82,7 @@ struct Checks {
     const std::string who = name;
     if (!fits)
       fail(who + " must have shape " + shape_of({begin, end}) + ", got " + shape_of({given.begin(), given.end()}));
-    if (x.scalar_type() != dtype)
-      fail(who + " must be " + (dtype == ScalarType::Float ? "float32" : "float64") +
-           " to go with the other arguments");
+    if (x.scalar_type() != dtype) fail(who + " must be " + name_of(dtype) + " to go with the other arguments");
     if (!x.is_cpu()) fail(who + " must be on the CPU");
     fail(who + " must be contiguous");
   }

@@ -12,7 +12,7 @@ from .low_rank import low_rank_loss
 from .native import library_states, load_ops
 from .network import svd_network_at_once
 from .neural_svd import neural_svd_steps
-from .ortho import bjorck, ortho_refine
+from .ortho import bjorck, ortho_refine, ortho_refine_at_once
 from .projected_attention import projected_attention, projected_attention_at_once
 from .refine import approx_svd, refine_svd
 from .spectral import spectral_calibrate, svd_tail
@@ -39,6 +39,7 @@ __all__ = [
     "low_rank_loss",
     "neural_svd_steps",
     "ortho_refine",
+    "ortho_refine_at_once",
     "projected_attention",
     "projected_attention_at_once",
     "refine_svd",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from . import common, native
-from .common import REAL, library
+from .common import REAL, library, plain
 from .dispatch import Backend, Op, chosen
 
 library.define("ortho_refine(Tensor U, Tensor? V, Tensor steps) -> (Tensor, Tensor)", tags=common.TAGS)
@@ -58,9 +59,19 @@ def _check_refine(U: Tensor, V: Tensor | None, steps: Tensor) -> None:
     torch._check(right, lambda: f"steps must be float64 ({count},), got {steps.dtype} {tuple(steps.shape)}")
 
 
+def _pairs(x: Tensor) -> Tensor:
+    """A factor as pairs of real numbers, which lie in memory as complex ones do: it may come as either."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _check_either(U: Tensor, V: Tensor | None, steps: Tensor) -> None:
+    torch._check(V is None or V.is_complex() == U.is_complex(), lambda: "V must be complex where U is")
+    _check_refine(_pairs(U), None if V is None else _pairs(V), steps)
+
+
 @torch.library.register_fake("lomacs::ortho_refine", lib=library)
 def _fake_refine(U: Tensor, V: Tensor | None, steps: Tensor) -> tuple[Tensor, Tensor]:
-    _check_refine(U, V, steps)
+    _check_either(U, V, steps)
     return U.new_empty(U.shape), U.new_empty((0,) if V is None else V.shape)
 
 
@@ -68,7 +79,7 @@ def _fake_refine(U: Tensor, V: Tensor | None, steps: Tensor) -> tuple[Tensor, Te
 def _fake_refine_backward(
     gU: Tensor, gV: Tensor | None, U: Tensor, V: Tensor | None, steps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_refine(U, V, steps)
+    _check_either(U, V, steps)
     check_like("gU", gU, U.shape, "U", U)
     torch._check((gV is None) == (V is None), lambda: "gV must be given where V is, and nowhere else")
     if gV is not None and V is not None:
@@ -79,10 +90,11 @@ def _fake_refine_backward(
 @torch.library.register_fake("lomacs::ortho_refine_kept", lib=library)
 def _fake_refine_kept(U: Tensor, V: Tensor | None, steps: Tensor) -> tuple[Tensor, ...]:
     B, r, factors = U.shape[0], U.shape[2], 1 if V is None else 2
+    real = _pairs(U)
     return (
         *_fake_refine(U, V, steps),
-        U.new_empty((B, factors, common.upper_half(r))),
-        U.new_empty((B, factors, r)),
+        real.new_empty((B, factors, common.upper_half(r))),
+        real.new_empty((B, factors, r)),
     )
 
 
@@ -103,8 +115,8 @@ def _fake_refine_kept_backward(
     check_like("U_out", U_out, U.shape, "U", U)
     if V is not None:
         check_like("V_out", V_out, V.shape, "U", U)
-    check_like("residuals", residuals, (B, factors, common.upper_half(r)), "U", U)
-    check_like("norms", norms, (B, factors, r), "U", U)
+    check_like("residuals", residuals, (B, factors, common.upper_half(r)), "U", _pairs(U))
+    check_like("norms", norms, (B, factors, r), "U", _pairs(U))
     return found
 
 
@@ -133,7 +145,7 @@ def _fake_bjorck_backward(g: Tensor, U: Tensor, steps: int, order: int) -> Tenso
 
 def gradient(g: Tensor | None, like: Tensor) -> Tensor:
     """An incoming gradient as the kernels take it; zeros where there is none."""
-    return torch.zeros_like(like) if g is None else g.resolve_neg().contiguous()
+    return torch.zeros_like(like) if g is None else g.resolve_conj().resolve_neg().contiguous()
 
 
 def _setup_refine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -202,7 +214,7 @@ def flops_of_refine(
     U: Sequence[int], V: Sequence[int] | None, steps: Sequence[int], *_: Any, **__: Any
 ) -> int:
     """What `FlopCounterMode` counts on the reference: `U^H U` and `U G`, a complex product as one."""
-    (B, M, r, _two), N = U, 0 if V is None else V[1]
+    (B, M, r), N = U[:3], 0 if V is None else V[1]
     return 2 * B * 2 * (M + N) * r * r
 
 
@@ -235,18 +247,26 @@ def _flops_bjorck_backward(
     return 2 * _flops_bjorck(U, steps, order)
 
 
+def _like_given(U: Tensor, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The first two, factors, complex where U is."""
+    if not U.is_complex():
+        return found
+    return *(torch.view_as_complex(x) if x.ndim == 4 else x.to(U.dtype) for x in found[:2]), *found[2:]
+
+
 @torch.library.impl("lomacs::ortho_refine", "CUDA", lib=library)
 def _cuda_refine(U: Tensor, V: Tensor | None, steps: Tensor) -> Any:
     from ..kernels import ortho
 
-    return ortho.ortho_refine(U, V, steps)
+    return _like_given(U, ortho.ortho_refine(_pairs(U), None if V is None else _pairs(V), steps))
 
 
 @torch.library.impl("lomacs::ortho_refine_backward", "CUDA", lib=library)
 def _cuda_refine_backward(gU: Tensor, gV: Tensor | None, U: Tensor, V: Tensor | None, steps: Tensor) -> Any:
     from ..kernels import ortho
 
-    return ortho.ortho_refine_backward(gU, gV, U, V, steps)
+    pairs = (None if x is None else _pairs(x) for x in (gU, gV, U, V))
+    return _like_given(U, ortho.ortho_refine_backward(*pairs, steps))
 
 
 @torch.library.impl("lomacs::bjorck", "CUDA", lib=library)
@@ -313,36 +333,47 @@ def triton_reasons(**tensors: Tensor) -> list[str]:
 Size = Tensor | float
 
 
+def _numbers(x: Tensor) -> Tensor:
+    """Complex `(..., m, n)` as contiguous `(B, m, n)`; conjugate and negative bits resolved."""
+    x = x.resolve_conj().resolve_neg()
+    return (x if x.ndim == 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])).contiguous()
+
+
+def _numbers_of(sizes: Sequence[Size]) -> Tensor:
+    numbers = [x.item() if isinstance(x, Tensor) else float(x) for x in sizes]
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
 class _Refine(torch.autograd.Function):
     """Complex tensors in and out, one node, and none of the cost of torch.library's autograd."""
 
     @staticmethod
     def forward(ctx: Any, U: Tensor, V: Tensor | None, *sizes: Size) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            u, v = common.planes(U), None if V is None else common.planes(V)
-            numbers = [x.item() if isinstance(x, Tensor) else float(x) for x in sizes]
-            steps = torch.tensor(numbers, dtype=torch.float64)
+            u, v, steps = _numbers(U), None if V is None else _numbers(V), _numbers_of(sizes)
             found = torch.ops.lomacs.ortho_refine_kept.default(u, v, steps)
-            shapes = [x.shape for x in (U, V) if x is not None]
-            # detached, because views of several outputs cannot be changed in place
-            out = tuple(complex_of(x, shape).detach() for x, shape in zip(found, shapes, strict=False))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(u, v, steps, *found)
+        shapes = [x.shape for x in (U, V) if x is not None]
         ctx.shapes, ctx.dtypes = shapes, [x.dtype if isinstance(x, Tensor) else None for x in sizes]
-        return out
+        # detached, because views of several outputs cannot be changed in place
+        return tuple(
+            x if len(shape) == 3 else x.reshape(shape).detach()
+            for x, shape in zip(found, shapes, strict=False)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         common.refuse_second_derivatives("the fused refinement")
         u, v, *rest = ctx.saved_tensors
         gu, gv = (
-            torch.zeros_like(x) if g is None and x is not None else None if g is None else common.planes(g)
+            torch.zeros_like(x) if g is None and x is not None else None if g is None else _numbers(g)
             for g, x in zip((*grads, None), (u, v), strict=False)
         )
         *found, gsteps = torch.ops.lomacs.ortho_refine_kept_backward.default(gu, gv, u, v, *rest)
         of_u, of_v, *of_steps = ctx.needs_input_grad
         factors = [
-            complex_of(g, shape) if need else None
+            None if not need else g if len(shape) == 3 else g.reshape(shape)
             for g, shape, need in zip(found, ctx.shapes, (of_u, of_v), strict=False)
         ]
         steps = [
@@ -352,10 +383,39 @@ class _Refine(torch.autograd.Function):
         return (*factors, *(None,) * (v is None), *steps)
 
 
+def ortho_refine_at_once(U: Any, V: Any, *sizes: Size) -> tuple[Tensor, ...] | None:
+    """What the kernel of the CPU answers to a call of which the columns alone were looked at.
+
+    It checks the rest itself. What it refuses, or None, is for the caller to look at: to name what is wrong,
+    or to serve it another way.
+    """
+    tensors = [x for x in (U, V, *sizes) if isinstance(x, Tensor)]
+    served = (
+        plain(*tensors)
+        and all(x.is_cpu for x in tensors)
+        and chosen() in ("auto", "cpp")
+        and not common.transform_reasons()
+        and not native.reasons("cpu")
+        and max(x.shape[-2] * x.shape[-1] + x.shape[-1] ** 2 for x in tensors if x.ndim > 1) <= common.LARGEST
+    )
+    if not served:
+        return None
+    try:
+        if common.records(tensors):
+            return _Refine.apply(U, V, *sizes)
+        with torch._C._AutoDispatchBelowAutograd():
+            u, v = _numbers(U), None if V is None else _numbers(V)
+            found = torch.ops.lomacs.ortho_refine.default(u, v, _numbers_of(sizes))
+        given = (x.shape for x in (U, V) if x is not None)
+        return tuple(x if len(s) == 3 else x.reshape(s) for x, s in zip(found, given, strict=False))
+    except (RuntimeError, TypeError):
+        return None
+
+
 def _refine(U: Tensor, V: Tensor | None, a: Size, b: Size | None) -> tuple[Tensor, Tensor | None]:
     sizes = (a,) if b is None else (a, b)
     tensors = [x for x in (U, V, *sizes) if isinstance(x, Tensor)]
-    if common.records(tensors) and common.plain(*tensors) and all(x.is_cpu for x in tensors):
+    if common.records(tensors) and plain(*tensors) and all(x.is_cpu for x in tensors):
         found = _Refine.apply(U, V, *sizes)
         return found[0], None if V is None else found[1]
     u, v = common.planes(U), None if V is None else common.planes(V)
