@@ -52,10 +52,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> evaluate(const Tensor
                                                                     bool gs, bool gv, bool gh) {
   const std::int64_t B = S.size(0);
   const auto like = [&](const Tensor& x, bool wanted) {
-    return wanted ? torch::stable::new_empty(S, x.sizes()) : torch::stable::new_empty(S, {0});
+    return wanted ? fresh_like(x) : fresh(S, {0});
   };
   Tensor gU = like(U, gu), gS = like(S, gs), gV = like(V, gv), gH = like(H, gh);
-  Tensor loss = torch::stable::new_empty(S, {}), terms = torch::stable::new_empty(S, {5});
+  Tensor loss = fresh(S, {}), terms = fresh(S, {5});
   std::vector<double> samples(static_cast<std::size_t>(5 * B));
   AEPlus<T> job{};
   job.U = pointer<T>(U), job.S = pointer<T>(S), job.V = pointer<T>(V), job.H = pointer<T>(H);

@@ -69,7 +69,7 @@ Tensor dual_view_project(const Tensor& Hd, const Tensor& weight, const Tensor& b
   const ScalarType dtype = Hd.scalar_type();
   checks.tensor("bias", bias, dtype, {z.d});
   checks.tensor("pos", pos, dtype, {1, z.M, z.d});
-  Tensor X = torch::stable::new_empty(Hd, {z.B, z.M, z.d});
+  Tensor X = fresh(Hd, {z.B, z.M, z.d});
   if (dtype == ScalarType::Float) forward<float>(z, Hd, weight, bias, pos, X);
   else forward<double>(z, Hd, weight, bias, pos, X);
   return X;
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dual_view_project_backward(const Tens
   const ScalarType dtype = Hd.scalar_type();
   checks.tensor("gX", gX, dtype, {z.B, z.M, z.d});
   const auto make = [&](bool wanted, const std::vector<std::int64_t>& sizes) {
-    return wanted ? torch::stable::new_empty(Hd, sizes) : torch::stable::new_empty(Hd, {0});
+    return wanted ? fresh(Hd, sizes) : fresh(Hd, {0});
   };
   Tensor gHd = make(gh, {z.B, z.M, z.N, 2}), gweight = make(gw, {z.d, 4 * z.N});
   Tensor gbias = make(gw, {z.d}), gpos = make(gw, {1, z.M, z.d});

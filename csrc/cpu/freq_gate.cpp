@@ -231,8 +231,8 @@ std::tuple<Tensor, Tensor> freq_gate(const Tensor& H, const Tensor& row_w1, cons
   constexpr Checks checks{"freq_gate"};
   const Weights w{row_w1, row_w2, col_w1, col_w2};
   const Sizes z = sizes_of(checks, H, w, temperature);
-  Tensor Hd = torch::stable::new_empty(H, {z.B, z.M, z.N, 2});
-  Tensor norms = torch::stable::new_empty(H, {normalize ? z.B : 0});
+  Tensor Hd = fresh(H, {z.B, z.M, z.N, 2});
+  Tensor norms = fresh(H, {normalize ? z.B : 0});
   const auto run = [&]<typename T>(T) {
     Front<T> front(z, H, w, temperature, normalize);
     forward(z, front, Hd, norms, normalize);
@@ -254,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> freq_gate_backward(
   const bool of_norms = normalize && gnorms.has_value();
   if (of_norms) checks.tensor("gnorms", *gnorms, dtype, {z.B});
   const auto make = [&](bool wanted, const std::vector<std::int64_t>& sizes) {
-    return wanted ? torch::stable::new_empty(H, sizes) : torch::stable::new_empty(H, {0});
+    return wanted ? fresh(H, sizes) : fresh(H, {0});
   };
   Tensor gH = make(gh, {z.B, z.M, z.N, 2});
   const std::vector<Tensor> of_weights{make(gw, {z.row_hidden, z.M}), make(gw, {z.M, z.row_hidden}),
@@ -281,10 +281,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> front(const char* name, const Tensor&
   checks.tensor("weight", weight, dtype, {d, 4 * z.N});
   checks.tensor("bias", bias, dtype, {d});
   checks.tensor("pos", pos, dtype, {1, z.M, d});
-  Tensor X = torch::stable::new_empty(H, {z.B, z.M, d});
-  Tensor Hd = torch::stable::new_empty(H, {z.B, z.M, z.N, 2});
-  Tensor norms = torch::stable::new_empty(H, {normalize ? z.B : 0});
-  Tensor kept = torch::stable::new_empty(H, {keep ? z.B : 0, kept_size(z)});
+  Tensor X = fresh(H, {z.B, z.M, d});
+  Tensor Hd = fresh(H, {z.B, z.M, z.N, 2});
+  Tensor norms = fresh(H, {normalize ? z.B : 0});
+  Tensor kept = fresh(H, {keep ? z.B : 0, kept_size(z)});
   const Isa isa = choose_isa();
   const auto run = [&]<typename T>(T) {
     Front<T> front(z, H, w, temperature, normalize);
@@ -341,7 +341,7 @@ FrontGradients gate_project_backward(const Tensor& gX, const std::optional<Tenso
   const bool of_norms = normalize && gnorms.has_value();
   if (of_norms) checks.tensor("gnorms", *gnorms, dtype, {z.B});
   const auto make = [&](bool wanted, const std::vector<std::int64_t>& sizes) {
-    return wanted ? torch::stable::new_empty(H, sizes) : torch::stable::new_empty(H, {0});
+    return wanted ? fresh(H, sizes) : fresh(H, {0});
   };
   Tensor gH = make(gh, {z.B, z.M, z.N, 2});
   const std::vector<Tensor> of_weights{make(of_gate, {z.row_hidden, z.M}), make(of_gate, {z.M, z.row_hidden}),
@@ -399,7 +399,7 @@ KeptGradients gate_project_kept_backward(const Tensor& gX, const std::optional<T
   if (gHd) checks.tensor("gHd", *gHd, dtype, {z.B, z.M, z.N, 2});
   checks.tensor("kept", kept, dtype, {z.B, kept_size(z)});
   const auto make = [&](bool wanted, const std::vector<std::int64_t>& sizes) {
-    return wanted ? torch::stable::new_empty(Hd, sizes) : torch::stable::new_empty(Hd, {0});
+    return wanted ? fresh(Hd, sizes) : fresh(Hd, {0});
   };
   const std::vector<Tensor> of_weights{make(true, {z.row_hidden, z.M}), make(true, {z.M, z.row_hidden}),
                                        make(true, {z.col_hidden, z.N}), make(true, {z.N, z.col_hidden})};

@@ -219,8 +219,8 @@ std::tuple<Tensor, Tensor, Tensor> frozen_svd(const Tensor& H, const Tensor& sce
   checks.tensor("packed", packed, dtype, {assemble<float>(nullptr, M, N, z, temperature, eps, nullptr)});
   checks.tensor("scalars", scalars, ScalarType::Double, {3});
   checks.scenes(scene, B, z.scenes);
-  Tensor U = torch::stable::new_empty(H, {B, M, z.r, 2}), S = torch::stable::new_empty(H, {B, z.r});
-  Tensor V = torch::stable::new_empty(H, {B, N, z.r, 2});
+  Tensor U = fresh(H, {B, M, z.r, 2}), S = fresh(H, {B, z.r});
+  Tensor V = fresh(H, {B, N, z.r, 2});
   const auto* numbers = static_cast<const double*>(scalars.const_data_ptr());
   if (B > 0) {
     if (dtype == ScalarType::Float) evaluate<float>(H, scene, packed, z, numbers, temperature, eps, U, S, V);

@@ -69,7 +69,7 @@ GatedConv<T> prepared(const Tensor& x, const Tensor (&w)[4], const std::optional
 template <typename T>
 Tensor forward(const Tensor& x, const Tensor (&w)[4], const std::optional<Tensor>& norm_weight,
                const std::optional<Tensor>& norm_bias, double eps) {
-  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor y = fresh_like(x);
   GatedConv<T> job = prepared<T>(x, w, norm_weight, norm_bias, eps);
   if (job.batch == 0) return y;
   job.y = output<T>(y);
@@ -88,7 +88,7 @@ template <typename T>
 Gradients backward(const Tensor& gy, const Tensor& x, const Tensor (&w)[4], const std::optional<Tensor>& norm_weight,
                    const std::optional<Tensor>& norm_bias, double eps, bool gx, bool gw) {
   const auto like = [&](const Tensor& t, bool wanted) {
-    return wanted ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(x, {0});
+    return wanted ? fresh_like(t) : fresh(x, {0});
   };
   Tensor to_x = like(x, gx), to_dw = like(w[0], gw), to_dw_bias = like(w[1], gw);
   Tensor to_pw = like(w[2], gw), to_pw_bias = like(w[3], gw);

@@ -159,8 +159,8 @@ std::tuple<Tensor, Tensor> svd_heads(const Tensor& feat, const Tensor& u_weight,
   const HeadChecks z("svd_heads", feat, u_weight, v_weight);
   z.checks.tensor("u_bias", u_bias, z.dtype, {z.sizes[0]});
   z.checks.tensor("v_bias", v_bias, z.dtype, {z.sizes[1]});
-  const Tensor out[2] = {torch::stable::new_empty(feat, {z.batch, z.sizes[0]}),
-                         torch::stable::new_empty(feat, {z.batch, z.sizes[1]})};
+  const Tensor out[2] = {fresh(feat, {z.batch, z.sizes[0]}),
+                         fresh(feat, {z.batch, z.sizes[1]})};
   if (z.dtype == ScalarType::Float) forward<float>(z, feat, {u_weight, v_weight}, {u_bias, v_bias}, out);
   else forward<double>(z, feat, {u_weight, v_weight}, {u_bias, v_bias}, out);
   return {out[0], out[1]};
@@ -173,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> svd_heads_backward(const Tens
   z.checks.tensor("gu", gu, z.dtype, {z.batch, z.sizes[0]});
   z.checks.tensor("gv", gv, z.dtype, {z.batch, z.sizes[1]});
   const auto make = [&](bool wanted, const std::vector<std::int64_t>& sizes) {
-    return wanted ? torch::stable::new_empty(feat, sizes) : torch::stable::new_empty(feat, {0});
+    return wanted ? fresh(feat, sizes) : fresh(feat, {0});
   };
   Tensor gfeat = make(gf, {z.batch, z.d});
   const Tensor gweights[2] = {make(gw, {z.sizes[0], z.d}), make(gw, {z.sizes[1], z.d})};
@@ -263,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pooled_heads(const Tensor& x, const T
   const Tensor weights[3] = {u_weight, v_weight, s_weight}, biases[3] = {u_bias, v_bias, s_bias};
   const char* names[] = {"u_bias", "v_bias", "s_bias"};
   for (int n = 0; n < 3; ++n) named.tensor(names[n], biases[n], z.dtype, {z.sizes[n]});
-  const auto make = [&](std::int64_t n) { return torch::stable::new_empty(x, {z.batch, n}); };
+  const auto make = [&](std::int64_t n) { return fresh(x, {z.batch, n}); };
   const Tensor out[3] = {make(z.sizes[0]), make(z.sizes[1]), make(z.r)}, kept = make(z.kept());
   const auto run = [&](auto number) {
     using T = decltype(number);
@@ -334,7 +334,7 @@ PooledGradients pooled_heads_backward(const Tensor& gu, const Tensor& gv, const 
   for (int n = 0; n < 3; ++n) named.tensor(names[n], g[n], z.dtype, {z.batch, z.sizes[n]});
   named.tensor("kept", kept, z.dtype, {z.batch, z.kept()});
   const auto make = [&](bool wanted, const std::vector<std::int64_t>& sizes) {
-    return wanted ? torch::stable::new_empty(gs, sizes) : torch::stable::new_empty(gs, {0});
+    return wanted ? fresh(gs, sizes) : fresh(gs, {0});
   };
   const Tensor gx = make(true, {z.batch, tokens, z.d}), gnorm[2] = {make(gw, {z.d}), make(gw, {z.d})};
   const Tensor gscenes = make(gw, {scenes, z.d});

@@ -49,9 +49,9 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> evaluate(const Tensor& F, const Tensor& G, const Tensor& H,
                                                     LowRank<T> job, bool gf, bool gg, bool gh) {
   const auto like = [&](const Tensor& x, bool wanted) {
-    return wanted ? torch::stable::new_empty(H, x.sizes()) : torch::stable::new_empty(H, {0});
+    return wanted ? fresh_like(x) : fresh(H, {0});
   };
-  Tensor loss = torch::stable::new_empty(H, {job.B});
+  Tensor loss = fresh(H, {job.B});
   Tensor gF = like(F, gf), gG = like(G, gg), gH = like(H, gh);
   job.F = pointer<T>(F), job.G = pointer<T>(G), job.H = pointer<T>(H);
   job.loss = output<T>(loss), job.gF = output<T>(gF, gf), job.gG = output<T>(gG, gg), job.gH = output<T>(gH, gh);

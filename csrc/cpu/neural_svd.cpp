@@ -34,7 +34,7 @@ constexpr Checks checks{"neural_svd_steps"};
 template <typename T>
 std::tuple<Tensor, Tensor> steps_of(const Tensor& H, const Tensor& F, std::int64_t steps, std::int64_t watch) {
   const std::int64_t B = H.size(0);
-  Tensor out = torch::stable::new_empty(F, F.sizes()), change = torch::stable::new_empty(H, {B});
+  Tensor out = fresh_like(F), change = fresh(H, {B});
   NeuralSvd<T> job{pointer<T>(H), pointer<T>(F), output<T>(out), output<T>(change), H.size(1), H.size(2), F.size(2),
                    steps,         watch};
   const Isa isa = choose_isa();

@@ -88,7 +88,7 @@ void run(const Bjorck<T>& job, std::int64_t count) {
   });
 }
 
-Tensor shaped_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+Tensor shaped_like(const Tensor& x) { return fresh_like(x); }
 
 // Complex numbers lie in memory as pairs of real ones: a factor may come as either.
 bool is_complex(const Tensor& x) {
@@ -151,7 +151,7 @@ void keep(OrthoRefine<T>& job, std::int64_t factors, const Tensor& residuals, co
 
 template <typename T>
 std::tuple<Tensor, Tensor> refine(const Tensor& U, const std::optional<Tensor>& V, const Tensor& steps) {
-  Tensor outU = shaped_like(U), outV = V.has_value() ? shaped_like(*V) : torch::stable::new_empty(U, {0});
+  Tensor outU = shaped_like(U), outV = V.has_value() ? shaped_like(*V) : fresh(U, {0});
   const OrthoRefine<T> job = refine_job<T>(U, V, steps, outU, outV);
   if (job.batch > 0) run(job, job.batch * (V.has_value() ? 2 : 1));
   return {outU, outV};
@@ -166,9 +166,9 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> refine_kept(const Tensor& U, const std::optional<Tensor>& V,
                                                        const Tensor& steps) {
   const std::int64_t factors = V.has_value() ? 2 : 1, B = U.size(0), r = U.size(2);
-  Tensor outU = shaped_like(U), outV = V.has_value() ? shaped_like(*V) : torch::stable::new_empty(U, {0});
-  Tensor residuals = torch::stable::new_empty(U, {B, factors, Upper<T>::size(r)}, real_of(U));
-  Tensor norms = torch::stable::new_empty(U, {B, factors, r}, real_of(U));
+  Tensor outU = shaped_like(U), outV = V.has_value() ? shaped_like(*V) : fresh(U, {0});
+  Tensor residuals = fresh(U, {B, factors, Upper<T>::size(r)}, real_of(U));
+  Tensor norms = fresh(U, {B, factors, r}, real_of(U));
   OrthoRefine<T> job = refine_job<T>(U, V, steps, outU, outV);
   keep(job, factors, residuals, norms);
   if (B > 0) run(job, B * factors);
@@ -190,7 +190,7 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor> refine_backward(const Tensor& gU, const std::optional<Tensor>& gV,
                                                    const Tensor& U, const std::optional<Tensor>& V,
                                                    const Tensor& steps, const Kept* kept) {
-  Tensor outU = shaped_like(U), outV = V.has_value() ? shaped_like(*V) : torch::stable::new_empty(U, {0});
+  Tensor outU = shaped_like(U), outV = V.has_value() ? shaped_like(*V) : fresh(U, {0});
   Tensor gsteps = shaped_like(steps);
   OrthoRefine<T> job = refine_job<T>(U, V, steps, outU, outV);
   const std::int64_t factors = V.has_value() ? 2 : 1;

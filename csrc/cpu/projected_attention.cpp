@@ -110,7 +110,7 @@ Attention<T> prepared(const Tensor& x, const W (&w)[6], const std::optional<Tens
 template <typename T, typename W>
 Tensor forward(const Tensor& x, const W (&w)[6], const std::optional<Tensor>& norm_weight,
                const std::optional<Tensor>& norm_bias, double eps, std::int64_t a, std::int64_t k) {
-  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor y = fresh_like(x);
   Attention<T> job = prepared<T>(x, w, norm_weight, norm_bias, eps, a, k);
   if (job.batch == 0) return y;
   job.y = output<T>(y);
@@ -131,7 +131,7 @@ using Gradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensor gradient_of(const Tensor& t, const Tensor& x, bool wanted) {
-  return wanted ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(x, {0});
+  return wanted ? fresh_like(t) : fresh(x, {0});
 }
 
 // in the places of the weights: a stack, or one tensor a group

@@ -53,9 +53,9 @@ template <typename T>
 Found refine(const Tensor& H, const Tensor& U, const std::optional<Tensor>& V, const Tensor& scalars,
              std::int64_t active, std::int64_t sweeps, bool orthonormal) {
   const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2), r = U.size(2);
-  Tensor outU = torch::stable::new_empty(H, {B, M, r, 2}), outV = torch::stable::new_empty(H, {B, N, r, 2});
-  Tensor outS = torch::stable::new_empty(H, {B, r});
-  Tensor order = torch::stable::new_empty(H, {B, active}, ScalarType::Long);
+  Tensor outU = fresh(H, {B, M, r, 2}), outV = fresh(H, {B, N, r, 2});
+  Tensor outS = fresh(H, {B, r});
+  Tensor order = fresh(H, {B, active}, ScalarType::Long);
   RefineSvd<T> job{};
   job.H = pointer<T>(H), job.U = pointer<T>(U), job.V = V.has_value() ? pointer<T>(*V) : nullptr;
   job.scalars = pointer<T>(scalars);
@@ -82,8 +82,8 @@ template <typename T>
 Found approximate(const Tensor& H, const Tensor& scalars, std::int64_t rank, std::int64_t active, std::int64_t form,
                   bool denoise) {
   const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2);
-  Tensor outU = torch::stable::new_empty(H, {B, M, rank, 2}), outV = torch::stable::new_empty(H, {B, N, rank, 2});
-  Tensor outS = torch::stable::new_empty(H, {B, rank}), state = torch::stable::new_empty(H, {B}, ScalarType::Long);
+  Tensor outU = fresh(H, {B, M, rank, 2}), outV = fresh(H, {B, N, rank, 2});
+  Tensor outS = fresh(H, {B, rank}), state = fresh(H, {B}, ScalarType::Long);
   ApproxSvd<T> job{};
   RefineSvd<T>& x = job.refine;
   x.H = pointer<T>(H), x.scalars = pointer<T>(scalars);
@@ -121,8 +121,8 @@ std::tuple<Tensor, Tensor, Tensor> evaluate(const Tensor& H, const Tensor& scene
                                             const std::vector<std::int64_t>& array, std::int64_t rank,
                                             std::int64_t active, std::int64_t sweeps) {
   const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2);
-  Tensor outU = torch::stable::new_empty(H, {B, M, rank, 2}), outV = torch::stable::new_empty(H, {B, N, rank, 2});
-  Tensor outS = torch::stable::new_empty(H, {B, rank}), order = torch::stable::new_empty(H, {B, active}, ScalarType::Long);
+  Tensor outU = fresh(H, {B, M, rank, 2}), outV = fresh(H, {B, N, rank, 2});
+  Tensor outS = fresh(H, {B, rank}), order = fresh(H, {B, active}, ScalarType::Long);
   AngularSvd<T> job{};
   RefineSvd<T>& x = job.refine;
   x.H = pointer<T>(H), x.scalars = pointer<T>(w[rows_of_scalars]);

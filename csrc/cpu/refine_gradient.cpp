@@ -42,9 +42,9 @@ Found walk_back(const Tensor& gU, const Tensor& gS, const Tensor& gV, const Tens
                 const std::optional<Tensor>& V, const Tensor& scalars, const Tensor& order, std::int64_t sweeps,
                 bool orthonormal) {
   const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2), r = U.size(2), steps = scalars.size(0);
-  Tensor outH = torch::stable::new_empty(H, {B, M, N, 2}), outU = torch::stable::new_empty(H, {B, M, r, 2});
-  Tensor outV = V.has_value() ? torch::stable::new_empty(H, {B, N, r, 2}) : torch::stable::new_empty(H, {0});
-  Tensor of_scalars = torch::stable::new_empty(H, {steps, 4});
+  Tensor outH = fresh(H, {B, M, N, 2}), outU = fresh(H, {B, M, r, 2});
+  Tensor outV = V.has_value() ? fresh(H, {B, N, r, 2}) : fresh(H, {0});
+  Tensor of_scalars = fresh(H, {steps, 4});
   std::vector<double> partial(static_cast<std::size_t>(4 * B * steps));
   RefineGradient<T> job{};
   RefineSvd<T>& x = job.refine;

@@ -116,7 +116,7 @@ Calibrate<T> calibrate_job(const Tensor& U, const Tensor& H, const Tensor& V, co
 
 template <typename T>
 Tensor calibrate(const Tensor& U, const Tensor& H, const Tensor& V, const Tensor& S_pred, const Tensor& tau) {
-  Tensor S = torch::stable::new_empty(S_pred, S_pred.sizes());
+  Tensor S = fresh_like(S_pred);
   Calibrate<T> job = calibrate_job<T>(U, H, V, S_pred, tau);
   job.S = output<T>(S);
   if (S_pred.size(0) > 0) run(job, S_pred.size(0));
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> calibrate_backward(const Tens
                                                                       bool gu, bool gh, bool gv) {
   const std::int64_t B = S_pred.size(0);
   const auto like = [&](const Tensor& x, bool wanted) {
-    return wanted ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, {0});
+    return wanted ? fresh_like(x) : fresh(x, {0});
   };
   Tensor gU = like(U, gu), gH = like(H, gh), gV = like(V, gv), gS = like(S_pred, true), gtau = like(tau, true);
   std::vector<double> samples(static_cast<std::size_t>(B));
@@ -180,8 +180,8 @@ Tail<T> tail_job(const Tensor& U, const Tensor& V, const Tensor& S_pred, const T
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> tail(const Tensor& U, const Tensor& V, const Tensor& S_pred, const Tensor& H,
                                         const Tensor& scalars, Tensor* kept) {
-  Tensor oU = torch::stable::new_empty(U, U.sizes()), oV = torch::stable::new_empty(V, V.sizes());
-  Tensor oS = torch::stable::new_empty(S_pred, S_pred.sizes());
+  Tensor oU = fresh_like(U), oV = fresh_like(V);
+  Tensor oS = fresh_like(S_pred);
   Tail<T> job = tail_job<T>(U, V, S_pred, H, scalars);
   job.oU = output<T>(oU), job.oS = output<T>(oS), job.oV = output<T>(oV);
   if (kept) job.kept = output<T>(*kept);
@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> svd_tail_kept(const Tensor& U_raw, co
                                                          const Tensor& scalars) {
   check_tail(Checks{"svd_tail_kept"}, U_raw, V_raw, S_pred, H, scalars);
   const bool single = S_pred.scalar_type() == ScalarType::Float;
-  Tensor kept = torch::stable::new_empty(S_pred, {S_pred.size(0), Kept<float>::size(H.size(1), S_pred.size(1))});
+  Tensor kept = fresh(S_pred, {S_pred.size(0), Kept<float>::size(H.size(1), S_pred.size(1))});
   auto [U, S, V] = single ? tail<float>(U_raw, V_raw, S_pred, H, scalars, &kept)
                           : tail<double>(U_raw, V_raw, S_pred, H, scalars, &kept);
   return {U, S, V, kept};
@@ -225,10 +225,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_backward(const Tensor& g
                                                                  const Tensor& H, const Tensor& scalars, bool gh,
                                                                  const KeptTail* kept) {
   const std::int64_t B = S_pred.size(0);
-  Tensor oU = torch::stable::new_empty(U, U.sizes()), oV = torch::stable::new_empty(V, V.sizes());
-  Tensor oS = torch::stable::new_empty(S_pred, S_pred.sizes());
-  Tensor oH = gh ? torch::stable::new_empty(H, H.sizes()) : torch::stable::new_empty(H, {0});
-  Tensor gscalars = torch::stable::new_empty(scalars, scalars.sizes());
+  Tensor oU = fresh_like(U), oV = fresh_like(V);
+  Tensor oS = fresh_like(S_pred);
+  Tensor oH = gh ? fresh_like(H) : fresh(H, {0});
+  Tensor gscalars = fresh_like(scalars);
   std::vector<double> samples(static_cast<std::size_t>(3 * B));
   Tail<T> job = tail_job<T>(U, V, S_pred, H, scalars);
   job.gU = pointer<T>(gU), job.gS = pointer<T>(gS), job.gV = pointer<T>(gV);

@@ -88,6 +88,31 @@ struct Checks {
   }
 };
 
+// Memory of a result on the CPU, like x but for the shape, and the dtype where one is given: without the two
+// dispatches of a `new_empty`, which are felt in a call of one sample.
+inline Tensor fresh(const Tensor& x, const std::vector<std::int64_t>& sizes, ScalarType dtype) {
+  std::vector<std::int64_t> strides(sizes.size());
+  std::int64_t stride = 1;
+  for (std::size_t i = sizes.size(); i-- > 0; stride *= std::max<std::int64_t>(sizes[i], 1)) strides[i] = stride;
+  std::int32_t device = 0, index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype)), device, index, &made));
+  return Tensor(made);
+}
+
+inline Tensor fresh(const Tensor& x, const std::vector<std::int64_t>& sizes) {
+  return fresh(x, sizes, x.scalar_type());
+}
+
+inline Tensor fresh_like(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return fresh(x, {sizes.begin(), sizes.end()});
+}
+
 template <typename T>
 const T* pointer(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
