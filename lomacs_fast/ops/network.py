@@ -79,12 +79,14 @@ def _forward(
     B, M, N, r = *h.shape[:3], s.shape[1]
     u, v = u.view(B, M, r, 2), v.view(B, N, r, 2)
     sizes = [plan.max_scale * _sigmoid(raw.item()) for raw in rest[-2:]]
-    scalars = torch.tensor([*sizes, tau.item()], dtype=torch.float64)
+    scalars = torch.tensor([*sizes, tau.item()], dtype=torch.float64, device="cpu")
     if not keep:
         return (*ops.svd_tail.default(u, v, s, hd, scalars), hd), ()
     U, S, V, of_tail = ops.svd_tail_kept.default(u, v, s, hd, scalars)
     # of the bound times a sigmoid
-    slopes = torch.tensor([size * (1 - size / plan.max_scale) for size in sizes], dtype=torch.float64)
+    slopes = torch.tensor(
+        [size * (1 - size / plan.max_scale) for size in sizes], dtype=torch.float64, device="cpu"
+    )
     return (U, S, V, hd), (*kept, u, v, s, scalars, slopes, U, V, hd, of_tail, of_heads)
 
 

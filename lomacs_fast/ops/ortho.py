@@ -341,7 +341,7 @@ def _numbers(x: Tensor) -> Tensor:
 
 def _numbers_of(sizes: Sequence[Size]) -> Tensor:
     numbers = [x.item() if isinstance(x, Tensor) else float(x) for x in sizes]
-    return torch.tensor(numbers, dtype=torch.float64)
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 class _Refine(torch.autograd.Function):
