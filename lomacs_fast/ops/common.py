@@ -81,6 +81,14 @@ def records(tensors: Iterable[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+class Node(torch.autograd.Function):
+    """A node of plain calls, applied without a search for wrappers of torch.func, which they have none of."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
 def differentiable(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
     """Give an op its gradients, as `torch.library.register_autograd` does; returns the call that costs least.
 
@@ -97,7 +105,7 @@ def differentiable(name: str, setup: Callable[..., None], backward: Callable[...
         return found
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    node: Any = type(f"lomacs_{name}", (torch.autograd.Function,), methods)
+    node: Any = type(f"lomacs_{name}", (Node,), methods)
 
     def call(*args: Any) -> Any:
         tensors = [x for x in args if isinstance(x, Tensor)]
@@ -149,7 +157,7 @@ def scaled(grad: Tensor, gradients: Sequence[Tensor], needs: Sequence[bool]) -> 
     return [g * f if need else None for need, g, f in zip(needs, gradients, factors, strict=True)]
 
 
-class _Ready(torch.autograd.Function):
+class _Ready(Node):
     """Complex tensors in and out, and none of the cost of torch.library's autograd: see `ready`."""
 
     @staticmethod

@@ -96,7 +96,7 @@ def _complex(found: Any) -> Found:
     return tuple(x if x is S else torch.view_as_complex(x).detach() for x in (U, S, V, Hd))  # type: ignore
 
 
-class _Network(torch.autograd.Function):
+class _Network(common.Node):
     """One node for all, because those of autograd between the kernels cost more than what they do."""
 
     @staticmethod

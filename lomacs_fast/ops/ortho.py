@@ -344,7 +344,7 @@ def _numbers_of(sizes: Sequence[Size]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
-class _Refine(torch.autograd.Function):
+class _Refine(common.Node):
     """Complex tensors in and out, one node, and none of the cost of torch.library's autograd."""
 
     @staticmethod

@@ -168,7 +168,7 @@ for _name in ("projected_attention", "projected_attention_groups", "projected_at
     _cuda(_name)
 
 
-class _Stack(torch.autograd.Function):
+class _Stack(common.Node):
     """Weights stacked over groups; their gradients are tensors of their own, not views of a stack."""
 
     @staticmethod
