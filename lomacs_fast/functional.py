@@ -456,7 +456,8 @@ def ortho_refine_pair(U: Tensor, V: Tensor, a: Tensor | float, b: Tensor | float
     _columns("V", V)
     _step("a", a)
     _step("b", b)
-    found = ops.ortho_refine_at_once(U, V, a, b)
+    # batches that differ are named below
+    found = ops.ortho_refine_at_once(U, V, a, b) if U.shape[:-2] == V.shape[:-2] else None
     if found is not None:
         return found[0], found[1]
     _tensor("V", V, REAL + COMPLEX, ("...", None, U.shape[-1]))

@@ -953,7 +953,9 @@ def true_macs(fn_or_net: Callable[..., Any], *inputs: Any, samples: int | None =
     Raises:
         ValueError: where the number of samples is neither given nor to be seen.
     """
+    alone = False
     if not inputs and isinstance(fn_or_net, reference.LoMACSSVDNet):
+        alone = True
         weight = fn_or_net.like
         zeros = torch.zeros(1, fn_or_net.M, fn_or_net.N, 2, dtype=weight.dtype, device=weight.device)
         inputs = (zeros, 0)
@@ -962,7 +964,9 @@ def true_macs(fn_or_net: Callable[..., Any], *inputs: Any, samples: int | None =
         samples = tensors[0].shape[0] if tensors else 0
     if samples < 1:
         raise ValueError(f"samples must be given where inputs hold no batch of tensors, got {samples}")
-    with TrueMacCounter() as counter:
+    # a network alone is counted as it serves: what is kept for gradients is work of training
+    recorded = torch.is_grad_enabled() and not alone
+    with TrueMacCounter() as counter, torch.set_grad_enabled(recorded):
         fn_or_net(*inputs)
     if counter.uncounted:
         names = ", ".join(sorted(counter.uncounted))

@@ -425,7 +425,8 @@ class TestCounts:
                 module(H, 1)
             assert not counter.uncounted, name
             counts[name] = counter.macs / 2
-            assert true_macs(module, H, 1) == counts[name]
+            with torch.no_grad():
+                assert true_macs(module, H, 1) == counts[name]
         # what exact algebra saves, and what folding saves on top; the norm of the channel is the frozen one's
         assert counts["fast"] < counts["eager"]
         assert abs(counts["frozen"] - counts["fast"]) < 0.02 * counts["fast"] + 3 * net.M * net.N

@@ -217,7 +217,34 @@ def more_steps(net):
     net.ortho_refine = lomacs_fast.NeuralOrthoRefiner(steps=2)
 
 
+def another_residual(net):
+    class Through(type(net.blocks[1][1])):
+        def residual(self, x, norm):
+            return x
+
+    net.blocks[1][1].__class__ = Through
+
+
+def another_tail(net):
+    class Own(type(net)):
+        def _columns(self, feat):
+            return [2 * x for x in super()._columns(feat)]
+
+    net.__class__ = Own
+
+
+def trained_bound(net):
+    net.ortho_refine.max_scale = nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+
+
+def one_in_a_row(net):
+    net.ortho_refine.a_raw = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+
 OTHERS = [
+    another_residual,
+    another_tail,
+    trained_bound,
     hooked,
     with_backward_hook,
     derived,
@@ -242,6 +269,77 @@ def test_a_network_of_other_parts_is_called_part_by_part(change):
     assert not is_node(found)
     want = net._by_parts(channels(dtype=torch.float64), scenes())
     assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+
+
+def test_parts_that_are_trained_alone_and_deep_networks_are_called_part_by_part():
+    net = network()
+    for p in net.freq_gate.parameters():
+        p.requires_grad_(False)
+    assert not is_node(net(channels(), scenes()))
+    assert not is_node(network(depth=9)(channels(), scenes()))
+    net = network()
+    one_in_a_row(net.double())
+    U, *_ = net(channels(dtype=torch.float64), scenes())
+    U.abs().sum().backward()
+    assert net.ortho_refine.a_raw.grad.shape == (1,)
+
+
+def test_hd_alone_leaves_the_rest_without_a_gradient():
+    for of_channel in (True, False):
+        net = network(dtype=torch.float64)
+        got, want = (
+            gradients(one, channels(dtype=torch.float64), slice(3, 4), of_channel)
+            for one in (net, one_by_one(net))
+        )
+        close(got, want, 3e4)
+
+
+def test_gradients_of_both_sizes_are_tensors_of_their_own():
+    net = network()
+    with torch.no_grad():
+        net.ortho_refine.a_raw.data = net.ortho_refine.a_raw.data.bfloat16()
+    sum_of(net(channels(), scenes())).backward()
+    a, b = net.ortho_refine.a_raw.grad, net.ortho_refine.b_raw.grad
+    assert (a.dtype, b.dtype) == (torch.bfloat16, torch.float32)
+    assert a.data_ptr() != b.data_ptr()
+    x = torch.ones((), requires_grad=True)
+    z = x * b
+    a.zero_()
+    z.backward()
+
+
+def test_a_trace_holds_no_numbers_of_the_weights():
+    net = network()
+    with torch.no_grad():
+        traced = torch.jit.trace(net, (channels(), scenes()), check_trace=False)
+        net.tau_s.fill_(0.1)
+        net.ortho_refine.a_raw.add_(3)
+        close(traced(channels(), scenes()), net(channels(), scenes()), 100)
+
+
+def test_errors_of_the_callers_own_code_are_raised():
+    net, seen = network(), []
+
+    def pack(x):
+        seen.append(x)
+        if len(seen) == 5:
+            raise RuntimeError("no room")
+        return x
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        pytest.raises(RuntimeError, match="no room"),
+    ):
+        net(channels(), scenes())
+
+
+def test_scenes_of_other_integers_and_strides():
+    net = network()
+    want = net(channels(), scenes())
+    for sid in (scenes().int(), scenes()[:, None].expand(4, 3)[:, 1], scenes().repeat_interleave(2)[::2]):
+        found = net(channels(), sid)
+        assert is_node(found)
+        assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
 
 
 def test_a_hook_of_all_modules_sees_them():
@@ -331,6 +429,15 @@ def test_two_backwards_and_many_at_once():
     first, second = (torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     S = found[1]
+    Hd, gate = torch.view_as_real(found[3]), list(net.freq_gate.parameters())
+    of_hd = torch.autograd.grad(Hd, gate, torch.stack([Hd, -Hd]), is_grads_batched=True, retain_graph=True)
+    once = torch.autograd.grad(Hd, gate, Hd, retain_graph=True)
+    close([x[0] for x in of_hd], once, 1e3)
+    close([-x[1] for x in of_hd], once, 1e3)
+    both = (found[1], Hd)
+    many = [torch.stack([x, -x]) for x in both]
+    of_both = torch.autograd.grad(both, parameters, many, is_grads_batched=True, retain_graph=True)
+    close([-x[1] for x in of_both], torch.autograd.grad(both, parameters, both, retain_graph=True), 1e3)
     many = torch.eye(S.shape[1], dtype=S.dtype)[:, None].expand(-1, *S.shape)
     got = torch.autograd.grad(S, parameters, many, is_grads_batched=True, retain_graph=True)
     for k in range(S.shape[1]):

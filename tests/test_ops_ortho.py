@@ -97,6 +97,14 @@ def raw(dtype, needs, B=2):
     return U, V, torch.tensor([0.3, 0.2], dtype=torch.float64, requires_grad=needs[2])
 
 
+def test_batches_that_differ_are_named():
+    U = matrices(6, 3, (2, 3), torch.complex64)
+    for shape in ((3, 2), (6,), (1, 6), ()):
+        V = matrices(5, 3, shape, torch.complex64)
+        with pytest.raises(ValueError, match=r"V must have the batch of U, \(2, 3\)"):
+            functional.ortho_refine_pair(U, V, 0.3, 0.3)
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_factors_may_come_as_pairs_or_as_numbers(dtype):
     U, V, steps = raw(dtype, (False, False, False))

@@ -92,8 +92,10 @@ struct Checks {
 // dispatches of a `new_empty`, which are felt in a call of one sample.
 inline Tensor fresh(const Tensor& x, const std::vector<std::int64_t>& sizes, ScalarType dtype) {
   std::vector<std::int64_t> strides(sizes.size());
-  std::int64_t stride = 1;
-  for (std::size_t i = sizes.size(); i-- > 0; stride *= std::max<std::int64_t>(sizes[i], 1)) strides[i] = stride;
+  // unsigned, because what is too large is for the allocator to refuse
+  std::uint64_t stride = 1;
+  for (std::size_t i = sizes.size(); i-- > 0; stride *= static_cast<std::uint64_t>(std::max<std::int64_t>(sizes[i], 1)))
+    strides[i] = static_cast<std::int64_t>(stride);
   std::int32_t device = 0, index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));

@@ -71,6 +71,7 @@ def plain(*tensors: Tensor) -> bool:
     """Whether a call runs as it stands: nothing traces or counts it, and its tensors are torch's own."""
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and _get_current_dispatch_mode() is None
         and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
     )

@@ -13,12 +13,16 @@ from ..reference import NetworkWeights
 from ..reference.backbone import AttentionBlock
 from . import common, native, tokens
 from .dispatch import chosen
-from .freq_gate import cpu_gate_reasons
+from .freq_gate import cpu_gate_reasons, gate_backward
 from .gated_conv import numbers as numbers_of_conv
 from .ortho import gradient
 from .projected_attention import numbers as numbers_of_attention
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+# blocks: one node holds the tokens of all of them to its end
+DEEPEST = 8
 
 
 class _Plan(NamedTuple):
@@ -72,7 +76,8 @@ def _forward(
         block = rest[at : at + count]
         at += count
         op = ops.projected_attention_groups if groups else ops.gated_conv1d
-        kept.append(x)
+        if keep:
+            kept.append(x)
         x = op.default(x, *_taken(block, groups), *block[:2], plan.eps)
     *norm, scenes = rest[at : at + 3]
     u, v, s, of_heads = ops.pooled_heads.default(x, *norm, plan.eps, scenes, scene, *rest[at + 3 : -2])
@@ -120,8 +125,14 @@ class _Network(common.Node):
         ops, plan, needs = torch.ops.lomacs, ctx.plan, ctx.needs_input_grad
         h, scene, *saved = ctx.saved_tensors
         flat, kept = saved[: ctx.weights], saved[ctx.weights :]
+        if gU is None and gS is None and gV is None:
+            # Hd alone: nothing else has a gradient
+            g = None if gHd is None else common.planes(gHd)
+            of_front = gate_backward(needs[1:2] + needs[4:8], g, None, h, flat[:4], plan.temperature, False)
+            of_channel = None if of_front[0] is None else torch.view_as_complex(of_front[0])
+            return None, of_channel, None, None, *of_front[1:], *(None,) * (len(flat) - 4)
         *blocks, u, v, s, scalars, slopes, U, V, hd, of_tail, of_heads = kept
-        norm_weight, _, scenes, u_weight, _, v_weight, _, s_weight, _, a_raw, _ = flat[-11:]
+        norm_weight, _, scenes, u_weight, _, v_weight, _, s_weight, *_ = flat[-11:]
         grads = (
             gradient(None if g is None else common.planes(g) if g.is_complex() else g, x)
             for g, x in ((gU, U), (gS, s), (gV, V))
@@ -130,8 +141,12 @@ class _Network(common.Node):
             *grads, u, v, s, hd, scalars, U, V, of_tail, True
         )
         if gHd is not None:
-            ghd.add_(common.planes(gHd))
-        of_sizes = gscalars[:2].mul(slopes).to(a_raw.dtype).unbind()
+            added = common.planes(gHd)
+            ghd = ghd + added if common.is_batched(added) else ghd.add_(added)
+        of_sizes = [
+            g.to(raw.dtype, copy=True)
+            for g, raw in zip(gscalars[:2].mul(slopes).unbind(), flat[-2:], strict=True)
+        ]
         B, M = h.shape[:2]
         gx, *of_pooled = ops.pooled_heads_backward.default(
             gu.view(B, u_weight.shape[0]),
@@ -202,9 +217,14 @@ def svd_network_at_once(H: Tensor, scene: Tensor, tau: Tensor, weights: NetworkW
     The kernels check their arguments. What they refuse is for the caller to serve another way, or to name.
     """
     flat = _flat(weights)
+    trained = sum(x.requires_grad for x in flat)
     served = (
         H.is_cpu
         and chosen() in ("auto", "cpp")
+        # where a part is trained alone its own nodes are fewer
+        and trained in (0, len(flat))
+        and len(weights.blocks) <= DEEPEST
+        and all(x.is_contiguous() for x in flat)
         and common.plain(H, scene, tau, *flat)
         and not torch.is_autocast_enabled("cpu")
         and not common.transform_reasons()
@@ -216,10 +236,15 @@ def svd_network_at_once(H: Tensor, scene: Tensor, tau: Tensor, weights: NetworkW
         return None
     groups = tuple(len(b.pk) if isinstance(b, AttentionBlock) else 0 for b in weights.blocks)
     plan = _Plan(groups, float(weights.temperature), weights.eps, weights.max_scale)
+    scene = scene.to(torch.int64).contiguous()
     try:
         if common.records((H, *flat)):
-            return _Network.apply(plan, H, scene, tau, *flat)
+            found: Found = _Network.apply(plan, H, scene, tau, *flat)
+            return found
         with torch._C._AutoDispatchBelowAutograd():
             return _complex(_forward(plan, common.planes(H), scene, tau, flat, False)[0])
-    except (RuntimeError, TypeError):
+    except RuntimeError as error:
+        # what a kernel refuses; all else is the caller's
+        if "lomacs::" not in str(error):
+            raise
         return None

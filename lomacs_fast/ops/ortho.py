@@ -408,7 +408,10 @@ def ortho_refine_at_once(U: Any, V: Any, *sizes: Size) -> tuple[Tensor, ...] | N
             found = torch.ops.lomacs.ortho_refine.default(u, v, _numbers_of(sizes))
         given = (x.shape for x in (U, V) if x is not None)
         return tuple(x if len(s) == 3 else x.reshape(s) for x, s in zip(found, given, strict=False))
-    except (RuntimeError, TypeError):
+    except RuntimeError as error:
+        # what the kernel refuses; all else is the caller's
+        if "lomacs::" not in str(error):
+            raise
         return None
 
 

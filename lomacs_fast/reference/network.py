@@ -25,6 +25,8 @@ from .projected_attention import GroupedProjectedAttention
 from .refine import SpectralRefiner, dft_start, refine_svd
 from .spectral import spectral_calibrate, svd_tail
 
+STEPS = "_by_parts", "_front", "_backbone", "_columns", "_tail"
+
 SOFTPLUS = 1.0, 20.0  # beta and threshold of the spectrum's head
 
 FEW = 512  # numbers that are cheaper in a list
@@ -418,6 +420,9 @@ class LoMACSSVDNet(nn.Module):
             and _as_written(refiner, NeuralOrthoRefiner)
             and isinstance(refiner, self.modules_.NeuralOrthoRefiner)
             and type(refiner).steps is NeuralOrthoRefiner.steps
+            and all(isinstance(x, int | float) for x in (refiner.max_scale, gate.temperature))
+            # what a class of the user's calls in their place
+            and all(getattr(type(self), name) is getattr(LoMACSSVDNet, name) for name in STEPS)
         )
         if not (written and _unhooked(gate, *linears, last, s_head, softplus, scenes, refiner)):
             return None
@@ -430,7 +435,9 @@ class LoMACSSVDNet(nn.Module):
             scenes._parameters.get("weight"),
             *(refiner._parameters.get(x) for x in ("a_raw", "b_raw")),
         ]
-        if any(x is None for x in values) or values[-1].ndim:
+        if any(x is None for x in values) or values[-1].ndim or values[-2].ndim:
+            return None
+        if len(values[10]) != self.n_scene:
             return None
         return NetworkWeights(
             gate.weights,
@@ -498,6 +505,9 @@ class LoMACSSVDNet(nn.Module):
                 return None
             norm, mixer = parts
             # mixers that call other functions are called themselves
+            kinds = GroupedProjectedAttention, GatedConv1D
+            if cast(Any, type(mixer)).residual not in [kind.residual for kind in kinds]:
+                return None
             if norm.eps != eps or norm.bias is None or mixer.functions is not self.functions:
                 return None
             if isinstance(mixer, GroupedProjectedAttention):
