@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .ops.common import REAL, REAL_OF
+from .ops.common import REAL, REAL_OF, autocast
 from .reference import AEPlusTerms
 from .reference.arguments import integer
 from .reference.backbone import AttentionBlock, Block, ConvBlock, FoldedAttention
@@ -153,11 +153,6 @@ def _eps(eps: float) -> None:
     _number("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
-
-
-def _autocast(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _gate_weights(
@@ -302,7 +297,7 @@ def projected_attention(
     if y is not None:
         return y
     _tensor("x", x, REAL + HALF, ("B", None, None))
-    mixed = _autocast(x)
+    mixed = autocast(x)
     _attention_weights(x, wq, wk, wv, wo, pk, pv, mixed)
     _norm(x, norm_weight, norm_bias, eps, mixed)
     return ops.projected_attention(x, wq, wk, wv, wo, pk, pv, norm_weight, norm_bias, eps)
@@ -339,7 +334,7 @@ def gated_conv1d(
     if y is not None:
         return y
     _tensor("x", x, REAL + HALF, ("B", None, None))
-    mixed = _autocast(x)
+    mixed = autocast(x)
     _conv_weights(x, dw_weight, dw_bias, pw_weight, pw_bias, mixed)
     _norm(x, norm_weight, norm_bias, eps, mixed)
     return ops.gated_conv1d(x, dw_weight, dw_bias, pw_weight, pw_bias, norm_weight, norm_bias, eps)
@@ -385,7 +380,7 @@ def backbone(
     eps: float = 1e-5,
 ) -> Tensor:
     _tensor("x", x, REAL + HALF, ("B", None, None))
-    mixed = _autocast(x)
+    mixed = autocast(x)
     _affine(x, norm_weight, norm_bias, mixed)
     _eps(eps)
     # an iterator would be at its end after the look

@@ -110,7 +110,7 @@ def differentiable(name: str, setup: Callable[..., None], backward: Callable[...
 
     def call(*args: Any) -> Any:
         tensors = [x for x in args if isinstance(x, Tensor)]
-        if not plain(*tensors) or _autocast(tensors[0].device.type):
+        if not plain(*tensors) or autocast(tensors[0]):
             return op.default(*args)
         if records(tensors):
             return node.apply(*args)
@@ -120,7 +120,8 @@ def differentiable(name: str, setup: Callable[..., None], backward: Callable[...
     return call
 
 
-def _autocast(device: str) -> bool:
+def autocast(x: Tensor) -> bool:
+    device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 

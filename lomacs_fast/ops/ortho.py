@@ -417,10 +417,6 @@ def ortho_refine_at_once(U: Any, V: Any, *sizes: Size) -> tuple[Tensor, ...] | N
 
 def _refine(U: Tensor, V: Tensor | None, a: Size, b: Size | None) -> tuple[Tensor, Tensor | None]:
     sizes = (a,) if b is None else (a, b)
-    tensors = [x for x in (U, V, *sizes) if isinstance(x, Tensor)]
-    if common.records(tensors) and plain(*tensors) and all(x.is_cpu for x in tensors):
-        found = _Refine.apply(U, V, *sizes)
-        return found[0], None if V is None else found[1]
     u, v = common.planes(U), None if V is None else common.planes(V)
     steps = common.scalars(sizes, U.device)
     if U.device.type == "cpu" and common.records((u, v, steps)):

@@ -39,11 +39,6 @@ def register_autocast(name: str) -> None:
         register(device, key)
 
 
-def autocast(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def unrecorded(op: Any, *args: Any) -> Any:
     """A call whose inputs ask for no gradient, past autograd's kernel, which costs more than one sample."""
     if torch.compiler.is_compiling():
