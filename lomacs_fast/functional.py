@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .ops.common import REAL, REAL_OF, autocast
+from .ops.common import REAL, REAL_OF
 from .reference import AEPlusTerms
 from .reference.arguments import integer
 from .reference.backbone import AttentionBlock, Block, ConvBlock, FoldedAttention
 from .reference.frozen import FrozenAngular, FrozenWeights
+from .reference.precision import autocast
 from .reference.projected_attention import Grouped
 from .reference.refine import SWEEPS
 
@@ -297,7 +298,7 @@ def projected_attention(
     if y is not None:
         return y
     _tensor("x", x, REAL + HALF, ("B", None, None))
-    mixed = autocast(x)
+    mixed = autocast(x.device.type)
     _attention_weights(x, wq, wk, wv, wo, pk, pv, mixed)
     _norm(x, norm_weight, norm_bias, eps, mixed)
     return ops.projected_attention(x, wq, wk, wv, wo, pk, pv, norm_weight, norm_bias, eps)
@@ -334,7 +335,7 @@ def gated_conv1d(
     if y is not None:
         return y
     _tensor("x", x, REAL + HALF, ("B", None, None))
-    mixed = autocast(x)
+    mixed = autocast(x.device.type)
     _conv_weights(x, dw_weight, dw_bias, pw_weight, pw_bias, mixed)
     _norm(x, norm_weight, norm_bias, eps, mixed)
     return ops.gated_conv1d(x, dw_weight, dw_bias, pw_weight, pw_bias, norm_weight, norm_bias, eps)
@@ -380,7 +381,7 @@ def backbone(
     eps: float = 1e-5,
 ) -> Tensor:
     _tensor("x", x, REAL + HALF, ("B", None, None))
-    mixed = autocast(x)
+    mixed = autocast(x.device.type)
     _affine(x, norm_weight, norm_bias, mixed)
     _eps(eps)
     # an iterator would be at its end after the look

@@ -170,7 +170,7 @@ _BLOCKWISE = SimpleNamespace(projected_attention=projected_attention, gated_conv
 
 
 def _eager(x: Tensor, *rest: Any) -> Tensor:
-    return reference.backbone(tokens.lowered(x, x.device.type) if common.autocast(x) else x, *rest)
+    return reference.backbone(tokens.as_under_autocast(x), *rest)
 
 
 def _nominal(device: torch.device) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..reference.precision import autocast
 from . import native
 from .dispatch import chosen, constant_in_graphs
 
@@ -110,7 +111,7 @@ def differentiable(name: str, setup: Callable[..., None], backward: Callable[...
 
     def call(*args: Any) -> Any:
         tensors = [x for x in args if isinstance(x, Tensor)]
-        if not plain(*tensors) or autocast(tensors[0]):
+        if not plain(*tensors) or autocast(tensors[0].device.type):
             return op.default(*args)
         if records(tensors):
             return node.apply(*args)
@@ -118,11 +119,6 @@ def differentiable(name: str, setup: Callable[..., None], backward: Callable[...
             return op.default(*args)
 
     return call
-
-
-def autocast(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def is_batched(x: Tensor) -> bool:

@@ -162,7 +162,7 @@ def _triton_reasons(x: Tensor, dw_weight: Tensor, *_: Any) -> list[str]:
 
 def _eager(x: Tensor, *rest: Any) -> Tensor:
     # the residual too is in autocast's dtype, whatever serves
-    return reference.gated_conv1d(tokens.lowered(x, x.device.type) if common.autocast(x) else x, *rest)
+    return reference.gated_conv1d(tokens.as_under_autocast(x), *rest)
 
 
 def _nominal(device: torch.device) -> tuple[Any, ...]:

@@ -298,7 +298,7 @@ def _triton_reasons(
 
 def _eager(x: Tensor, *rest: Any) -> Tensor:
     # the residual too is in autocast's dtype, whatever serves
-    return reference.projected_attention(tokens.lowered(x, x.device.type) if common.autocast(x) else x, *rest)
+    return reference.projected_attention(tokens.as_under_autocast(x), *rest)
 
 
 def _nominal(device: torch.device) -> tuple[Any, ...]:

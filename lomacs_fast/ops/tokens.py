@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.precision import autocast
 from . import common, native
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -20,6 +21,13 @@ def lowered(value: Any, device: str) -> Any:
         fits = value.is_floating_point() and value.dtype != torch.float64 and value.device.type == device
         return value.to(torch.get_autocast_dtype(device)) if fits else value
     return [lowered(x, device) for x in value] if isinstance(value, list | tuple) else value
+
+
+def as_under_autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where that is on."""
+    device = x.device.type
+    lower: Tensor = lowered(x, device) if autocast(device) else x
+    return lower
 
 
 def register_autocast(name: str) -> None:

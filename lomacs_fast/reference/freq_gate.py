@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, cast, overload
 
@@ -10,13 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import integer, positive
-
-
-def full_precision(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off, where the device has it: complex stems stay in full precision."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+from .precision import full_precision
 
 
 def axial_mlp(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:

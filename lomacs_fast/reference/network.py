@@ -21,6 +21,7 @@ from .freq_gate import AxialLowRankFreqGate
 from .gated_conv import GatedConv1D
 from .heads import svd_heads
 from .ortho import NeuralOrthoRefiner, column_normalize
+from .precision import autocast
 from .projected_attention import GroupedProjectedAttention
 from .refine import SpectralRefiner, dft_start, refine_svd
 from .spectral import spectral_calibrate, svd_tail
@@ -76,14 +77,10 @@ def _readable(x: Tensor) -> bool:
     return not traced and _get_current_dispatch_mode() is None
 
 
-def _autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _residual(block: nn.Module, x: Tensor) -> Tensor:
     """`x + block(x)`, in one call of the mixer where norm and residual may be its own."""
     # autocast would take the residual to half precision too
-    parts = None if _autocast(x.device.type) else _parts(block, x.shape[-1])
+    parts = None if autocast(x.device.type) else _parts(block, x.shape[-1])
     if parts is None:
         return x + cast(Tensor, block(x))
     norm, mixer = parts
@@ -457,7 +454,7 @@ class LoMACSSVDNet(nn.Module):
         heads = self.u_head, self.v_head
         written = all(_as_written(head, nn.Linear) and head.bias is not None for head in heads)
         # on a device the products are a library's
-        if written and not _launches(feat) and _unhooked(*heads) and not _autocast(feat.device.type):
+        if written and not _launches(feat) and _unhooked(*heads) and not autocast(feat.device.type):
             weights = (x for head in heads for x in (head.weight, head.bias))
             return cast(Sequence[Tensor], self.functions.svd_heads(feat, *weights))
         return [head(feat).to(self.pos.dtype) for head in heads]
@@ -491,7 +488,7 @@ class LoMACSSVDNet(nn.Module):
     def _inference_blocks(self, x: Tensor) -> list[Block] | None:
         """The blocks as `backbone` takes them, where one call may stand for all modules; else None."""
         last = self.norm
-        if torch.is_grad_enabled() or not _launches(x) or _autocast(x.device.type):
+        if torch.is_grad_enabled() or not _launches(x) or autocast(x.device.type):
             return None
         if not (_as_written(last, nn.LayerNorm) and _unhooked(last)) or last.normalized_shape != x.shape[-1:]:
             return None
