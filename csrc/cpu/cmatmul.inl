@@ -319,12 +319,17 @@ LOMACS_INLINE X spread(const T* p) {
   return x;
 }
 
-// a + x or a - x, and total + b x, for a number x in all lanes of whole vectors, as an operand in memory: on some
+// a + x or a - x, and total + b x, for a number x in all lanes, as an operand in memory: on some
 // processors a broadcast to a register takes a multiplier's turn, one inside another instruction none
-template <bool MINUS, typename T>
-LOMACS_INLINE Vec<T> with_number(Vec<T> a, const T* x) {
-  Vec<T> sum;
-  if constexpr (sizeof(T) == 4 && MINUS) asm("vsubps %2%{1to16%}, %1, %0" : "=v"(sum) : "v"(a), "m"(*x));
+template <bool MINUS, typename X, typename T>
+LOMACS_INLINE X with_number(X a, const T* x) {
+  X sum;
+  if constexpr (sizeof(X) == LOMACS_BYTES / 2) {
+    if constexpr (sizeof(T) == 4 && MINUS) asm("vsubps %2%{1to8%}, %1, %0" : "=v"(sum) : "v"(a), "m"(*x));
+    else if constexpr (sizeof(T) == 4) asm("vaddps %2%{1to8%}, %1, %0" : "=v"(sum) : "v"(a), "m"(*x));
+    else if constexpr (MINUS) asm("vsubpd %2%{1to4%}, %1, %0" : "=v"(sum) : "v"(a), "m"(*x));
+    else asm("vaddpd %2%{1to4%}, %1, %0" : "=v"(sum) : "v"(a), "m"(*x));
+  } else if constexpr (sizeof(T) == 4 && MINUS) asm("vsubps %2%{1to16%}, %1, %0" : "=v"(sum) : "v"(a), "m"(*x));
   else if constexpr (sizeof(T) == 4) asm("vaddps %2%{1to16%}, %1, %0" : "=v"(sum) : "v"(a), "m"(*x));
   else if constexpr (MINUS) asm("vsubpd %2%{1to8%}, %1, %0" : "=v"(sum) : "v"(a), "m"(*x));
   else asm("vaddpd %2%{1to8%}, %1, %0" : "=v"(sum) : "v"(a), "m"(*x));
@@ -368,7 +373,7 @@ LOMACS_INLINE void multiply(X (&re)[R][V], X (&im)[R][V], X (&both)[R][V], const
         if constexpr (V == 1 && sizeof(X) == LOMACS_BYTES) {
           re[i][0] += ar * br[0];
           im[i][0] = with_multiple<T>(im[i][0], bi[0], a + i * row + imag);
-          both[i][0] += with_number<CONJ, T>(ar, a + i * row + imag) * bs[0];
+          both[i][0] += with_number<CONJ>(ar, a + i * row + imag) * bs[0];
           continue;
         }
         const X ai = spread<X>(a + i * row + imag), as = CONJ ? ar - ai : ar + ai;

@@ -1,6 +1,7 @@
 // One factor of tall columns: its Gram matrix, one refinement step and the step's gradient.
 // Included inside isa.inl by the files that need it.
 #include "cmatmul.inl"
+#include "pairs.inl"
 #include "upper.h"
 
 namespace lomacs {
@@ -348,11 +349,20 @@ LOMACS_TARGET void normal_gradient(const T* x, const T* g, const T* a, const T* 
 // half, unless it is kept elsewhere.
 template <typename T>
 struct Factor {
-  Panels<T> U, P, K;
+  Panels<T> U, P, K, W;
   Upper<T> residual;
-  T *Y, *squares, *scale, *slope;
+  T *Y, *squares, *scale, *slope, *weight;
+  // of products by pairs
+  T *row_re, *row_im, *re, *im;
+  bool pairs;
 
   void plan(Arena<T>& arena, std::int64_t rows, std::int64_t r, bool backward) {
+    pairs = LOMACS_PRODUCTS == 3 && sizeof(T) == 4 && adds_beside() && r % (2 * lanes<T>) == 0;
+    row_re = take_row(arena, rows);
+    row_im = take_row(arena, rows);
+    re = take_row(arena, r);
+    im = take_row(arena, r);
+    weight = take_row(arena, r);
     U = take_panels(arena, rows, r);
     P = take_squares(arena, r, r);
     squares = take_row(arena, r);
@@ -360,15 +370,15 @@ struct Factor {
     slope = take_row(arena, r);
     if (!backward) return;
     K = take_squares(arena, r, r);
+    W = take_panels(arena, rows, r);
     Y = arena.take(2 * rows * r);
     residual.data = arena.take(Upper<T>::size(r));
   }
 };
 
-// P = I - step G from the upper half of G
+// P = x G from the upper half of G
 template <typename T>
-LOMACS_TARGET void refine_polynomial(Upper<T> G, std::int64_t r, double step, Panels<T> P) {
-  const T x = static_cast<T>(-step);
+LOMACS_TARGET void from_upper(Upper<T> G, std::int64_t r, T x, Panels<T> P) {
   for (std::int64_t j = 0; j < r; j += lanes<T>) {
     const T* p = G.at(0, j);
     T* o = P.at(0, j / lanes<T>);
@@ -378,7 +388,77 @@ LOMACS_TARGET void refine_polynomial(Upper<T> G, std::int64_t r, double step, Pa
     }
   }
   mirror(P, r);
-  add_identity(P, static_cast<T>(1), r);
+}
+
+#if LOMACS_PRODUCTS == 3
+// refine_packed's residual and refined columns by pairs; columns of u are of one size
+template <typename T>
+LOMACS_TARGET void refine_by_pairs(const T* u, const Factor<T>& x, std::int64_t rows, std::int64_t r, double step, T* Y,
+                                   Ahead& ahead, Upper<T> kept) {
+  double total = 0;
+  for (std::int64_t k = 0; k < r; ++k) total += static_cast<double>(x.squares[k]);
+  const T unit = static_cast<T>(std::sqrt(total / static_cast<double>(rows * r)));
+  sums_of_row_pairs(x.U, rows, r, x.re, x.im);
+  const Pairs<T> gram{u, {}, u + rows * r, 2 * r, x.U, {x.U.data + rows / 2 * Panels<T>::step, x.U.rows}, rows / 2};
+  ToMultipleAndUpper<T> upper{{x.P}, 1, kept};
+  product_by_pairs<true, false>(gram, PairSums<T>{x.re, x.im, x.re, x.im}, upper, r, r, ahead, Part::upper);
+  mirror(x.P, r);
+  for (std::int64_t k = 0; k < r; ++k) {
+    const T g = x.squares[k] - 1;
+    T* p = x.P.element(k, k);
+    p[0] = g;
+    p[Panels<T>::imag] = 0;
+    x.squares[k] = 0;
+    if (kept.data == nullptr) continue;
+    T* q = kept.at(k, k);
+    q[0] = g;
+    q[Upper<T>::imag] = 0;
+  }
+  scale_for_pairs(x.P, r, unit, static_cast<T>(-step), x.weight, x.re, x.im);
+  sums_of_column_pairs(x.U, rows, r, x.row_re, x.row_im);
+  const Pairs<T> refined{u, {}, u + r, 2 * r, x.P, {x.P.data + r / 2 * Panels<T>::step, x.P.rows}, r / 2};
+  AddedTo<T, ToRowsAndSquares<T>> sink{x.U, x.weight, {{Y, r}, x.squares}};
+  product_by_pairs<false, false>(refined, PairSums<T>{x.row_re, x.row_im, x.re, x.im}, sink, rows, r, ahead);
+}
+
+// refine_product by pairs: with E = U^H U - I and S = U^H G + G^H U, of which s_ij is the sum of
+// (conj(u_i) + u_j) (g_j + conj(g_i)) less what depends on i or j alone, it is G - step (G E + U S). False where the
+// numbers are not of a size for it.
+template <typename T, typename Sink>
+LOMACS_TARGET bool refine_product_by_pairs(const T* u, Panels<T> G, const Factor<T>& x, Upper<T> residual,
+                                           std::int64_t rows, std::int64_t r, double step, const Sink& sink,
+                                           Ahead& ahead, double& gstep) {
+  double total = 0;
+  for (std::int64_t k = 0; k < r; ++k) {
+    x.squares[k] = *residual.at(k, k) + 1;
+    total += static_cast<double>(x.squares[k]);
+  }
+  if (!of_one_size(x.squares, r)) return false;
+  const double many = static_cast<double>(rows * r);
+  const double squares = pack_with_sums(u, G, rows, r, x.W, x.row_re, x.row_im, x.re, x.im);
+  if (!(squares > 1e-30 * many && squares < 1e30)) return false;
+  const Pairs<T> cross{nullptr, G, u, 2 * r, x.W, G, rows};
+  ToPanels<T> to{x.K};
+  product_by_pairs<true, true>(cross, PairSums<T>{x.re, x.im, x.re, x.im}, to, r, r, ahead, Part::upper);
+  mirror(x.K, r);
+  from_upper(residual, r, T(1), x.P);
+  const T of_u = static_cast<T>(std::sqrt(total / many)), of_g = static_cast<T>(std::sqrt(squares / many));
+  gstep = -0.5 * scale_for_pairs(x.P, x.K, r, of_u, of_g, static_cast<T>(-step), x.weight, x.re, x.im);
+  const Pairs<T> both{nullptr, G, u, 2 * r, x.P, x.K, r};
+  AddedTo<T, Sink> added{G, x.weight, sink};
+  product_by_pairs<false, true>(both, PairSums<T>{x.row_re, x.row_im, x.re, x.im}, added, rows, r, ahead);
+  return true;
+}
+#endif
+
+// 1 / (norm + eps) of refined columns to x.scale, and what their gradient takes to x.slope
+template <typename T>
+LOMACS_TARGET void refined_scales(const Factor<T>& x, std::int64_t r) {
+  for (std::int64_t k = 0; k < r; ++k) {
+    const double n = std::sqrt(static_cast<double>(x.squares[k])), a = 1 / (n + normal_eps);
+    x.scale[k] = static_cast<T>(a);
+    x.slope[k] = static_cast<T>(n != 0 ? a * a / n : 0.0);
+  }
 }
 
 // Y = U - step U (U^H U - I) for the u that is in x.U too, the square sums of its columns in x.squares; leaves
@@ -386,6 +466,12 @@ LOMACS_TARGET void refine_polynomial(Upper<T> G, std::int64_t r, double step, Pa
 template <typename T>
 LOMACS_TARGET void refine_packed(const T* u, const Factor<T>& x, std::int64_t rows, std::int64_t r, double step, T* Y,
                                  Ahead& ahead, Upper<T> kept = {}) {
+#if LOMACS_PRODUCTS == 3
+  if (x.pairs && rows % lanes<T> == 0 && of_one_size(x.squares, r)) {
+    refine_by_pairs(u, x, rows, r, step, Y, ahead, kept);
+    return refined_scales(x, r);
+  }
+#endif
   // what no vector of a product reaches
   if (kept.data != nullptr && (lanes<T> != Upper<T>::block || r % Upper<T>::block != 0))
     std::fill_n(kept.data, Upper<T>::size(r), T(0));
@@ -407,11 +493,7 @@ LOMACS_TARGET void refine_packed(const T* u, const Factor<T>& x, std::int64_t ro
   const Term<T> terms[] = {{{u, r, 1}, x.P, r}};
   ToRowsAndSquares<T> sink{{Y, r}, x.squares};
   product<false>(terms, sink, rows, r, ahead);
-  for (std::int64_t k = 0; k < r; ++k) {
-    const double n = std::sqrt(static_cast<double>(x.squares[k])), a = 1 / (n + normal_eps);
-    x.scale[k] = static_cast<T>(a);
-    x.slope[k] = static_cast<T>(n != 0 ? a * a / n : 0.0);
-  }
+  refined_scales(x, r);
 }
 
 template <typename T>
@@ -421,11 +503,18 @@ LOMACS_TARGET void refine_columns(const T* u, const Factor<T>& x, std::int64_t r
   refine_packed(u, x, rows, r, step, Y, ahead, kept);
 }
 
-// To the sink the gradient of u from that of its refined columns, which is in G; returns that of the step. After
-// refine_polynomial or refine_packed of this residual.
+// To the sink the gradient of u from that of its refined columns, which is in G; returns that of the step.
 template <typename T, typename Sink>
 LOMACS_TARGET double refine_product(const T* u, Panels<T> G, const Factor<T>& x, Upper<T> residual, std::int64_t rows,
                                     std::int64_t r, double step, Sink sink, Ahead& ahead) {
+#if LOMACS_PRODUCTS == 3
+  double of_step = 0;
+  if (x.pairs && rows % lanes<T> == 0 &&
+      refine_product_by_pairs(u, G, x, residual, rows, r, step, sink, ahead, of_step))
+    return of_step;
+#endif
+  from_upper(residual, r, static_cast<T>(-step), x.P);
+  add_identity(x.P, static_cast<T>(1), r);
   const Term<T> cross[] = {{{u, 1, r}, G, rows}};
   ToPanels<T> of_gram{x.K};
   product<true>(cross, of_gram, r, r, ahead);

@@ -34,7 +34,6 @@ LOMACS_TARGET void ortho_refine_factors(const OrthoRefine<T>& job, std::int64_t 
     T* out = f.out + b * size;
     T* norms = f.norms ? f.norms + b * f.stride : nullptr;
     if (job.backward && kept.data) {
-      refine_polynomial(kept, r, f.step, x.P);
       for (std::int64_t k = 0; k < r; ++k) {
         const double n = norms[k];
         x.scale[k] = static_cast<T>(1 / (n + normal_eps));

@@ -41,6 +41,23 @@ inline Isa choose_isa() {
   return isa;
 }
 
+// Whether vectors are added beside multiplications, not in their turn, so that a sum more for a product less pays;
+// LOMACS_FAST_PAIRS=0 or 1 decides instead.
+inline bool adds_beside() {
+  const char* name = std::getenv("LOMACS_FAST_PAIRS");
+  if (name == nullptr || *name == '\0') {
+#if defined(__x86_64__)
+    static const bool amd = __builtin_cpu_is("amd");
+    return amd;
+#else
+    return false;
+#endif
+  }
+  if (std::strcmp(name, "0") != 0 && std::strcmp(name, "1") != 0)
+    throw std::runtime_error(std::string("LOMACS_FAST_PAIRS must be 0 or 1, got ") + name);
+  return *name == '1';
+}
+
 template <typename T, int BYTES>
 struct Simd {
   using Index = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;

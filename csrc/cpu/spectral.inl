@@ -306,14 +306,6 @@ LOMACS_TARGET void tail_columns(const T* raw, const std::int64_t* order, const T
   refine_packed(f.columns, f.x, rows, r, step, Y, ahead, kept);
 }
 
-// What tail_columns leaves and the gradients need, from what the forward kept.
-template <typename T>
-LOMACS_TARGET void kept_columns(const T* raw, const std::int64_t* order, const TailFactor<T>& f, std::int64_t rows,
-                                std::int64_t r, double step, Upper<T> residual) {
-  ordered_columns<false>(raw, order, f, rows, r);
-  refine_polynomial(residual, r, step, f.x.P);
-}
-
 // dots = Re(x^H g) of the columns; x also to panels where there are some
 template <typename T>
 LOMACS_TARGET void real_dots(const T* x, const T* g, std::int64_t rows, std::int64_t columns, T* dots,
@@ -528,13 +520,13 @@ LOMACS_TARGET void tail_gradients(const Tail<T>& job, const std::int64_t* order,
     ToNormalGradient<T> sink{{v, job.gV + right, z.re, z.im, f.x.scale, x.along}, {x.V}, r};
     product<true>(terms, sink, N, r, ahead);
   }
-  kept_columns(job.V + right, order, f, N, r, job.b, kept.residuals[1]);
+  ordered_columns<false>(job.V + right, order, f, N, r);
   scalars[1] = tail_gradient(order, f, x.V, kept.residuals[1], N, r, job.b, job.oV + right, ahead);
 
   project(kept.columns[0], x.dots_of_U);
   const OfNormal<T> of{u, job.gU + left, z.re, x.conjugate, f.x.scale, x.along};
   normal_gradient_of(kept.W, of, M, r, x.U);
-  kept_columns(job.U + left, order, f, M, r, job.a, kept.residuals[0]);
+  ordered_columns<false>(job.U + left, order, f, M, r);
   scalars[0] = tail_gradient(order, f, x.U, kept.residuals[0], M, r, job.a, job.oU + left, ahead);
 }
 
