@@ -1,5 +1,6 @@
 // Terms and gradients of the AE+ loss, sample by sample. Included inside isa.inl.
 #include "cmatmul.inl"
+#include "pairs.inl"
 
 namespace lomacs {
 namespace LOMACS_ISA {
@@ -12,6 +13,7 @@ struct Scratch {
   // interleaved: H or E times V or U; U S, later U K; S times a Gram matrix; E
   T *X, *US, *SG, *E;
   T* s;
+  PairScratch<T> pairs;
   Arena<T> arena;
   // diagonals of M or U^H E V, of U^H U and V^H V, of (U^H U) S (V^H V), and Re(U^H E V)_kk
   double *re, *im, *gu, *gv, *product_re, *product_im, *e;
@@ -37,6 +39,7 @@ struct Scratch {
     SG = arena.take(2 * r * r);
     E = arena.take(2 * M * N);
     s = take_row(arena, r);
+    pairs.plan(arena, std::max(M, N), r, true);
   }
 };
 
@@ -216,12 +219,16 @@ LOMACS_TARGET void wide_dots(Panels<T> X, const T* y, std::int64_t rows, std::in
 // to = X^H X less its diagonal, which goes to `diagonal`; returns |X^H X - I|
 template <typename T>
 LOMACS_TARGET double gram(const T* x, Panels<T> planar, std::int64_t rows, std::int64_t r, Panels<T> to,
-                          double* diagonal, double* unused, Ahead& ahead) {
+                          double* diagonal, double* unused, const PairScratch<T>& pairs, Ahead& ahead) {
   const Term<T> terms[] = {{{x, 1, r}, planar, rows}};
   ToPanels<T> sink{to};
-  product<true>(terms, sink, r, r, ahead, Part::upper);
-  mirror(to, r);
   wide_dots(planar, x, rows, r, diagonal, unused);
+#if LOMACS_PRODUCTS == 3
+  if (pairs.takes(rows) && of_one_size(diagonal, r)) gram_by_pairs(x, planar, rows, r, pairs, sink, ahead);
+  else
+#endif
+    product<true>(terms, sink, r, r, ahead, Part::upper);
+  mirror(to, r);
   double square = 0;
   for (std::int64_t k = 0; k < r; ++k) {
     T* g = to.element(k, k);
@@ -267,8 +274,8 @@ LOMACS_TARGET void aeplus_sample(const AEPlus<T>& job, std::int64_t b, const Scr
   std::memcpy(x.s, S, sizeof(T) * static_cast<std::size_t>(r));
   pack(U, M, r, x.U);
   pack(V, N, r, x.V);
-  const double ou = gram(U, x.U, M, r, x.Gu, x.gu, x.im, ahead);
-  const double ov = gram(V, x.V, N, r, x.Gv, x.gv, x.im, ahead);
+  const double ou = gram(U, x.U, M, r, x.Gu, x.gu, x.im, x.pairs, ahead);
+  const double ov = gram(V, x.V, N, r, x.Gv, x.gv, x.im, x.pairs, ahead);
   double pp = 0;
   for (std::int64_t k = 0; k < r; ++k) {
     double re, im;
@@ -283,9 +290,19 @@ LOMACS_TARGET void aeplus_sample(const AEPlus<T>& job, std::int64_t b, const Scr
   }
   const double hh = square_sum(H, 2 * M * N), h = norm_of(hh, H, 2 * M * N), inv = 1 / (h + 1e-8);
 
+  const auto size_of = [&](double square, std::int64_t rows) {
+    return std::sqrt(square / static_cast<double>(rows * r));
+  };
+  [[maybe_unused]] const double of_U = size_of(std::accumulate(x.gu, x.gu + r, 0.0), M);
+  [[maybe_unused]] const double of_V = size_of(std::accumulate(x.gv, x.gv + r, 0.0), N);
+  [[maybe_unused]] const bool by_pairs = x.pairs.takes(M) && x.pairs.takes(N) && of_one_size(x.gu, r) && of_one_size(x.gv, r);
   const auto times_V = [&](const T* left) LOMACS_TARGET {
-    const Term<T> terms[] = {{{left, N, 1}, x.V, N}};
     ToRows<T> sink{x.X, r};
+#if LOMACS_PRODUCTS == 3
+    if (by_pairs && multiplied_by_pairs(left, x.V, of_V, M, N, r, x.pairs, sink, ahead))
+      return wide_dots(x.U, x.X, M, r, x.re, x.im);
+#endif
+    const Term<T> terms[] = {{{left, N, 1}, x.V, N}};
     product<false>(terms, sink, M, r, ahead);
     wide_dots(x.U, x.X, M, r, x.re, x.im);
   };
@@ -404,6 +421,23 @@ LOMACS_TARGET void aeplus_sample(const AEPlus<T>& job, std::int64_t b, const Scr
     if (expanded)
       for (std::int64_t k = 0; k < r; ++k) *x.C.element(k, k) = *x.A.element(k, k);
   }
+  // to = X A + Y B, for the B in x.B
+  const auto last_product = [&](const T* X, const T* Y, std::int64_t rows, double of_Y, Panels<T> A,
+                                T* to) LOMACS_TARGET {
+    ToRows<T> sink{to, r};
+#if LOMACS_PRODUCTS == 3
+    const double squares = by_pairs ? square_sum(X, 2 * rows * r) : 0.0;
+    if (of_common_size(squares, rows * r)) {
+      sums_of_products(X, Y, 2 * r, rows, r, x.pairs.row_re, x.pairs.row_im);
+      scale_for_pairs(A, x.B, r, static_cast<T>(of_Y), static_cast<T>(size_of(squares, rows)), T(1), x.pairs);
+      const Pairs<T> pairs{X, {}, Y, 2 * r, A, x.B, r};
+      ColumnMultiples<T, ToRows<T>> multiples{x.pairs.weight, sink};
+      return product_by_pairs<false, false>(pairs, x.pairs.sums(), multiples, rows, r, ahead);
+    }
+#endif
+    const Term<T> outer[] = {{{X, r, 1}, A, r}, {{Y, r, 1}, x.B, r}};
+    product<false>(outer, sink, rows, r, ahead);
+  };
   if (gU) {
     if (direct) {
       const Term<T> inner[] = {{{x.SG, r, 1}, x.A, r}};
@@ -414,14 +448,17 @@ LOMACS_TARGET void aeplus_sample(const AEPlus<T>& job, std::int64_t b, const Scr
     }
     add_residual(x.Gu, r, beta_u, x.B);
     for (std::int64_t k = 0; k < r; ++k) *x.A.element(k, k) -= static_cast<T>(alpha * x.s[k]);
-    const Term<T> outer[] = {{{x.X, r, 1}, x.A, r}, {{U, r, 1}, x.B, r}};
-    ToRows<T> sink{gU, r};
-    product<false>(outer, sink, M, r, ahead);
+    last_product(x.X, U, M, of_U, x.A, gU);
   }
   if (gV) {
-    const Term<T> cross[] = {{{left, 1, N}, x.U, M}};
     ToRows<T> between{x.X, r};
-    product<true>(cross, between, N, r, ahead);
+#if LOMACS_PRODUCTS == 3
+    if (!by_pairs || !adjoint_multiplied_by_pairs(left, x.U, of_U, M, N, r, x.pairs, between, ahead))
+#endif
+    {
+      const Term<T> cross[] = {{{left, 1, N}, x.U, M}};
+      product<true>(cross, between, N, r, ahead);
+    }
     if (direct) {
       scaled_rows(x.Gu, x.s, r, x.SG);
       const Term<T> inner[] = {{{x.SG, r, 1}, x.C, r}};
@@ -432,9 +469,7 @@ LOMACS_TARGET void aeplus_sample(const AEPlus<T>& job, std::int64_t b, const Scr
     }
     add_residual(x.Gv, r, beta_v, x.B);
     for (std::int64_t k = 0; k < r; ++k) *x.C.element(k, k) -= static_cast<T>(alpha * x.s[k]);
-    const Term<T> outer[] = {{{x.X, r, 1}, x.C, r}, {{V, r, 1}, x.B, r}};
-    ToRows<T> sink{gV, r};
-    product<false>(outer, sink, N, r, ahead);
+    last_product(x.X, V, N, of_V, x.C, gV);
   }
 }
 

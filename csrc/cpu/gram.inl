@@ -349,20 +349,13 @@ LOMACS_TARGET void normal_gradient(const T* x, const T* g, const T* a, const T* 
 // half, unless it is kept elsewhere.
 template <typename T>
 struct Factor {
-  Panels<T> U, P, K, W;
+  Panels<T> U, P, K;
   Upper<T> residual;
-  T *Y, *squares, *scale, *slope, *weight;
-  // of products by pairs
-  T *row_re, *row_im, *re, *im;
-  bool pairs;
+  T *Y, *squares, *scale, *slope;
+  PairScratch<T> pairs;
 
-  void plan(Arena<T>& arena, std::int64_t rows, std::int64_t r, bool backward) {
-    pairs = LOMACS_PRODUCTS == 3 && sizeof(T) == 4 && adds_beside() && r % (2 * lanes<T>) == 0;
-    row_re = take_row(arena, rows);
-    row_im = take_row(arena, rows);
-    re = take_row(arena, r);
-    im = take_row(arena, r);
-    weight = take_row(arena, r);
+  void plan(Arena<T>& arena, std::int64_t rows, std::int64_t r, bool backward, bool planar) {
+    pairs.plan(arena, rows, r, planar);
     U = take_panels(arena, rows, r);
     P = take_squares(arena, r, r);
     squares = take_row(arena, r);
@@ -370,7 +363,6 @@ struct Factor {
     slope = take_row(arena, r);
     if (!backward) return;
     K = take_squares(arena, r, r);
-    W = take_panels(arena, rows, r);
     Y = arena.take(2 * rows * r);
     residual.data = arena.take(Upper<T>::size(r));
   }
@@ -398,10 +390,8 @@ LOMACS_TARGET void refine_by_pairs(const T* u, const Factor<T>& x, std::int64_t 
   double total = 0;
   for (std::int64_t k = 0; k < r; ++k) total += static_cast<double>(x.squares[k]);
   const T unit = static_cast<T>(std::sqrt(total / static_cast<double>(rows * r)));
-  sums_of_row_pairs(x.U, rows, r, x.re, x.im);
-  const Pairs<T> gram{u, {}, u + rows * r, 2 * r, x.U, {x.U.data + rows / 2 * Panels<T>::step, x.U.rows}, rows / 2};
   ToMultipleAndUpper<T> upper{{x.P}, 1, kept};
-  product_by_pairs<true, false>(gram, PairSums<T>{x.re, x.im, x.re, x.im}, upper, r, r, ahead, Part::upper);
+  gram_by_pairs(u, x.U, rows, r, x.pairs, upper, ahead);
   mirror(x.P, r);
   for (std::int64_t k = 0; k < r; ++k) {
     const T g = x.squares[k] - 1;
@@ -414,11 +404,11 @@ LOMACS_TARGET void refine_by_pairs(const T* u, const Factor<T>& x, std::int64_t 
     q[0] = g;
     q[Upper<T>::imag] = 0;
   }
-  scale_for_pairs(x.P, r, unit, static_cast<T>(-step), x.weight, x.re, x.im);
-  sums_of_column_pairs(x.U, rows, r, x.row_re, x.row_im);
-  const Pairs<T> refined{u, {}, u + r, 2 * r, x.P, {x.P.data + r / 2 * Panels<T>::step, x.P.rows}, r / 2};
-  AddedTo<T, ToRowsAndSquares<T>> sink{x.U, x.weight, {{Y, r}, x.squares}};
-  product_by_pairs<false, false>(refined, PairSums<T>{x.row_re, x.row_im, x.re, x.im}, sink, rows, r, ahead);
+  scale_for_pairs(x.P, r, unit, static_cast<T>(-step), x.pairs.weight, x.pairs.re, x.pairs.im);
+  sums_of_column_pairs(x.U, rows, r, x.pairs.row_re, x.pairs.row_im);
+  const Pairs<T> refined{u, {}, u + r, 2 * r, x.P, below(x.P, r / 2), r / 2};
+  AddedTo<T, ToRowsAndSquares<T>> sink{x.U, x.pairs.weight, {{Y, r}, x.squares}};
+  product_by_pairs<false, false>(refined, x.pairs.sums(), sink, rows, r, ahead);
 }
 
 // refine_product by pairs: with E = U^H U - I and S = U^H G + G^H U, of which s_ij is the sum of
@@ -435,18 +425,18 @@ LOMACS_TARGET bool refine_product_by_pairs(const T* u, Panels<T> G, const Factor
   }
   if (!of_one_size(x.squares, r)) return false;
   const double many = static_cast<double>(rows * r);
-  const double squares = pack_with_sums(u, G, rows, r, x.W, x.row_re, x.row_im, x.re, x.im);
-  if (!(squares > 1e-30 * many && squares < 1e30)) return false;
-  const Pairs<T> cross{nullptr, G, u, 2 * r, x.W, G, rows};
+  const double squares = pack_with_sums(u, G, rows, r, x.pairs);
+  if (!of_common_size(squares, rows * r)) return false;
+  const Pairs<T> cross{nullptr, G, u, 2 * r, x.pairs.W, G, rows};
   ToPanels<T> to{x.K};
-  product_by_pairs<true, true>(cross, PairSums<T>{x.re, x.im, x.re, x.im}, to, r, r, ahead, Part::upper);
+  product_by_pairs<true, true>(cross, x.pairs.of_columns(), to, r, r, ahead, Part::upper);
   mirror(x.K, r);
   from_upper(residual, r, T(1), x.P);
   const T of_u = static_cast<T>(std::sqrt(total / many)), of_g = static_cast<T>(std::sqrt(squares / many));
-  gstep = -0.5 * scale_for_pairs(x.P, x.K, r, of_u, of_g, static_cast<T>(-step), x.weight, x.re, x.im);
+  gstep = -0.5 * scale_for_pairs(x.P, x.K, r, of_u, of_g, static_cast<T>(-step), x.pairs);
   const Pairs<T> both{nullptr, G, u, 2 * r, x.P, x.K, r};
-  AddedTo<T, Sink> added{G, x.weight, sink};
-  product_by_pairs<false, true>(both, PairSums<T>{x.row_re, x.row_im, x.re, x.im}, added, rows, r, ahead);
+  AddedTo<T, Sink> added{G, x.pairs.weight, sink};
+  product_by_pairs<false, true>(both, x.pairs.sums(), added, rows, r, ahead);
   return true;
 }
 #endif
@@ -467,7 +457,7 @@ template <typename T>
 LOMACS_TARGET void refine_packed(const T* u, const Factor<T>& x, std::int64_t rows, std::int64_t r, double step, T* Y,
                                  Ahead& ahead, Upper<T> kept = {}) {
 #if LOMACS_PRODUCTS == 3
-  if (x.pairs && rows % lanes<T> == 0 && of_one_size(x.squares, r)) {
+  if (x.pairs.takes(rows) && of_one_size(x.squares, r)) {
     refine_by_pairs(u, x, rows, r, step, Y, ahead, kept);
     return refined_scales(x, r);
   }
@@ -509,8 +499,7 @@ LOMACS_TARGET double refine_product(const T* u, Panels<T> G, const Factor<T>& x,
                                     std::int64_t r, double step, Sink sink, Ahead& ahead) {
 #if LOMACS_PRODUCTS == 3
   double of_step = 0;
-  if (x.pairs && rows % lanes<T> == 0 &&
-      refine_product_by_pairs(u, G, x, residual, rows, r, step, sink, ahead, of_step))
+  if (x.pairs.takes(rows) && refine_product_by_pairs(u, G, x, residual, rows, r, step, sink, ahead, of_step))
     return of_step;
 #endif
   from_upper(residual, r, static_cast<T>(-step), x.P);

@@ -11,7 +11,7 @@ LOMACS_TARGET void ortho_refine_factors(const OrthoRefine<T>& job, std::int64_t 
   const std::int64_t r = job.r;
   Factor<T> x;
   const std::int64_t rows = std::max(job.factors[0].rows, job.factors[1].rows);
-  const Arena<T> arena([&](Arena<T>& a) { x.plan(a, rows, r, job.backward); }, r % lanes<T> != 0);
+  const Arena<T> arena([&](Arena<T>& a) { x.plan(a, rows, r, job.backward, job.backward); }, r % lanes<T> != 0);
   for (std::int64_t n = begin; n < end; ++n) {
     const bool second = n >= job.batch;
     const FactorOf<T>& f = job.factors[second];

@@ -29,6 +29,52 @@ struct PairSums {
   const T *row_re, *row_im, *re, *im;
 };
 
+// Scratch of products by pairs, and whether they are to be taken: sums by row and by column, what columns of a product
+// are multiplied by, and a planar factor of so many rows.
+template <typename T>
+struct PairScratch {
+  Panels<T> W;
+  T *row_re, *row_im, *re, *im, *weight;
+  bool wanted;
+
+  void plan(Arena<T>& arena, std::int64_t rows, std::int64_t r, bool planar) {
+    wanted = LOMACS_PRODUCTS == 3 && sizeof(T) == 4 && adds_beside() && r % (2 * lanes<T>) == 0;
+    for (T** row : {&row_re, &row_im}) *row = take_row(arena, std::max(rows, r));
+    for (T** row : {&re, &im, &weight}) *row = take_row(arena, std::max(rows, r));
+    // as it stands or lying
+    if (planar && wanted) W = {arena.take(std::max(Panels<T>::size(rows, r), Panels<T>::size(r, rows))), rows};
+  }
+  bool takes(std::int64_t rows) const { return wanted && rows % lanes<T> == 0; }
+  PairSums<T> of_columns() const { return {re, im, re, im}; }
+  PairSums<T> sums() const { return {row_re, row_im, re, im}; }
+};
+
+// whether columns of these square sums are near enough in size, and neither very large nor small
+template <typename T>
+bool of_one_size(const T* squares, std::int64_t r) {
+  if (!(squares[0] >= 0)) return false;
+  T least = squares[0], most = squares[0];
+  for (std::int64_t k = 1; k < r; ++k) {
+    // NaN is in no order
+    if (!(squares[k] >= 0)) return false;
+    least = std::min(least, squares[k]);
+    most = std::max(most, squares[k]);
+  }
+  return least > T(1e-6) && most < T(1e6) && most <= 16 * least;
+}
+
+// a power of two near x, which is positive
+template <typename T>
+T power_of_two(double x) {
+  return static_cast<T>(std::ldexp(1.0, std::ilogb(x)));
+}
+
+// whether numbers of this square sum have squares that T holds
+inline bool of_common_size(double squares, std::int64_t count) {
+  const double mean = squares / static_cast<double>(count);
+  return mean > 1e-20 && mean < 1e20;
+}
+
 #if LOMACS_PRODUCTS == 3
 template <bool CONJ, bool PLANAR, int R, typename X, typename T>
 LOMACS_INLINE void multiply_pairs(X (&re)[R][1], X (&im)[R][1], const Pairs<T>& term, std::int64_t i0,
@@ -134,6 +180,11 @@ struct AddedTo {
   }
 };
 
+template <typename T, int... I>
+LOMACS_INLINE Vec<T> swapped(Vec<T> x, std::integer_sequence<int, I...>) {
+  return LOMACS_SHUFFLE(T, x, x, (I ^ 1)...);
+}
+
 // the sum of every one of the vectors, in a vector
 template <typename T>
 LOMACS_INLINE Vec<T> sums_of(Vec<T> (&x)[lanes<T>]) {
@@ -190,11 +241,12 @@ LOMACS_TARGET void sums_of_column_pairs(Panels<T> X, std::int64_t rows, std::int
   }
 }
 
-// x to panels, and the sums of x g (not conjugated) for every row and every column; returns the square sum of g
+// x to the panels W, and the sums of x g (not conjugated) for every row and every column; returns the square sum of g
 template <typename T>
-LOMACS_TARGET double pack_with_sums(const T* x, Panels<T> g, std::int64_t rows, std::int64_t columns, Panels<T> to,
-                                  T* row_re, T* row_im, T* re, T* im) {
+LOMACS_TARGET double pack_with_sums(const T* x, Panels<T> g, std::int64_t rows, std::int64_t columns,
+                                    const PairScratch<T>& sums) {
   double squares = 0;
+  T *re = sums.re, *im = sums.im;
   std::fill_n(re, columns, T(0));
   std::fill_n(im, columns, T(0));
   for (std::int64_t i0 = 0; i0 < rows; i0 += lanes<T>) {
@@ -203,7 +255,7 @@ LOMACS_TARGET double pack_with_sums(const T* x, Panels<T> g, std::int64_t rows, 
     for (int i = 0; i < lanes<T>; ++i) sum_re[i] = sum_im[i] = Vec<T>{};
     for (std::int64_t j = 0; j < columns; j += lanes<T>) {
       const T *from = x + 2 * (i0 * columns + j), *p = g.at(i0, j / lanes<T>);
-      T* o = to.at(i0, j / lanes<T>);
+      T* o = sums.W.at(i0, j / lanes<T>);
       Vec<T> part_re{}, part_im{}, part{};
 #pragma GCC unroll 1
       for (int i = 0; i < lanes<T>; ++i, from += 2 * columns, p += Panels<T>::step, o += Panels<T>::step) {
@@ -221,10 +273,158 @@ LOMACS_TARGET double pack_with_sums(const T* x, Panels<T> g, std::int64_t rows, 
       store(re + j, load(re + j) + part_re);
       store(im + j, load(im + j) + part_im);
     }
-    store(row_re + i0, sums_of<T>(sum_re));
-    store(row_im + i0, sums_of<T>(sum_im));
+    store(sums.row_re + i0, sums_of<T>(sum_re));
+    store(sums.row_im + i0, sums_of<T>(sum_im));
   }
   return squares;
+}
+
+// rows of a planar matrix from row i on
+template <typename T>
+Panels<T> below(Panels<T> x, std::int64_t i) {
+  return {x.data + i * Panels<T>::step, x.rows};
+}
+
+// The upper half of x^H x, columns of one size, to the sink; `planar` is x
+template <typename T, typename Sink>
+LOMACS_INLINE void gram_by_pairs(const T* x, Panels<T> planar, std::int64_t rows, std::int64_t r,
+                                 const PairScratch<T>& scratch, Sink& sink, Ahead& ahead) {
+  sums_of_row_pairs(planar, rows, r, scratch.re, scratch.im);
+  const Pairs<T> terms{x, {}, x + rows * r, 2 * r, planar, below(planar, rows / 2), rows / 2};
+  product_by_pairs<true, false>(terms, scratch.of_columns(), sink, r, r, ahead, Part::upper);
+}
+
+// sums of x_k y_k over n columns of interleaved rows, `row` numbers from one to the next; returns the square sum of both
+template <typename T>
+LOMACS_TARGET double sums_of_products(const T* x, const T* y, std::int64_t row, std::int64_t rows, std::int64_t n, T* re,
+                                    T* im) {
+  // numbers of odd place are imaginary parts: their products have the other sign
+  Vec<T> sign;
+  for (int i = 0; i < lanes<T>; ++i) sign[i] = static_cast<T>(i % 2 ? -1 : 1);
+  double squares = 0;
+  for (std::int64_t i0 = 0; i0 < rows; i0 += lanes<T>) {
+    Vec<T> sum_re[lanes<T>], sum_im[lanes<T>], total{};
+#pragma GCC unroll 1
+    for (int i = 0; i < lanes<T>; ++i) {
+      const T *p = x + (i0 + i) * row, *q = y + (i0 + i) * row;
+      Vec<T> part_re{}, part_im{}, part{};
+      for (std::int64_t k = 0; k < 2 * n; k += lanes<T>) {
+        const Vec<T> a = load(p + k), b = load(q + k);
+        part += a * a + b * b;
+        part_re += a * b;
+        part_im += a * swapped<T>(b, Lanes<T>{});
+      }
+      sum_re[i] = sign * part_re, sum_im[i] = part_im;
+      total += part;
+    }
+    store(re + i0, sums_of<T>(sum_re));
+    store(im + i0, sums_of<T>(sum_im));
+    squares += sum<T>(total);
+  }
+  return squares;
+}
+
+// sums of x_m x_{m + rows / 2} of the columns of interleaved rows, in short chains; returns the square sum
+template <typename T>
+LOMACS_TARGET double sums_of_row_pairs(const T* x, std::int64_t rows, std::int64_t columns, T* re, T* im) {
+  const std::int64_t half = rows / 2;
+  double squares = 0;
+  std::fill_n(re, columns, T(0));
+  std::fill_n(im, columns, T(0));
+  for (std::int64_t m0 = 0; m0 < half; m0 += 8) {
+    const std::int64_t stop = std::min<std::int64_t>(m0 + 8, half);
+    Vec<T> total{};
+    for (std::int64_t j = 0; j < columns; j += lanes<T>) {
+      Vec<T> part_re{}, part_im{};
+      for (std::int64_t m = m0; m < stop; ++m) {
+        Vec<T> ar, ai, br, bi;
+        load_complex(x + 2 * (m * columns + j), lanes<T>, ar, ai);
+        load_complex(x + 2 * ((m + half) * columns + j), lanes<T>, br, bi);
+        total += (ar * ar + ai * ai) + (br * br + bi * bi);
+        part_re += ar * br - ai * bi;
+        part_im += ar * bi + ai * br;
+      }
+      store(re + j, load(re + j) + part_re);
+      store(im + j, load(im + j) + part_im);
+    }
+    squares += sum<T>(total);
+  }
+  return squares;
+}
+
+// x X in the scratch, and the sums of its row pairs
+template <typename T>
+LOMACS_TARGET Panels<T> scaled_with_sums(Panels<T> X, std::int64_t rows, std::int64_t columns, T x,
+                                         const PairScratch<T>& scratch) {
+  const Panels<T> to{scratch.W.data, X.rows};
+  const std::int64_t n = Panels<T>::size(X.rows, columns);
+  for (std::int64_t i = 0; i < n; i += lanes<T>) store(to.data + i, x * load(X.data + i));
+  sums_of_row_pairs(to, rows, columns, scratch.re, scratch.im);
+  return to;
+}
+
+// c_j times the product's column j, handed on
+template <typename T, typename Sink>
+struct ColumnMultiples {
+  const T* c;
+  Sink to;
+
+  template <int R, int V>
+  LOMACS_INLINE void prepare(std::int64_t i0, std::int64_t vec) const {
+    if constexpr (requires { to.template prepare<R, V>(i0, vec); }) to.template prepare<R, V>(i0, vec);
+  }
+
+  template <int R, int V>
+  LOMACS_INLINE void take(Vec<T> (&re)[R][V], Vec<T> (&im)[R][V], std::int64_t i0, std::int64_t vec) {
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      const Vec<T> weight = load(c + (vec + j) * lanes<T>);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) re[i][j] *= weight, im[i][j] *= weight;
+    }
+    to.template take<R, V>(re, im, i0, vec);
+  }
+};
+
+// What multiplies interleaved rows x (rows, n) with columns y of numbers near `of_y`, its sums and multiples in the
+// scratch; without right factors where the numbers of x are not of a size for it.
+template <typename T>
+LOMACS_TARGET Pairs<T> prepared_pairs(const T* x, Panels<T> y, double of_y, std::int64_t rows, std::int64_t n,
+                                      std::int64_t columns, const PairScratch<T>& scratch) {
+  const double squares = sums_of_products(x, x + n, 2 * n, rows, n / 2, scratch.row_re, scratch.row_im);
+  if (!of_common_size(squares, rows * n)) return {};
+  const T scale = power_of_two<T>(of_y / std::sqrt(squares / static_cast<double>(rows * n)));
+  std::fill_n(scratch.weight, columns, scale);
+  const Panels<T> right = scaled_with_sums(y, n, columns, 1 / scale, scratch);
+  return {x, {}, x + n, 2 * n, right, below(right, n / 2), n / 2};
+}
+
+// x y to the sink; false where nothing was done
+template <typename T, typename Sink>
+LOMACS_TARGET bool multiplied_by_pairs(const T* x, Panels<T> y, double of_y, std::int64_t rows, std::int64_t n,
+                                       std::int64_t columns, const PairScratch<T>& scratch, const Sink& sink,
+                                       Ahead& ahead) {
+  const Pairs<T> pairs = prepared_pairs(x, y, of_y, rows, n, columns, scratch);
+  if (pairs.b1.data == nullptr) return false;
+  ColumnMultiples<T, Sink> multiples{scratch.weight, sink};
+  product_by_pairs<false, false>(pairs, scratch.sums(), multiples, rows, columns, ahead);
+  return true;
+}
+
+// the same of x^H y, for interleaved x (m, rows)
+template <typename T, typename Sink>
+LOMACS_TARGET bool adjoint_multiplied_by_pairs(const T* x, Panels<T> y, double of_y, std::int64_t m, std::int64_t rows,
+                                               std::int64_t columns, const PairScratch<T>& scratch, const Sink& sink,
+                                               Ahead& ahead) {
+  const double squares = sums_of_row_pairs(x, m, rows, scratch.row_re, scratch.row_im);
+  if (!of_common_size(squares, m * rows)) return false;
+  const T scale = power_of_two<T>(of_y / std::sqrt(squares / static_cast<double>(m * rows)));
+  std::fill_n(scratch.weight, columns, scale);
+  const Panels<T> right = scaled_with_sums(y, m, columns, 1 / scale, scratch);
+  const Pairs<T> pairs{x, {}, x + m * rows, 2 * rows, right, below(right, m / 2), m / 2};
+  ColumnMultiples<T, Sink> multiples{scratch.weight, sink};
+  product_by_pairs<true, false>(pairs, scratch.sums(), multiples, rows, columns, ahead);
+  return true;
 }
 
 // powers of two near x, for x from none to the largest; what is less than 2^-24 counts as that
@@ -278,15 +478,15 @@ LOMACS_TARGET void scale_for_pairs(Panels<T> E, std::int64_t r, T unit, T x, T* 
 // The same for two, E beside numbers of size `of_e` and S beside such of `of_s`, and the sums of s_k e_k; returns the
 // inner product of what they were, which are Hermitian
 template <typename T>
-LOMACS_TARGET double scale_for_pairs(Panels<T> E, Panels<T> S, std::int64_t r, T of_e, T of_s, T x, T* c, T* re,
-                                     T* im) {
+LOMACS_TARGET double scale_for_pairs(Panels<T> E, Panels<T> S, std::int64_t r, T of_e, T of_s, T x,
+                                     const PairScratch<T>& sums) {
   double inner = 0;
   for (std::int64_t vec = 0; vec * lanes<T> < r; ++vec) {
     const Vec<T> n = splat(static_cast<T>(r));
     const Vec<T> first = square_root<T>(column_squares_of(E, r, vec) / n) / of_e;
     const Vec<T> second = square_root<T>(column_squares_of(S, r, vec) / n) / of_s;
     const Vec<T> power = powers_of_two<T>(first > second ? first : second), inverse = T(1) / power;
-    store(c + vec * lanes<T>, x * power);
+    store(sums.weight + vec * lanes<T>, x * power);
     Vec<T> total_re{}, total_im{}, total{};
     T *p = E.at(0, vec), *q = S.at(0, vec);
     for (std::int64_t k = r; k > 0; --k, p += Panels<T>::step, q += Panels<T>::step) {
@@ -300,24 +500,11 @@ LOMACS_TARGET double scale_for_pairs(Panels<T> E, Panels<T> S, std::int64_t r, T
       total_re += er * sr - ei * si;
       total_im += er * si + ei * sr;
     }
-    store(re + vec * lanes<T>, total_re);
-    store(im + vec * lanes<T>, total_im);
+    store(sums.re + vec * lanes<T>, total_re);
+    store(sums.im + vec * lanes<T>, total_im);
     inner += sum<T>(total);
   }
   return inner;
-}
-
-// whether columns of these square sums are near enough in size, and neither very large nor small
-template <typename T>
-bool of_one_size(const T* squares, std::int64_t r) {
-  T least = squares[0], most = squares[0];
-  for (std::int64_t k = 1; k < r; ++k) {
-    // NaN is in no order
-    if (!(squares[k] >= 0)) return false;
-    least = std::min(least, squares[k]);
-    most = std::max(most, squares[k]);
-  }
-  return least > T(1e-6) && most < T(1e6) && most <= 16 * least;
 }
 #endif
 

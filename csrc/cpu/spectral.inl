@@ -206,7 +206,7 @@ struct TailFactor {
   }
 
   void plan(Arena<T>& arena, std::int64_t rows, std::int64_t r, bool backward) {
-    x.plan(arena, rows, r, backward);
+    x.plan(arena, rows, r, backward, true);
     columns = arena.take(2 * rows * r);
     some = arena.take(2 * few * r);
     scale = take_row(arena, r);
@@ -494,6 +494,8 @@ LOMACS_TARGET void tail_gradients(const Tail<T>& job, const std::int64_t* order,
   const TailFactor<T>& f = x.f;
   const Diagonal<T>& z = x.z;
   double* scalars = job.gscalars + 3 * b;
+  [[maybe_unused]] const bool pairs =
+      f.x.pairs.takes(M) && f.x.pairs.takes(N) && of_norm_one(kept.columns[0] + 2 * r, r);
   std::copy(kept.z, kept.z + r, z.re);
   std::copy(kept.z + r, kept.z + 2 * r, z.im);
   scalars[2] = z.gradient(job.gS + b * r, job.S_pred + b * r, order, job.tau, r, job.oS + b * r);
@@ -508,17 +510,32 @@ LOMACS_TARGET void tail_gradients(const Tail<T>& job, const std::int64_t* order,
   x.U.rows = M;
   real_dots(u, job.gU + left, M, r, x.dots_of_U, x.U);
   if (job.oH) {
-    weighted_adjoint(v, z.re, z.im, N, r, x.Vh);
-    const Term<T> terms[] = {{{u, r, 1}, x.Vh, r}};
     ToRows<T> sink{job.oH + square, N};
-    product<false>(terms, sink, M, N, ahead);
+    weighted_adjoint(v, z.re, z.im, N, r, x.Vh);
+#if LOMACS_PRODUCTS == 3
+    double squares = 0;
+    for (std::int64_t k = 0; k < r; ++k) squares += std::pow(z.re[k], 2.0) + std::pow(z.im[k], 2.0);
+    const double of_Vh = std::sqrt(squares / static_cast<double>(N * r));
+    if (!(pairs && of_common_size(squares, N * r) &&
+          multiplied_by_pairs(u, x.Vh, of_Vh, M, r, N, f.x.pairs, sink, ahead)))
+#endif
+    {
+      const Term<T> terms[] = {{{u, r, 1}, x.Vh, r}};
+      product<false>(terms, sink, M, N, ahead);
+    }
   }
   {
     real_dots(v, job.gV + right, N, r, f.dots);
     project(kept.columns[1], f.dots);
-    const Term<T> terms[] = {{{job.H + square, 1, N}, x.U, M}};
     ToNormalGradient<T> sink{{v, job.gV + right, z.re, z.im, f.x.scale, x.along}, {x.V}, r};
-    product<true>(terms, sink, N, r, ahead);
+#if LOMACS_PRODUCTS == 3
+    const double of_U = 1 / std::sqrt(static_cast<double>(M));
+    if (!(pairs && adjoint_multiplied_by_pairs(job.H + square, x.U, of_U, M, N, r, f.x.pairs, sink, ahead)))
+#endif
+    {
+      const Term<T> terms[] = {{{job.H + square, 1, N}, x.U, M}};
+      product<true>(terms, sink, N, r, ahead);
+    }
   }
   ordered_columns<false>(job.V + right, order, f, N, r);
   scalars[1] = tail_gradient(order, f, x.V, kept.residuals[1], N, r, job.b, job.oV + right, ahead);
@@ -539,6 +556,27 @@ void sort_columns(const T* S_pred, std::int64_t r, std::int64_t* order) {
   });
 }
 
+// Whether columns multiplied by so much are of norm 1: those of nearly nothing are not, and products with a column of
+// nothing must be nothing, of which products by pairs make rounding.
+template <typename T>
+bool of_norm_one(const T* scale, std::int64_t r) {
+  return std::all_of(scale, scale + r, [](T x) { return x < T(1e5); });
+}
+
+// H V to the sink, for the normalised columns V, which f has refined
+template <typename T, typename Sink>
+LOMACS_TARGET void measure(const T* H, Panels<T> V, const TailFactor<T>& f, std::int64_t M, std::int64_t N,
+                           std::int64_t r, Sink sink, Ahead& ahead) {
+#if LOMACS_PRODUCTS == 3
+  const double of_V = 1 / std::sqrt(static_cast<double>(N));
+  if (f.x.pairs.takes(M) && f.x.pairs.takes(N) && of_norm_one(f.x.scale, r) &&
+      multiplied_by_pairs(H, V, of_V, M, N, r, f.x.pairs, sink, ahead))
+    return;
+#endif
+  const Term<T> measured[] = {{{H, N, 1}, V, N}};
+  product<false>(measured, sink, M, r, ahead);
+}
+
 // Factors and spectrum of sample b, and what its gradients need where they are kept.
 template <typename T>
 LOMACS_TARGET void tail_of_sample(const Tail<T>& job, const std::int64_t* order, TailFactor<T>& f, Panels<T> V,
@@ -554,15 +592,14 @@ LOMACS_TARGET void tail_of_sample(const Tail<T>& job, const std::int64_t* order,
   times_real_packed(v, f.x.scale, N, r, v, V);
   if (kept) f.keep(r, kept->columns[1]);
   z.clear(r);
-  const Term<T> measured[] = {{{job.H + 2 * b * M * N, N, 1}, V, N}};
-  ToDots<T> dots{u, r, z.re, z.im};
+  const ToDots<T> dots{u, r, z.re, z.im};
+  const T* H = job.H + 2 * b * M * N;
   if (kept) {
-    ToRowsAndDots<T> both{{kept->W, r}, dots};
-    product<false>(measured, both, M, r, ahead);
+    measure(H, V, f, M, N, r, ToRowsAndDots<T>{{kept->W, r}, dots}, ahead);
     std::copy(z.re, z.re + r, kept->z);
     std::copy(z.im, z.im + r, kept->z + r);
   } else {
-    product<false>(measured, dots, M, r, ahead);
+    measure(H, V, f, M, N, r, dots, ahead);
   }
   if (S) z.calibrate(job.S_pred + b * r, order, job.tau, r, S);
 }
@@ -650,11 +687,21 @@ LOMACS_TARGET void tail_factor(const T* raw, const std::int64_t* order, const Ta
 // columns from `vec * lanes` on of (U^H H V)_kk, so many
 template <typename T>
 LOMACS_TARGET void measure_columns(const Tail<T>& job, Panels<T> V, const Diagonal<T>& z, std::int64_t vec,
-                                   std::int64_t columns) {
+                                   std::int64_t columns, const Pairs<T>& pairs, const PairScratch<T>& scratch) {
   Ahead ahead;
   const std::int64_t first = vec * lanes<T>;
-  const Term<T> measured[] = {{{job.H, job.N, 1}, {V.at(0, vec), V.rows}, job.N}};
   ToDots<T> dots{job.oU + 2 * first, job.r, z.re + first, z.im + first};
+#if LOMACS_PRODUCTS == 3
+  if (pairs.b1.data != nullptr) {
+    Pairs<T> some = pairs;
+    some.b1.data = pairs.b1.at(0, vec);
+    some.b2.data = pairs.b2.at(0, vec);
+    const PairSums<T> sums{scratch.row_re, scratch.row_im, scratch.re + first, scratch.im + first};
+    ColumnMultiples<T, ToDots<T>> multiples{scratch.weight + first, dots};
+    return product_by_pairs<false, false>(some, sums, multiples, job.M, columns, ahead);
+  }
+#endif
+  const Term<T> measured[] = {{{job.H, job.N, 1}, {V.at(0, vec), V.rows}, job.N}};
   product<false>(measured, dots, job.M, columns, ahead);
 }
 
@@ -667,7 +714,7 @@ LOMACS_TARGET void tail_of_one(const Tail<T>& job, Team& team) {
   Diagonal<T> z;
   const auto plan = [&](Arena<T>& a) {
     fu.plan(a, M, r, false);
-    fv.plan(a, N, r, false);
+    fv.plan(a, std::max(M, N), r, false);
     V = take_squares(a, N, r);
     z.plan(a, r);
   };
@@ -679,10 +726,16 @@ LOMACS_TARGET void tail_of_one(const Tail<T>& job, Team& team) {
     tail_factor(job.V, order.data(), fv, N, r, job.b, job.oV, V);
   });
   z.clear(r);
+  const PairScratch<T>& scratch = fv.x.pairs;
+  Pairs<T> pairs{};
+#if LOMACS_PRODUCTS == 3
+  if (scratch.takes(M) && scratch.takes(N) && of_norm_one(fv.x.scale, r))
+    pairs = prepared_pairs(job.H, V, 1 / std::sqrt(static_cast<double>(N)), M, N, r, scratch);
+#endif
   // a vector that is not whole stays with the rest
   const std::int64_t shares = r % lanes<T> == 0 ? r / lanes<T> : 1;
   team.share(static_cast<std::uint64_t>(shares), [&](std::uint64_t i) {
-    measure_columns(job, V, z, static_cast<std::int64_t>(i), r / shares);
+    measure_columns(job, V, z, static_cast<std::int64_t>(i), r / shares, pairs, scratch);
   });
   z.calibrate(job.S_pred, order.data(), job.tau, r, job.oS);
 }
