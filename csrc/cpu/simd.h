@@ -24,23 +24,6 @@ inline bool has(Isa isa) {
   return isa == Isa::portable;
 }
 
-// the widest set that this processor has, or the one that LOMACS_FAST_ISA names
-inline Isa choose_isa() {
-  const char* name = std::getenv("LOMACS_FAST_ISA");
-  if (name == nullptr || *name == '\0') {
-    static const Isa best = has(Isa::avx512) ? Isa::avx512 : has(Isa::avx2) ? Isa::avx2 : Isa::portable;
-    return best;
-  }
-  const std::string forced = name;
-  Isa isa;
-  if (forced == "portable") isa = Isa::portable;
-  else if (forced == "avx2") isa = Isa::avx2;
-  else if (forced == "avx512") isa = Isa::avx512;
-  else throw std::runtime_error("LOMACS_FAST_ISA must be portable, avx2 or avx512, got " + forced);
-  if (!has(isa)) throw std::runtime_error("LOMACS_FAST_ISA is " + forced + ", which this processor lacks");
-  return isa;
-}
-
 // Whether vectors are added beside multiplications, not in their turn, so that a sum more for a product less pays;
 // LOMACS_FAST_PAIRS=0 or 1 decides instead.
 inline bool adds_beside() {
@@ -56,6 +39,25 @@ inline bool adds_beside() {
   if (std::strcmp(name, "0") != 0 && std::strcmp(name, "1") != 0)
     throw std::runtime_error(std::string("LOMACS_FAST_PAIRS must be 0 or 1, got ") + name);
   return *name == '1';
+}
+
+// the widest set that this processor has, or the one that LOMACS_FAST_ISA names
+inline Isa choose_isa() {
+  // an error of a thread's would have no message
+  adds_beside();
+  const char* name = std::getenv("LOMACS_FAST_ISA");
+  if (name == nullptr || *name == '\0') {
+    static const Isa best = has(Isa::avx512) ? Isa::avx512 : has(Isa::avx2) ? Isa::avx2 : Isa::portable;
+    return best;
+  }
+  const std::string forced = name;
+  Isa isa;
+  if (forced == "portable") isa = Isa::portable;
+  else if (forced == "avx2") isa = Isa::avx2;
+  else if (forced == "avx512") isa = Isa::avx512;
+  else throw std::runtime_error("LOMACS_FAST_ISA must be portable, avx2 or avx512, got " + forced);
+  if (!has(isa)) throw std::runtime_error("LOMACS_FAST_ISA is " + forced + ", which this processor lacks");
+  return isa;
 }
 
 template <typename T, int BYTES>

@@ -485,6 +485,13 @@ struct TailGradients {
   }
 };
 
+// Whether columns multiplied by so much are of norm 1: those of nearly nothing are not, and products with a column of
+// nothing must be nothing, of which products by pairs make rounding.
+template <typename T>
+bool of_norm_one(const T* scale, std::int64_t r) {
+  return std::all_of(scale, scale + r, [](T x) { return x < T(1e5); });
+}
+
 // The gradients of sample b from its columns u and v and what the forward kept.
 template <typename T>
 LOMACS_TARGET void tail_gradients(const Tail<T>& job, const std::int64_t* order, TailGradients<T>& x, std::int64_t b,
@@ -554,13 +561,6 @@ void sort_columns(const T* S_pred, std::int64_t r, std::int64_t* order) {
   std::stable_sort(order, order + r, [S_pred](std::int64_t i, std::int64_t j) {
     return S_pred[i] > S_pred[j] || (S_pred[i] != S_pred[i] && S_pred[j] == S_pred[j]);
   });
-}
-
-// Whether columns multiplied by so much are of norm 1: those of nearly nothing are not, and products with a column of
-// nothing must be nothing, of which products by pairs make rounding.
-template <typename T>
-bool of_norm_one(const T* scale, std::int64_t r) {
-  return std::all_of(scale, scale + r, [](T x) { return x < T(1e5); });
 }
 
 // H V to the sink, for the normalised columns V, which f has refined
