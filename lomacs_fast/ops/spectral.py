@@ -375,6 +375,9 @@ def _nominal_tail(device: torch.device) -> tuple[Any, ...]:
     return U, V, S_pred, H, 0.1, 0.1, tau
 
 
+# capabilities of the devices that have run the tail of large factors, `kernels/tail_tiles.py`
+TILED = common.NOWHERE
+
 spectral_calibrate = Op(
     "spectral_calibrate",
     [
@@ -394,7 +397,9 @@ spectral_calibrate = Op(
 svd_tail = Op(
     "svd_tail",
     [
-        Backend("triton", lambda U, V, S, H, *_: triton_reasons(U_raw=U, V_raw=V, S_pred=S, H=H), _tail),
+        Backend(
+            "triton", lambda U, V, S, H, *_: triton_reasons(TILED, U_raw=U, V_raw=V, S_pred=S, H=H), _tail
+        ),
         Backend(
             "cpp",
             lambda U, V, S, H, *_: native_reasons(_size(U, V, H), U_raw=U, V_raw=V, S_pred=S, H=H),
