@@ -12,6 +12,8 @@ few. Here three launches go forward and five backward, six where the gradient of
 - `outer`: the gradient of H, `U diag(q) V^H`.
 - `raw`: `gW (I - a E) D - a X (L + L^H)` and through the norms to the raw columns.
 
+Where the forward is asked to keep what the first two launches leave, the backward begins at the third.
+
 E is Hermitian, so its columns in order are its rows in order: no factor is permuted and every access is a
 piece of a row. A complex product is one real product of interleaved matrices, `[re im] [[re im] [-im re]]`:
 the left operand and the sums are as memory has them, and the right one is a tile and i times that tile.
@@ -40,6 +42,13 @@ def _place(TILES: tl.constexpr, FACTORS: tl.constexpr):
     """Sample, factor and tile of this program."""
     pid = tl.program_id(0)
     return (pid // (TILES * FACTORS)).to(tl.int64), pid // TILES % FACTORS, pid % TILES
+
+
+@triton.jit
+def _kept(p_kept, b, r: tl.constexpr, STEP: tl.constexpr):
+    """Where a sample's E are, of U and of V; norms of raw columns, of refined ones; the order."""
+    p_e = p_kept + b * STEP
+    return p_e, p_e + 4 * r * r, p_e + (4 * r * r + 4 * r)
 
 
 @triton.jit
@@ -134,12 +143,11 @@ def residual_kernel(
     p_u,
     p_v,
     p_s,
-    p_e,
-    p_norms,
-    p_order,
+    p_kept,
     M: tl.constexpr,
     N: tl.constexpr,
     r: tl.constexpr,
+    STEP: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -158,7 +166,8 @@ def residual_kernel(
     if factor == 1:
         rows = N
         p_x = p_v + b * (N * r * 2)
-    p_e += (b * 2 + factor) * (r * r * 2)
+    p_e, p_norms, p_order = _kept(p_kept, b, r, STEP)
+    p_e += factor * (r * r * 2)
     found = tl.zeros((COLUMNS, 2 * COLUMNS), tl.float32)
     of_i = tl.zeros((CHUNK, 2 * COLUMNS), tl.float32)
     of_j = tl.zeros((CHUNK, 2 * COLUMNS), tl.float32)
@@ -182,10 +191,10 @@ def residual_kernel(
         mirrored = interleave(tl.trans(re), -tl.trans(im), COLUMNS, COLUMNS)
         store_rows(p_e, mirrored, 2 * r, 2 * r, j, 2 * i0, r, 2 * COLUMNS)
     else:
-        tl.store(p_norms + (b * 4 + factor) * r + j, norm, mask=j < r)
+        tl.store(p_norms + factor * r + j, norm, mask=j < r)
         if factor == 0:
             place = places(p_s + b * r, j, r, 0, COLUMNS)
-            tl.store(p_order + b * r + place, j, mask=j < r)
+            tl.store(p_order + place, j.to(tl.float32), mask=j < r)
 
 
 @triton.jit
@@ -193,14 +202,13 @@ def refined_kernel(
     p_u,
     p_v,
     p_scalars,
-    p_e,
-    p_norms,
-    p_order,
+    p_kept,
     p_u_out,
     p_v_out,
     M: tl.constexpr,
     N: tl.constexpr,
     r: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -218,11 +226,12 @@ def refined_kernel(
         p_x = p_v + b * (N * r * 2)
         p_y = p_v_out + b * (N * r * 2)
     a = tl.load(p_scalars + factor).to(tl.float32)
-    p_e += (b * 2 + factor) * (r * r * 2)
-    p_norms += b * 4 * r + factor * r
+    p_e, p_norms, p_order = _kept(p_kept, b, r, STEP)
+    p_e += factor * (r * r * 2)
+    p_norms += factor * r
     j0 = tile * COLUMNS
     j = j0 + tl.arange(0, COLUMNS)
-    order = tl.load(p_order + b * r + j, mask=j < r, other=r)
+    order = tl.load(p_order + j, mask=j < r, other=r).to(tl.int32)
     squares = tl.zeros((COLUMNS,), tl.float32)
     w = tl.zeros((ROWS, 2 * COLUMNS), tl.float32)
     for i0 in tl.range(0, ROWS if WHOLE else rows, ROWS, num_stages=1, loop_unroll_factor=1):
@@ -254,11 +263,12 @@ def calibrated_kernel(
     p_s,
     p_h,
     p_scalars,
-    p_order,
+    p_kept,
     p_s_out,
     M: tl.constexpr,
     N: tl.constexpr,
     r: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -267,6 +277,7 @@ def calibrated_kernel(
 ):
     T: tl.constexpr = (r + COLUMNS - 1) // COLUMNS
     b, _, tile = _place(T, 1)
+    _, _, p_order = _kept(p_kept, b, r, STEP)
     p_u += b * (M * r * 2)
     p_v += b * (N * r * 2)
     p_h += b * (M * N * 2)
@@ -282,7 +293,7 @@ def calibrated_kernel(
         di += tl.sum(ur * wi - ui * wr, 0)
     j = j0 + tl.arange(0, COLUMNS)
     tau = tl.load(p_scalars + 2).to(tl.float32)
-    order = tl.load(p_order + b * r + j, mask=j < r, other=0)
+    order = tl.load(p_order + j, mask=j < r, other=0).to(tl.int32)
     s = tl.load(p_s + b * r + order, mask=j < r, other=0.0)
     tl.store(p_s_out + b * r + j, (1.0 - tau) * s + tau * modulus(dr, di) + 1e-6, mask=j < r)
 
@@ -297,8 +308,7 @@ def normal_kernel(
     p_s,
     p_h,
     p_scalars,
-    p_norms,
-    p_order,
+    p_kept,
     p_gw,
     p_q,
     p_gs_out,
@@ -306,6 +316,7 @@ def normal_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     r: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -315,6 +326,7 @@ def normal_kernel(
     T: tl.constexpr = (r + COLUMNS - 1) // COLUMNS
     WHOLE: tl.constexpr = M <= ROWS and N <= ROWS
     b, factor, tile = _place(T, 2)
+    _, p_norms, p_order = _kept(p_kept, b, r, STEP)
     p_h += b * (M * N * 2)
     rows = M
     p_x = p_u + b * (M * r * 2)
@@ -353,13 +365,13 @@ def normal_kernel(
     size = modulus(dr, di)
     qr, qi = weight_of(dr, di, size, g, tau)
     if factor == 0:
-        order = tl.load(p_order + b * r + j, mask=j < r, other=0)
+        order = tl.load(p_order + j, mask=j < r, other=0).to(tl.int32)
         s = tl.load(p_s + b * r + order, mask=j < r, other=0.0)
         tl.store(p_gs_out + b * r + order, (1.0 - tau) * g, mask=j < r)
         tl.store(p_q + (b * r + j) * 2, qr, mask=j < r)
         tl.store(p_q + (b * r + j) * 2 + 1, qi, mask=j < r)
         tl.store(p_shares + b * (T * (2 * T + 1)) + 2 * T * T + tile, tl.sum(g * (size - s), 0))
-    norm = tl.load(p_norms + (b * 4 + 2 + factor) * r + j, mask=j < r, other=0.0)
+    norm = tl.load(p_norms + (2 + factor) * r + j, mask=j < r, other=0.0)
     scale = _both(1.0 / (norm + 1e-8), COLUMNS)[None, :]
     along = (along + (qr * dr + qi * di)) * reciprocal_where(norm)
     along = _both(along, COLUMNS)[None, :]
@@ -382,15 +394,14 @@ def normal_kernel(
 def core_kernel(
     p_u,
     p_v,
-    p_e,
-    p_norms,
-    p_order,
+    p_kept,
     p_gw,
     p_l,
     p_shares,
     M: tl.constexpr,
     N: tl.constexpr,
     r: tl.constexpr,
+    STEP: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -406,13 +417,14 @@ def core_kernel(
         rows = N
         p_x = p_v + b * (N * r * 2)
         p_gw += M * r * 2
-    p_e += (b * 2 + factor) * (r * r * 2)
+    p_e, p_norms, p_order = _kept(p_kept, b, r, STEP)
+    p_e += factor * (r * r * 2)
     p_l += (b * 2 + factor) * (r * r * 2)
-    p_norms += (b * 4 + factor) * r
+    p_norms += factor * r
     # rows in the sorted order, columns in that of X
     found = _adjoint_product(p_gw, p_x, rows, r, 2 * r, i0, j0, COLUMNS, COLUMNS, CHUNK, STAGES, PRECISION)
     i = i0 + tl.arange(0, COLUMNS)
-    order = tl.load(p_order + b * r + i, mask=i < r, other=r)
+    order = tl.load(p_order + i, mask=i < r, other=r).to(tl.int32)
     e = load_rows(p_e, 2 * r, 2 * r, order, 2 * j0, r, 2 * COLUMNS)
     j = 2 * j0 + tl.arange(0, 2 * COLUMNS)
     dj = (1.0 / (tl.load(p_norms + j // 2, mask=j < 2 * r, other=1.0) + 1e-8))[None, :]
@@ -463,9 +475,7 @@ def raw_kernel(
     p_u,
     p_v,
     p_scalars,
-    p_e,
-    p_norms,
-    p_order,
+    p_kept,
     p_gw,
     p_l,
     p_shares,
@@ -475,6 +485,7 @@ def raw_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     r: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -494,10 +505,10 @@ def raw_kernel(
         p_y = p_gv_out + b * (N * r * 2)
         p_gw += M * r * 2
     a = tl.load(p_scalars + factor).to(tl.float32)
-    p_e += (b * 2 + factor) * (r * r * 2)
+    p_e, p_norms, p_order = _kept(p_kept, b, r, STEP)
+    p_e += factor * (r * r * 2)
     p_l += (b * 2 + factor) * (r * r * 2)
-    p_norms += (b * 4 + factor) * r
-    p_order += b * r
+    p_norms += factor * r
     j0 = tile * COLUMNS
     j = j0 + tl.arange(0, COLUMNS)
     along = tl.zeros((COLUMNS,), tl.float32)
@@ -507,7 +518,7 @@ def raw_kernel(
         g = tl.zeros((ROWS, 2 * COLUMNS), tl.float32)
         for k0 in tl.range(0, r, CHUNK, num_stages=STAGES):
             k = k0 + tl.arange(0, CHUNK)
-            order = tl.load(p_order + k, mask=k < r, other=r)
+            order = tl.load(p_order + k, mask=k < r, other=r).to(tl.int32)
             w = load_rows(p_gw, 2 * r, 2 * r, i, 2 * k0, rows, 2 * CHUNK)
             q = _polynomial(p_e, p_norms, a, order, j0, r, COLUMNS)
             g = tl.dot(w, _turned(q, 1.0, CHUNK, COLUMNS), g, input_precision=PRECISION)
@@ -567,67 +578,69 @@ def _squares(constants: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     return found, {"num_warps": 4, "registers": 168}
 
 
-def _scratch(like: Tensor, B: int, r: int) -> dict[str, Tensor]:
-    """E and the norms of raw and refined columns, of both factors; the column of every place."""
-    return {
-        "p_e": like.new_empty((B, 2, r, r, 2)),
-        "p_norms": like.new_empty((B, 2, 2, r)),
-        "p_order": like.new_empty((B, r), dtype=torch.int32),
-    }
+def _least(r: int) -> int:
+    """Numbers a sample where the first two launches leave E and norms of both factors, and the order."""
+    return 4 * r * r + 8 * r
 
 
 def refined_launches(
-    U_raw: Tensor,
-    V_raw: Tensor,
-    S_pred: Tensor,
-    scalars: Tensor,
-    U: Tensor,
-    V: Tensor,
-    kept: dict[str, Tensor],
+    U_raw: Tensor, V_raw: Tensor, S_pred: Tensor, scalars: Tensor, U: Tensor, V: Tensor, kept: Tensor
 ) -> list[Launch]:
-    """The launches that leave the refined factors in U and V, and the rest in `kept`."""
+    """The launches that leave the refined factors in U and V, and the rest in `kept` `(B, STEP)`."""
     (B, r), M, N = S_pred.shape, U.shape[1], V.shape[1]
     constants, threads = _tiles(M, N, r)
+    constants["STEP"] = kept.shape[1]
     of_squares, fewer = _squares(constants)
     T = -(-r // constants["COLUMNS"])
-    given = {"p_u": U_raw, "p_v": V_raw}
-    upper = T * (T + 1) // 2
+    raw = {"p_u": U_raw, "p_v": V_raw}
+    first = raw | {"p_s": S_pred, "p_kept": kept}
+    second = raw | {"p_scalars": scalars, "p_kept": kept, "p_u_out": U, "p_v_out": V}
     return [
-        Launch(residual_kernel, (B * 2 * upper,), given | {"p_s": S_pred} | kept, of_squares, **fewer),
-        Launch(
-            refined_kernel,
-            (B * 2 * T,),
-            given | {"p_scalars": scalars} | kept | {"p_u_out": U, "p_v_out": V},
-            constants,
-            **threads,
-        ),
+        Launch(residual_kernel, (B * T * (T + 1),), first, of_squares, **fewer),
+        Launch(refined_kernel, (B * 2 * T,), second, constants, **threads),
     ]
 
 
 def svd_tail_launches(
-    U_raw: Tensor, V_raw: Tensor, S_pred: Tensor, H: Tensor, scalars: Tensor
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
-    """The launches of `svd_tail` in their order, and its outputs."""
+    U_raw: Tensor, V_raw: Tensor, S_pred: Tensor, H: Tensor, scalars: Tensor, numbers: int | None = None
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The launches of `svd_tail` in their order; its outputs, and `numbers` a sample for its gradients."""
     (B, r), (M, N) = S_pred.shape, H.shape[1:3]
     refuse_sizes(r, M, N)
     U, S, V = (torch.empty_like(x) for x in (U_raw, S_pred, V_raw))
-    kept = _scratch(H, B, r)
+    kept = H.new_empty((B, numbers or _least(r)))
     found = refined_launches(U_raw, V_raw, S_pred, scalars, U, V, kept)
     constants, threads = _tiles(M, N, r)
+    constants["STEP"] = kept.shape[1]
     # one factor's columns alone: narrower where wide tiles leave multiprocessors with less than two programs
     if B * -(-r // constants["COLUMNS"]) < 2 * chip(H)[0]:
         constants["COLUMNS"] = 16
-    arguments = {"p_u": U, "p_v": V, "p_s": S_pred, "p_h": H, "p_scalars": scalars}
-    arguments |= {"p_order": kept["p_order"], "p_s_out": S}
+    arguments = {
+        "p_u": U,
+        "p_v": V,
+        "p_s": S_pred,
+        "p_h": H,
+        "p_scalars": scalars,
+        "p_kept": kept,
+        "p_s_out": S,
+    }
     count = B * -(-r // constants["COLUMNS"])
-    return [*found, Launch(calibrated_kernel, (count,), arguments, constants, **threads)], (U, S, V)
+    found.append(Launch(calibrated_kernel, (count,), arguments, constants, **threads))
+    return found, (U, S, V, kept)
 
 
 def svd_tail(
     U_raw: Tensor, V_raw: Tensor, S_pred: Tensor, H: Tensor, scalars: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `kernels.svd_tail.svd_tail`, for large factors: three launches."""
-    launches, outputs = svd_tail_launches(U_raw, V_raw, S_pred, H, scalars)
+    return svd_tail_kept(U_raw, V_raw, S_pred, H, scalars)[:3]
+
+
+def svd_tail_kept(
+    U_raw: Tensor, V_raw: Tensor, S_pred: Tensor, H: Tensor, scalars: Tensor, numbers: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`svd_tail`, and what its gradients need: `numbers` a sample, at least 4 r^2 + 8 r, which are used."""
+    launches, outputs = svd_tail_launches(U_raw, V_raw, S_pred, H, scalars, numbers)
     for launch in launches:
         launch.run()
     return outputs
@@ -643,36 +656,39 @@ def svd_tail_backward_launches(
     H: Tensor,
     scalars: Tensor,
     gh: bool,
+    kept: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """The launches of `svd_tail_backward` in their order; gradients, those of scalars a sample."""
+    """The launches of `svd_tail_backward` in their order; gradients, those of scalars a sample.
+
+    `kept` is U, V and the last output of `svd_tail_kept`; None computes them again.
+    """
     (B, r), (M, N) = S_pred.shape, H.shape[1:3]
     refuse_sizes(r, M, N)
     gU_raw, gV_raw, gS_pred = (torch.empty_like(x) for x in (U_raw, V_raw, S_pred))
     gH, gscalars = torch.empty_like(H) if gh else H.new_empty((0,)), H.new_empty((B, 3))
+    launches = []
+    if kept is None:
+        # refined factors stand where their gradients will
+        kept = gU_raw, gV_raw, H.new_empty((B, _least(r)))
+        launches = refined_launches(U_raw, V_raw, S_pred, scalars, *kept)
     constants, threads = _tiles(M, N, r)
-    of_squares, fewer = _squares(constants)
     T = -(-r // constants["COLUMNS"])
-    kept = _scratch(H, B, r)
-    gw, q = H.new_empty((B, (M + N) * r, 2)), H.new_empty((B, r, 2))
-    # those of a and b tile by tile of r x r, then those of tau tile by tile of columns
-    core, shares = H.new_empty((B, 2, r, r, 2)), H.new_empty((B, T * (2 * T + 1)))
-    # refined factors stand where their gradients will
-    launches = refined_launches(U_raw, V_raw, S_pred, scalars, gU_raw, gV_raw, kept)
-    refined, raw = {"p_u": gU_raw, "p_v": gV_raw}, {"p_u": U_raw, "p_v": V_raw}
-    columns = {"p_norms": kept["p_norms"], "p_order": kept["p_order"]}
-    arguments: dict[str, Any] = {"p_gu": gU, "p_gs": gS, "p_gv": gV} | refined
-    arguments |= {"p_s": S_pred, "p_h": H, "p_scalars": scalars} | columns
-    arguments |= {"p_gw": gw, "p_q": q, "p_gs_out": gS_pred, "p_shares": shares}
-    launches.append(Launch(normal_kernel, (B * 2 * T,), arguments, constants, **threads))
-    arguments = raw | kept | {"p_gw": gw, "p_l": core, "p_shares": shares}
-    launches.append(Launch(core_kernel, (B * 2 * T * T,), arguments, of_squares, **fewer))
+    outer = {"p_u": kept[0], "p_v": kept[1], "p_q": H.new_empty((B, r, 2)), "p_gh_out": gH}
+    # of p_shares those of a and b tile by tile of r x r, then those of tau tile by tile of columns
+    shared = {"p_kept": kept[2], "p_gw": H.new_empty((B, (M + N) * r, 2))}
+    shared["p_shares"] = H.new_empty((B, T * (2 * T + 1)))
+    normal = {"p_gu": gU, "p_gs": gS, "p_gv": gV, "p_u": kept[0], "p_v": kept[1], "p_s": S_pred, "p_h": H}
+    normal |= shared | {"p_scalars": scalars, "p_q": outer["p_q"], "p_gs_out": gS_pred}
+    core = shared | {"p_u": U_raw, "p_v": V_raw, "p_l": H.new_empty((B, 2, r, r, 2))}
+    raw = core | {"p_scalars": scalars, "p_gu_out": gU_raw, "p_gv_out": gV_raw, "p_gscalars": gscalars}
+    stepped = constants | {"STEP": kept[2].shape[1]}
+    of_squares, fewer = _squares(stepped)
+    launches.append(Launch(normal_kernel, (B * 2 * T,), normal, stepped, **threads))
+    launches.append(Launch(core_kernel, (B * 2 * T * T,), core, of_squares, **fewer))
     if gh:
         count = B * -(-M // constants["ROWS"]) * -(-N // constants["COLUMNS"])
-        arguments = refined | {"p_q": q, "p_gh_out": gH}
-        launches.append(Launch(outer_kernel, (count,), arguments, constants, **threads))
-    arguments = raw | {"p_scalars": scalars} | kept | {"p_gw": gw, "p_l": core, "p_shares": shares}
-    arguments |= {"p_gu_out": gU_raw, "p_gv_out": gV_raw, "p_gscalars": gscalars}
-    launches.append(Launch(raw_kernel, (B * 2 * T,), arguments, constants, **threads))
+        launches.append(Launch(outer_kernel, (count,), outer, constants, **threads))
+    launches.append(Launch(raw_kernel, (B * 2 * T,), raw, stepped, **threads))
     return launches, (gU_raw, gV_raw, gS_pred, gH, gscalars)
 
 
@@ -686,10 +702,14 @@ def svd_tail_backward(
     H: Tensor,
     scalars: Tensor,
     gh: bool,
+    kept: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `kernels.svd_tail.svd_tail_backward`, for large factors: five launches, six with gradients of H."""
+    """As `kernels.svd_tail.svd_tail_backward`, for large factors: five launches, six with gradients of H.
+
+    Two less with `kept`: U, V and the last output of `svd_tail_kept`.
+    """
     launches, (*gradients, gscalars) = svd_tail_backward_launches(
-        gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh
+        gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh, kept
     )
     for launch in launches:
         launch.run()

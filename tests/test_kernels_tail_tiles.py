@@ -12,6 +12,7 @@ from test_kernels_ortho import Errors, check_compiled, guarded, planes, with_gra
 from test_kernels_spectral import both, flat, tail, tail_gradients, tail_inputs
 
 from lomacs_fast.kernels import svd_tail, tail_tiles
+from lomacs_fast.ops import spectral as op
 
 
 @pytest.fixture
@@ -89,12 +90,34 @@ def test_the_same_bits_again_and_without_the_gradient_of_h(small):
         assert torch.equal(found[k], whole[k])
 
 
+def test_what_the_forward_keeps_is_what_the_backward_computes_again(small):
+    inputs, grads = tail_inputs(18, 20, 17, 0), tail_gradients(18, 20, 17, 0)
+    whole = everything(inputs, grads)
+    x, given = flat(inputs), [planes(g) for g in grads]
+    # the op promises the size that the kernels of the CPU need
+    shape = op._kept_shape(x[0])
+    U, S, V, kept = tail_tiles.svd_tail_kept(*x, shape[1])
+    assert kept.shape == shape
+    before = kept.clone()
+    found = U, S, V, *tail_tiles.svd_tail_backward(*given, *x, True, (U, V, kept))
+    for a, b in zip(found, whole, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(kept.nan_to_num(), before.nan_to_num())
+    fewer, _ = tail_tiles.svd_tail_backward_launches(*given, *x, False, (U, V, kept))
+    assert len(fewer) == 3
+
+
+@pytest.mark.parametrize(("M", "r"), [(1, 1), (17, 17), (65, 64), (256, 256)])
+def test_what_is_kept_has_room(M, r):
+    assert tail_tiles._least(r) <= op._kept_shape(torch.empty(1, M, r, 2, device="meta"))[1]
+
+
 def test_narrow_tiles_measure_what_wide_ones_do(monkeypatch):
     inputs = flat(tail_inputs(35, 20, 19, 0))
     narrow = tail_tiles.svd_tail_launches(*inputs)[0][-1]
     assert (narrow.constants["COLUMNS"], narrow.grid) == (16, (4,))
     monkeypatch.setattr(tail_tiles, "chip", lambda x: (1, 0))
-    wide, (_, S, _) = tail_tiles.svd_tail_launches(*inputs)
+    wide, (_, S, *_) = tail_tiles.svd_tail_launches(*inputs)
     assert (wide[-1].constants["COLUMNS"], wide[-1].grid) == (32, (2,))
     for launch in wide:
         launch.run()
