@@ -22,6 +22,8 @@ from .launch import Launch, block, precision
 
 # beyond it one program a sample is a poor choice; nothing breaks
 LARGEST_ROWS, LARGEST_RANK = 1024, 256
+# numbers of a factor up to which one program a sample is faster than eager: benchmarks/results/h100/
+FASTER = 64 * 32
 # programs that share the samples: enough for every chip; fewer where their scratch would not stay in L2
 PROGRAMS = 1024
 # multiprocessors and bytes of L2 of an A100, for what is compiled ahead or interpreted

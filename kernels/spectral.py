@@ -119,6 +119,21 @@ def weight_of(dr, di, size, g, tau):
 
 
 @triton.jit
+def places(p_s, j, r, zero, C: tl.constexpr):
+    """Places of columns j by falling S, stable, NaN first."""
+    sj = tl.load(p_s + j, mask=j < r, other=0.0)[None, :]
+    place = tl.zeros((C,), tl.int32)
+    for i0 in tl.range(zero * C, r, C, loop_unroll_factor=1):
+        i = i0 + tl.arange(0, C)
+        si = tl.load(p_s + i, mask=i < r, other=0.0)[:, None]
+        larger = (si > sj) | ((si != si) & (sj == sj))
+        equal = (si == sj) | ((si != si) & (sj != sj))
+        before = (larger | (equal & (i[:, None] < j[None, :]))) & (i < r)[:, None]
+        place += tl.sum(before.to(tl.int32), 0)
+    return place
+
+
+@triton.jit
 def spectral_fwd_kernel(
     p_u,
     p_h,

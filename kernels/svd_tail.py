@@ -1,8 +1,9 @@
 """The tail of the network fused: normalised columns, their order, refined factors, calibrated spectrum.
 
-One program a sample. Columns are sorted where it is cheap: the r x r matrix P that refines a factor takes up
-the norms (D P) and the order (columns of P), so that `U_raw (D P)` has sorted columns and no factor is
-permuted. Scratch as in `ortho`; memory sees one read of every operand and one write of every result.
+One program a sample; factors of more than 64x32 numbers go by tiles instead, see `tail_tiles`. Columns are
+sorted where it is cheap: the r x r matrix P that refines a factor takes up the norms (D P) and the order
+(columns of P), so that `U_raw (D P)` has sorted columns and no factor is permuted. Scratch as in `ortho`;
+memory sees one read of every operand and one write of every result.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tail_tiles
 from .complex import adjoint_product_tile, load_tile, modulus, product_adjoint_tile, product_tile, store_tile
 from .launch import Launch
 from .ortho import (
+    FASTER,
     THREADS,
     gram,
     programs,
@@ -24,7 +27,7 @@ from .ortho import (
     refuse_sizes,
     tiles,
 )
-from .spectral import measured_columns, weight_of, weighted_outer
+from .spectral import measured_columns, places, weight_of, weighted_outer
 
 
 @triton.jit
@@ -32,15 +35,7 @@ def sort_columns(p_s, p_rank, p_order, r, zero, C: tl.constexpr):
     """Place of every column by falling S, stable, NaN first, and the column of every place."""
     for j0 in tl.range(zero * C, r, C, loop_unroll_factor=1):
         j = j0 + tl.arange(0, C)
-        sj = tl.load(p_s + j, mask=j < r, other=0.0)[None, :]
-        rank = tl.zeros((C,), tl.int32)
-        for i0 in tl.range(zero * C, r, C, loop_unroll_factor=1):
-            i = i0 + tl.arange(0, C)
-            si = tl.load(p_s + i, mask=i < r, other=0.0)[:, None]
-            larger = (si > sj) | ((si != si) & (sj == sj))
-            equal = (si == sj) | ((si != si) & (sj != sj))
-            before = (larger | (equal & (i[:, None] < j[None, :]))) & (i < r)[:, None]
-            rank += tl.sum(before.to(tl.int32), 0)
+        rank = places(p_s, j, r, zero, C)
         tl.store(p_rank + j, rank, mask=j < r)
         tl.store(p_order + rank, j, mask=j < r)
     tl.debug_barrier()
@@ -387,6 +382,11 @@ def svd_tail_bwd_kernel(
             tl.debug_barrier()
 
 
+def by_tiles(H: Tensor, S_pred: Tensor) -> bool:
+    """Whether factors of this size are served by `tail_tiles`."""
+    return max(H.shape[1:3]) * S_pred.shape[1] > FASTER
+
+
 def svd_tail_launch(
     U_raw: Tensor, V_raw: Tensor, S_pred: Tensor, H: Tensor, scalars: Tensor
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
@@ -411,9 +411,11 @@ def svd_tail(
     """Columns normalised, sorted by S_pred (largest first, stable), both factors refined, S calibrated on H.
 
     U_raw `(B, M, r, 2)`, V_raw `(B, N, r, 2)`, S_pred `(B, r)`, H `(B, M, N, 2)` contiguous float32; scalars
-    float64 `(3,)` on their device: the steps a of U and b of V, and tau. One launch. Returns U, S, V.
-    `ValueError` beyond `ortho.limit`.
+    float64 `(3,)` on their device: the steps a of U and b of V, and tau. One launch, three where a factor has
+    more than `ortho.FASTER` numbers. Returns U, S, V. `ValueError` beyond `ortho.limit`.
     """
+    if by_tiles(H, S_pred):
+        return tail_tiles.svd_tail(U_raw, V_raw, S_pred, H, scalars)
     launch, outputs = svd_tail_launch(U_raw, V_raw, S_pred, H, scalars)
     launch.run()
     return outputs
@@ -460,10 +462,13 @@ def svd_tail_backward(
     scalars: Tensor,
     gh: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of U_raw, V_raw, S_pred, H (`(0,)` where not wanted) and scalars of `svd_tail`; one launch.
+    """Gradients of U_raw, V_raw, S_pred, H (`(0,)` where not wanted) and scalars of `svd_tail`.
 
+    One launch; where a factor has more than `ortho.FASTER` numbers five, and six if that of H is wanted.
     Everything is computed again from the inputs; the order of the columns is data, as `torch.sort` has it.
     """
+    if by_tiles(H, S_pred):
+        return tail_tiles.svd_tail_backward(gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh)
     launch, (*gradients, gscalars) = svd_tail_backward_launch(
         gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh
     )

@@ -147,7 +147,7 @@ def test_the_tail_is_as_accurate_as_eager(size, kind):
     errors.check()
 
 
-@pytest.mark.parametrize(("size", "samples"), [((8, 9, 1), 32), ((200, 100, 66), 1)])
+@pytest.mark.parametrize(("size", "samples"), [((8, 9, 1), 32), ((60, 50, 34), 1), ((200, 100, 66), 1)])
 def test_extreme_sizes(size, samples):
     errors = Errors()
     for seed in range(0, samples, 2):
@@ -268,9 +268,13 @@ def launches():
             f"calibrate backward {M}": spectral.spectral_calibrate_backward_launch(
                 S, U, H, U, S, scalars, True, True, True
             ),
-            f"tail forward {M}": svd_tail.svd_tail_launch(U, U, S, H, scalars),
-            f"tail backward {M}": svd_tail.svd_tail_backward_launch(U, S, U, U, U, S, H, scalars, True),
         }
+        # larger factors go by tiles
+        if M * r <= ortho.FASTER:
+            found[f"tail forward {M}"] = svd_tail.svd_tail_launch(U, U, S, H, scalars)
+            found[f"tail backward {M}"] = svd_tail.svd_tail_backward_launch(
+                U, S, U, U, U, S, H, scalars, True
+            )
     return {name: launch for name, (launch, _) in found.items()}
 
 
@@ -308,5 +312,4 @@ def test_scratch_stays_in_the_cache_of_the_chip(monkeypatch, M, r, processors, c
 def test_what_is_compiled_ahead():
     # the rest are vectors of r, and entries of r x r matrices in the order of the columns
     matrices = {"calibrate forward": 9, "calibrate backward": 23, "tail forward": 24, "tail backward": 97}
-    # lower tiles take fewer loads
-    check_compiled(__file__, matrices | {"tail forward 128": 14})
+    check_compiled(__file__, matrices)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lomacs_fast
 from lomacs_fast import BackendError, functional, metrics, reference, use_backend
-from lomacs_fast.ops import native, toolchain
+from lomacs_fast.ops import native, ortho, spectral, toolchain
 
 pytestmark = pytest.mark.skipif(
     toolchain.find_compiler("cpu") is None and bool(native.reasons("cpu")), reason="no C++ compiler"
@@ -362,6 +362,24 @@ def test_wrong_arguments_of_the_ops(call, words):
         pytest.raises(RuntimeError, match=words),
     ):
         call(*(mode.from_tensor(x) for x in args))
+
+
+def test_factors_that_no_device_has_run_wait(monkeypatch):
+    pytest.importorskip("triton")
+    asked = []
+    monkeypatch.setattr(ortho.common, "single_triton_reasons", lambda *_: [])
+    monkeypatch.setattr(
+        ortho.common, "unproved_reasons", lambda name, device, proved: asked.append(proved) or []
+    )
+    (triton, *_) = (b for b in spectral.svd_tail.backends if b.name == "triton")
+    for M, r in ((64, 32), (65, 32)):
+        U, H = (torch.empty(1, M, n, dtype=torch.complex64, device="meta") for n in (r, M))
+        S = torch.empty(1, r, device="meta")
+        assert triton.reasons(U, U, S, H, 0.1, 0.1, 0.5) == []
+        with use_backend("auto"):
+            found = ortho.triton_reasons(U=U, H=H, V=U, S_pred=S)
+        assert found == [] if M == 64 else "batched products are faster" in found[0]
+    assert asked == [spectral.TILED]
 
 
 def test_the_table_of_backends():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -304,12 +304,14 @@ def native_reasons(size: int, **tensors: Tensor) -> list[str]:
     return found or list(native.reasons("cpu"))
 
 
-# numbers of a factor up to which one program a sample is faster than eager: benchmarks/results/h100/
-FASTER = 64 * 32
+def triton_reasons(tiled: Collection[tuple[int, int]] | None = None, **tensors: Tensor) -> list[str]:
+    """Why the Triton kernels cannot take complex tensors; U decides the dtype.
 
-
-def triton_reasons(**tensors: Tensor) -> list[str]:
-    """Why the Triton kernels cannot take complex tensors; U decides the dtype."""
+    Args:
+        tiled: compute capabilities of the devices that have run the kernels of large factors; None where one
+            program a sample serves all sizes.
+        tensors: by name; those of U and V are factors.
+    """
     first = next(iter(tensors.values()))
     # one reason is enough, and more would be felt in a call of a CPU
     if first.device.type == "cpu":
@@ -318,11 +320,14 @@ def triton_reasons(**tensors: Tensor) -> list[str]:
     found += common.transform_reasons()
     found += common.single_triton_reasons("U", first)
     if not found:
-        from ..kernels.ortho import limit
+        from ..kernels.ortho import FASTER, limit
 
         rows = [x.shape[-2] for name, x in tensors.items() if name[0] in "UV"]
         found += limit(first.shape[-1], *rows)
-        if chosen() == "auto" and max(rows) * first.shape[-1] > FASTER:
+        large = max(rows) * first.shape[-1] > FASTER
+        if large and tiled is not None:
+            found += common.unproved_reasons("triton", first.device, tiled)
+        elif large and chosen() == "auto":
             found.append(
                 f"factors of more than {FASTER} numbers: PyTorch's batched products are faster on an H100; "
                 'the kernel serves under use_backend("triton") alone'

@@ -337,6 +337,33 @@ def _cuda_tail_backward(
     return svd_tail.svd_tail_backward(gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh)
 
 
+@torch.library.impl("lomacs::svd_tail_kept", "CUDA", lib=library)
+def _cuda_tail_kept(U_raw: Tensor, V_raw: Tensor, S_pred: Tensor, H: Tensor, scalars: Tensor) -> Any:
+    from ..kernels import tail_tiles
+
+    return tail_tiles.svd_tail_kept(U_raw, V_raw, S_pred, H, scalars, _kept_shape(U_raw)[1])
+
+
+@torch.library.impl("lomacs::svd_tail_kept_backward", "CUDA", lib=library)
+def _cuda_tail_kept_backward(
+    gU: Tensor,
+    gS: Tensor,
+    gV: Tensor,
+    U_raw: Tensor,
+    V_raw: Tensor,
+    S_pred: Tensor,
+    H: Tensor,
+    scalars: Tensor,
+    U: Tensor,
+    V: Tensor,
+    kept: Tensor,
+    gh: bool,
+) -> Any:
+    from ..kernels import tail_tiles
+
+    return tail_tiles.svd_tail_backward(gU, gS, gV, U_raw, V_raw, S_pred, H, scalars, gh, (U, V, kept))
+
+
 Scalar = Tensor | float
 
 
@@ -346,12 +373,19 @@ def _calibrate(U: Tensor, H: Tensor, V: Tensor, S_pred: Tensor, tau: Scalar) -> 
     return S.reshape(S_pred.shape)
 
 
+def _by_tiles(H: Tensor, S_pred: Tensor) -> bool:
+    """Whether the kernels of large factors serve, which can keep what their gradients need."""
+    from ..kernels.ortho import FASTER
+
+    return max(H.shape[-2:]) * S_pred.shape[-1] > FASTER
+
+
 def _tail(
     U_raw: Tensor, V_raw: Tensor, S_pred: Tensor, H: Tensor, a: Scalar, b: Scalar, tau: Scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
     u, v, h = common.planes(U_raw), common.planes(V_raw), common.planes(H)
     arguments = u, v, common.rows(S_pred), h, common.scalars((a, b, tau), H.device)
-    if H.device.type == "cpu" and common.records(arguments):
+    if common.records(arguments) and (H.device.type == "cpu" or _by_tiles(H, S_pred)):
         U, S, V, _ = _call_tail_kept(*arguments)
     else:
         U, S, V = _call_tail(*arguments)
@@ -375,6 +409,9 @@ def _nominal_tail(device: torch.device) -> tuple[Any, ...]:
     return U, V, S_pred, H, 0.1, 0.1, tau
 
 
+# capabilities of the devices that have run the tail of large factors, `kernels/tail_tiles.py`
+TILED = common.NOWHERE
+
 spectral_calibrate = Op(
     "spectral_calibrate",
     [
@@ -394,7 +431,9 @@ spectral_calibrate = Op(
 svd_tail = Op(
     "svd_tail",
     [
-        Backend("triton", lambda U, V, S, H, *_: triton_reasons(U_raw=U, V_raw=V, S_pred=S, H=H), _tail),
+        Backend(
+            "triton", lambda U, V, S, H, *_: triton_reasons(TILED, U_raw=U, V_raw=V, S_pred=S, H=H), _tail
+        ),
         Backend(
             "cpp",
             lambda U, V, S, H, *_: native_reasons(_size(U, V, H), U_raw=U, V_raw=V, S_pred=S, H=H),
