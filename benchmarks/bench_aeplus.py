@@ -3,7 +3,7 @@
 `python benchmarks/bench_aeplus.py [--json FILE] [--threads 2]` checks values and gradients against float64,
 then times interleaved variants in one process. The floor is the arithmetic of the loss over the measured rate
 of a float32 matrix product in the same process, a complex product taken as four real ones; where the kernels
-make it of three, three quarters of the floor bind.
+make it of three, or of two by pairs, three quarters of the floor bind, or half.
 """
 
 from __future__ import annotations

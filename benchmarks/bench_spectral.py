@@ -3,7 +3,8 @@
 `python benchmarks/bench_spectral.py [--json FILE] [--threads 2]` checks values and gradients against float64,
 then times interleaved variants in one process. The floor is the arithmetic, half of every Gram matrix, over
 the measured rate of a float32 matrix product in the same process, without what the backward computes again, a
-complex product taken as four real ones; where kernels make it of three, three quarters of the floor bind.
+complex product taken as four real ones; where kernels make it of three, or of two by pairs, three quarters of
+the floor bind, or half.
 """
 
 from __future__ import annotations
