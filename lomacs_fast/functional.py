@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ __all__ = [
 
 COMPLEX = tuple(REAL_OF)
 HALF = (torch.bfloat16, torch.float16)
+# torch 2.10 cannot trace a look at a union
+BLOCKS = get_args(Block)
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
@@ -389,7 +391,7 @@ def backbone(
         raise TypeError(f"blocks must be a sequence of blocks, got {type(blocks).__name__}")
     at_once = _at_once(x)
     for i, block in enumerate(blocks):
-        if not isinstance(block, Block):
+        if not isinstance(block, BLOCKS):
             raise TypeError(
                 f"blocks must be AttentionBlock, FoldedAttention or ConvBlock, got {type(block).__name__}"
             )

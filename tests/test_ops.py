@@ -527,7 +527,11 @@ needs_setuptools = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("before", "variables", "words"),
     [
-        ("", {"CXX": "/nowhere/g++"}, "not built ahead: CXX=/nowhere/g++ is not there"),
+        (
+            "",
+            {"CXX": "/nowhere/g++", "NVCC": "/nowhere/nvcc"},
+            "not built ahead: CXX=/nowhere/g++ is not there",
+        ),
         ("sys.modules['torch'] = None", {}, "not built ahead: torch is not in the build environment"),
     ],
     ids=["no compiler", "no torch"],

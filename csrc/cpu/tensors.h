@@ -97,10 +97,10 @@ inline Tensor fresh(const Tensor& x, const std::vector<std::int64_t>& sizes, Sca
   for (std::size_t i = sizes.size(); i-- > 0; stride *= static_cast<std::uint64_t>(std::max<std::int64_t>(sizes[i], 1)))
     strides[i] = static_cast<std::int64_t>(stride);
   std::int32_t device = 0, index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype)), device, index, &made));
   return Tensor(made);

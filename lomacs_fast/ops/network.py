@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -38,10 +37,11 @@ def _flat(weights: NetworkWeights) -> list[Tensor]:
     found = [*weights.gate, *weights.projection]
     for block in weights.blocks:
         if isinstance(block, AttentionBlock):
-            found += block[:2]
-            found += itertools.chain.from_iterable(block[2:])
+            found.extend(block[:2])
+            for part in block[2:]:
+                found.extend(part)
         else:
-            found += block
+            found.extend(block)
     found += weights.norm
     found.append(weights.scenes)
     found += weights.heads

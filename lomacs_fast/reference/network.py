@@ -377,7 +377,9 @@ class LoMACSSVDNet(nn.Module):
 
     def _published(self, H: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         at_once = getattr(self.functions, "svd_network_at_once", None)
-        weights = None if at_once is None or _launches(H) else self._weights()
+        # a trace would ask in vain: it takes the parts
+        apart = at_once is None or _launches(H) or torch.compiler.is_compiling()
+        weights = None if apart else self._weights()
         if at_once is not None and weights is not None:
             found: tuple[Tensor, Tensor, Tensor, Tensor] | None = at_once(H, scene, self.tau_s, weights)
             if found is not None:
