@@ -7,6 +7,7 @@ JSON go to the folder given, and a step that fails stops no other.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -28,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PREBUILT = ROOT / "build" / "native"
 # seconds; together under nine minutes
 LIMITS = {"load": 30, "test": 230, "sanitize": 60, "bench": 160, "latency": 30, "profile": 30}
+# seconds that what ran into its limit has to report
+PATIENCE = 8
 
 
 def build_ahead() -> None:
@@ -96,8 +99,13 @@ def together(
         try:
             statuses[label] = process.wait(max(0.1, limit - (time.monotonic() - begin)))
         except subprocess.TimeoutExpired:
-            # with the workers of its own
-            os.killpg(process.pid, signal.SIGKILL)
+            # asked first: pytest then tells what has failed
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+            # with the workers of its own, which may outlive it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             statuses[label] = f"stopped after {limit} s"
     ends, parts = [], []
     for label in commands:

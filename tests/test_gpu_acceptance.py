@@ -39,6 +39,19 @@ def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path):
     assert "No such file" in absent["status"]
 
 
+def test_what_runs_into_its_limit_may_report(tmp_path):
+    code = """
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("FAILED tests/test_a.py::test_b")
+"""
+    done = gpu_acceptance.together("t", {"a": [sys.executable, "-c", code]}, tmp_path, dict(os.environ), 1)
+    assert done["status"] == "stopped after 1 s"
+    assert done["end"][1] == "FAILED tests/test_a.py::test_b"
+
+
 def test_results_are_not_overwritten(tmp_path, monkeypatch, capsys):
     (tmp_path / "bench.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", ["gpu_acceptance.py", str(tmp_path)])
