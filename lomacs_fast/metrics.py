@@ -269,7 +269,8 @@ def _profiled_macs(steps: int | None, **sizes: Any) -> float:
         H = torch.zeros(1, twin.M, twin.N, dtype=torch.complex64)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.no_grad(), quiet_profiler():
-        with torch.profiler.profile(activities=activities, with_flops=True) as profile:
+        # torch 2.10 and 2.11 warn unless the events of all cycles, here one, are kept
+        with torch.profiler.profile(activities=activities, with_flops=True, acc_events=True) as profile:
             twin(H, 0)
         return sum(event.flops for event in profile.key_averages()) / 2
 
