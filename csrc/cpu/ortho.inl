@@ -89,6 +89,7 @@ template <typename T>
 struct Iterates {
   Panels<T> U, G, P, X, S, Z, W;
   T *rows, *g, *square, *sums;
+  PairScratch<T> pairs;
   std::int64_t M, r, kept_rows, kept;
 
   void plan(Arena<T>& arena, const Bjorck<T>& job) {
@@ -106,6 +107,7 @@ struct Iterates {
     rows = arena.take(kept_rows * 2 * M * r);
     square = arena.take(2 * r * r);
     sums = take_row(arena, r);
+    pairs.plan(arena, M, r, false);
     if (job.backward) g = arena.take(2 * 2 * M * r);
   }
   std::int64_t square_size() const { return Panels<T>::size(whole<T>(r), r); }
@@ -431,12 +433,27 @@ LOMACS_TARGET Panels<T> all_steps_at_once(const Bjorck<T>& job, const Iterates<T
 }
 
 // The Gram matrix of u and the sums of its magnitudes, the largest of which is `largest`; returns the scale of the
-// start, of which the Gram matrix is not yet
+// start, of which the Gram matrix is not yet. `unit` becomes the size of the numbers of u where it was formed by pairs.
 template <typename T>
-LOMACS_TARGET T bjorck_start(const Bjorck<T>& job, const Iterates<T>& x, const T* u, double& largest, Part part,
-                             Ahead& ahead) {
-  pack(u, job.M, job.r, x.U);
-  iterate_gram(x, u, x.gram(0), part, ahead);
+LOMACS_TARGET T bjorck_start(const Bjorck<T>& job, const Iterates<T>& x, const T* u, double& largest, T& unit,
+                             Part part, Ahead& ahead) {
+  pack_squares(u, job.M, job.r, x.U, x.sums);
+#if LOMACS_PRODUCTS == 3
+  if (part == Part::upper && x.pairs.takes(job.M) && of_one_size(x.sums, job.r)) {
+    ToPanels<T> sink{x.gram(0)};
+    gram_by_pairs(u, x.U, job.M, job.r, x.pairs, sink, ahead);
+    mirror(x.gram(0), job.r);
+    double total = 0;
+    for (std::int64_t k = 0; k < job.r; ++k) {
+      T* g = x.gram(0).element(k, k);
+      g[0] = x.sums[k];
+      g[Panels<T>::imag] = 0;
+      total += static_cast<double>(g[0]);
+    }
+    unit = static_cast<T>(std::sqrt(total / static_cast<double>(job.M * job.r)));
+  } else
+#endif
+    iterate_gram(x, u, x.gram(0), part, ahead);
   largest = row_sums(x, x.gram(0));
   const double bound = job.bound;
   // NaN fails every comparison and passes on
@@ -466,9 +483,20 @@ LOMACS_TARGET void bjorck_forward(const Bjorck<T>& job, const Iterates<T>& x, co
   const std::int64_t M = job.M, r = job.r, most = steps_at_once(job), fine = first_that_may_be_rough(job);
   const std::int64_t rough = job.steps - fine, groups = (rough + most - 1) / most;
   double largest = 0;
-  T scale = bjorck_start(job, x, u, largest, fine > 0 ? Part::all : Part::upper, ahead);
+  T unit = 0, scale = bjorck_start(job, x, u, largest, unit, fine > 0 ? Part::all : Part::upper, ahead);
   if (job.steps == 0) return copy_scaled(u, scale, 2 * M * r, out);
   const Panels<T> all = all_steps_at_once(job, x, scale, ahead);
+#if LOMACS_PRODUCTS == 3
+  if (all.data != nullptr && unit > 0) {
+    // u + u (all - I), which is small
+    add_identity(all, T(-1), r);
+    scale_for_pairs(all, r, unit, T(1), x.pairs.weight, x.pairs.re, x.pairs.im);
+    sums_of_column_pairs(x.U, M, r, x.pairs.row_re, x.pairs.row_im);
+    const Pairs<T> terms{u, {}, u + r, 2 * r, all, below(all, r / 2), r / 2};
+    AddedTo<T, ToRows<T>> sink{x.U, x.pairs.weight, {out, r}};
+    return product_by_pairs<false, false>(terms, x.pairs.sums(), sink, M, r, ahead);
+  }
+#endif
   if (all.data != nullptr) {
     const Term<T> terms[] = {{{u, r, 1}, all, r}};
     ToRows<T> sink{out, r};
@@ -512,7 +540,8 @@ LOMACS_TARGET T bjorck_iterate(const Bjorck<T>& job, const Iterates<T>& x, const
                                Ahead& ahead) {
   const std::int64_t M = job.M, r = job.r, fine = first_that_may_be_rough(job);
   // all of it: equal columns must have equal sums to share a gradient
-  const T scale = bjorck_start(job, x, u, largest, Part::all, ahead);
+  T unit = 0;
+  const T scale = bjorck_start(job, x, u, largest, unit, Part::all, ahead);
   if (scale != 1) multiple(x.gram(0), scale * scale, r, x.gram(0));
   copy_scaled(u, scale, 2 * M * r, x.iterate(0));
   for (std::int64_t i = 0; i < job.steps; ++i) {
