@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, Literal, TypeVar, get_args, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ __all__ = [
 COMPLEX = tuple(REAL_OF)
 HALF = (torch.bfloat16, torch.float16)
 # torch 2.10 cannot trace a look at a union
-BLOCKS = get_args(Block)
+BLOCKS = AttentionBlock, FoldedAttention, ConvBlock
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
