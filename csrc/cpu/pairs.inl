@@ -2,7 +2,7 @@
 //   a1 b1 + a2 b2 = (a1 + b2) (b1 + a2) - a1 a2 - b1 b2,
 // the last two summed once a row and once a column. A term then takes half the multiplications and two complex
 // additions, which cost nothing where a processor has adders beside its multipliers. The error is that of
-// (|a| + |b|)^2: factors must be brought to one scale, which is for the caller. Included by gram.inl.
+// (|a| + |b|)^2: factors must be brought to one scale. Included inside isa.inl after cmatmul.inl.
 
 namespace lomacs {
 namespace LOMACS_ISA {
