@@ -440,8 +440,10 @@ def _joined(results: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _stepper(net: nn.Module, loss: nn.Module, H: Tensor, sid: Tensor, device: str) -> Call:
-    # a captured graph holds the whole step only where the optimizer can be captured
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, weight_decay=1e-4, capturable=device == "cuda")
+    # a captured graph holds the whole step only where the optimizer can be captured; on a CPU the fused form
+    # is the fastest, as in bench_network.py
+    form = {"capturable": True} if device == "cuda" else {"fused": True}
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, weight_decay=1e-4, **form)
     return partial(step, net, loss, H, sid, optimizer)
 
 
