@@ -148,7 +148,7 @@ def test_other_columns_are_multiplied_as_before_and_their_neighbours_by_pairs(pa
         assert torch.equal(x[::2], before[::2])
 
 
-@pytest.mark.parametrize("factor", [0.0, 1e-15, 1e15])
+@pytest.mark.parametrize("factor", [0.0, 1e-22, 1e22])
 def test_gradients_of_other_sizes_are_multiplied_as_before(pairs, factor):
     U, V = (columns("near", 2, 64, 32).to(torch.complex64) for _ in range(2))
     g = [(factor * x).to(torch.complex64) for x in randn(2, 2, 64, 32)]
