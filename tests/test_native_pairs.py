@@ -148,7 +148,7 @@ def test_other_columns_are_multiplied_as_before_and_their_neighbours_by_pairs(pa
         assert torch.equal(x[::2], before[::2])
 
 
-@pytest.mark.parametrize("factor", [0.0, 1e-22, 1e22])
+@pytest.mark.parametrize("factor", [0.0, 1e-22, 1e30])
 def test_gradients_of_other_sizes_are_multiplied_as_before(pairs, factor):
     U, V = (columns("near", 2, 64, 32).to(torch.complex64) for _ in range(2))
     g = [(factor * x).to(torch.complex64) for x in randn(2, 2, 64, 32)]
@@ -159,6 +159,7 @@ def test_gradients_of_other_sizes_are_multiplied_as_before(pairs, factor):
     found = torch.ops.lomacs.ortho_refine_backward(*g, U, V, torch.tensor([0.1, 0.2], dtype=torch.float64))
     for x, y in zip(found[:2], want[:2], strict=True):
         # the columns themselves are refined by pairs, which the gradients see by their rounding
+        x, y = x.to(torch.complex128), y.to(torch.complex128)
         assert (x - y).norm() <= 1e-5 * y.norm()
 
 
