@@ -382,6 +382,22 @@ LOMACS_TARGET void from_upper(Upper<T> G, std::int64_t r, T x, Panels<T> P) {
   mirror(P, r);
 }
 
+// The diagonal of x.P, a (U^H U - I) + b, and of what is kept of U^H U - I, from the square sums, which become 0
+template <typename T>
+LOMACS_TARGET void diagonal_of_squares(const Factor<T>& x, std::int64_t r, T a, T b, Upper<T> kept) {
+  for (std::int64_t k = 0; k < r; ++k) {
+    const T g = x.squares[k] - 1;
+    T* p = x.P.element(k, k);
+    p[0] = a * g + b;
+    p[Panels<T>::imag] = 0;
+    x.squares[k] = 0;
+    if (kept.data == nullptr) continue;
+    T* q = kept.at(k, k);
+    q[0] = g;
+    q[Upper<T>::imag] = 0;
+  }
+}
+
 #if LOMACS_PRODUCTS == 3
 // refine_packed's residual and refined columns by pairs; columns of u are of one size
 template <typename T>
@@ -393,17 +409,7 @@ LOMACS_TARGET void refine_by_pairs(const T* u, const Factor<T>& x, std::int64_t 
   ToMultipleAndUpper<T> upper{{x.P}, 1, kept};
   gram_by_pairs(u, x.U, rows, r, x.pairs, upper, ahead);
   mirror(x.P, r);
-  for (std::int64_t k = 0; k < r; ++k) {
-    const T g = x.squares[k] - 1;
-    T* p = x.P.element(k, k);
-    p[0] = g;
-    p[Panels<T>::imag] = 0;
-    x.squares[k] = 0;
-    if (kept.data == nullptr) continue;
-    T* q = kept.at(k, k);
-    q[0] = g;
-    q[Upper<T>::imag] = 0;
-  }
+  diagonal_of_squares(x, r, T(1), T(0), kept);
   scale_for_pairs(x.P, r, unit, static_cast<T>(-step), x.pairs.weight, x.pairs.re, x.pairs.im);
   sums_of_column_pairs(x.U, rows, r, x.pairs.row_re, x.pairs.row_im);
   const Pairs<T> refined{u, {}, u + r, 2 * r, x.P, below(x.P, r / 2), r / 2};
@@ -469,17 +475,7 @@ LOMACS_TARGET void refine_packed(const T* u, const Factor<T>& x, std::int64_t ro
   ToMultipleAndUpper<T> upper{{x.P}, static_cast<T>(-step), kept};
   product<true>(gram, upper, r, r, ahead, Part::upper);
   mirror(x.P, r);
-  for (std::int64_t k = 0; k < r; ++k) {
-    const T g = x.squares[k] - 1;
-    T* p = x.P.element(k, k);
-    p[0] = static_cast<T>(-step) * g + 1;
-    p[Panels<T>::imag] = 0;
-    x.squares[k] = 0;
-    if (kept.data == nullptr) continue;
-    T* q = kept.at(k, k);
-    q[0] = g;
-    q[Upper<T>::imag] = 0;
-  }
+  diagonal_of_squares(x, r, static_cast<T>(-step), T(1), kept);
   const Term<T> terms[] = {{{u, r, 1}, x.P, r}};
   ToRowsAndSquares<T> sink{{Y, r}, x.squares};
   product<false>(terms, sink, rows, r, ahead);
