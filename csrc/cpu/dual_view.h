@@ -16,17 +16,15 @@ struct Taps {
   std::vector<std::int64_t> low, high;
   std::vector<double> share;
 
-  explicit Taps(std::int64_t n) {
+  explicit Taps(std::int64_t n)
+      : low(static_cast<std::size_t>(n)), high(static_cast<std::size_t>(n)), share(static_cast<std::size_t>(n)) {
     const std::int64_t half = n / 2;
-    for (auto* places : {&low, &high}) places->reserve(static_cast<std::size_t>(n));
-    share.reserve(static_cast<std::size_t>(n));
+    const double scale = static_cast<double>(half) / static_cast<double>(n);
     for (std::int64_t i = 0; i < n; ++i) {
-      const double scale = static_cast<double>(half) / static_cast<double>(n);
       const double centre = std::max((static_cast<double>(i) + 0.5) * scale - 0.5, 0.0);
       const std::int64_t at = std::min(static_cast<std::int64_t>(centre), half - 1);
-      low.push_back(at);
-      high.push_back(std::min(at + 1, half - 1));
-      share.push_back(centre - static_cast<double>(at));
+      const auto place = static_cast<std::size_t>(i);
+      low[place] = at, high[place] = std::min(at + 1, half - 1), share[place] = centre - static_cast<double>(at);
     }
   }
 };

@@ -25,30 +25,31 @@ namespace {
 // whole vectors of any instruction set
 std::int64_t padded(std::int64_t n) { return (n + 15) / 16 * 16; }
 
-// One perceptron, its side in the order of the spectrum: row k of w1t belongs to frequency[k]. Without `first` it is
-// for gradients from what a forward kept, which read w2 alone.
+// One perceptron: `first` (hidden, n), null where only gradients from what a forward kept are wanted, and `second`
+// (n, hidden), as they are given. The spectrum's number k belongs to frequency[k].
 template <typename T>
 struct Perceptron {
   std::int64_t n, hidden;
-  // rows padded to whole vectors: (n, hidden), (hidden, n), and for the gradients (hidden, n), (n, hidden)
-  std::vector<T> w1t, w2t, w1, w2;
+  const T *first, *second;
+  const std::int64_t* frequency;
+  // for the gradients, n in the order of the spectrum, rows padded to whole vectors: (hidden, n), (n, hidden)
+  std::vector<T> w1, w2;
 
   Perceptron(const T* first, const T* second, std::int64_t hidden, const std::vector<std::int64_t>& frequency,
              bool backward)
-      : n(static_cast<std::int64_t>(frequency.size())), hidden(hidden) {
+      : n(static_cast<std::int64_t>(frequency.size())),
+        hidden(hidden),
+        first(first),
+        second(second),
+        frequency(frequency.data()) {
+    if (!backward) return;
     const std::int64_t np = padded(n), hp = padded(hidden);
-    const auto size = static_cast<std::size_t>(n * hp), turned = static_cast<std::size_t>(hidden * np);
-    if (first != nullptr) w1t.resize(size), w2t.resize(turned);
-    if (backward) w2.resize(size), w1.resize(first != nullptr ? turned : 0);
+    w2.resize(static_cast<std::size_t>(n * hp));
+    if (first != nullptr) w1.resize(static_cast<std::size_t>(hidden * np));
     for (std::int64_t p = 0; p < n; ++p) {
       const std::int64_t f = frequency[static_cast<std::size_t>(p)];
-      const auto tall = static_cast<std::size_t>(p * hp);
-      for (std::int64_t k = 0; backward && k < hidden; ++k)
-        w2[tall + static_cast<std::size_t>(k)] = second[f * hidden + k];
-      if (first == nullptr) continue;
-      for (std::int64_t k = 0; k < hidden; ++k) w1t[tall + static_cast<std::size_t>(k)] = first[k * n + f];
-      for (std::int64_t k = 0; k < hidden; ++k) w2t[static_cast<std::size_t>(k * np + p)] = second[f * hidden + k];
-      for (std::int64_t k = 0; backward && k < hidden; ++k)
+      for (std::int64_t k = 0; k < hidden; ++k) w2[static_cast<std::size_t>(p * hp + k)] = second[f * hidden + k];
+      for (std::int64_t k = 0; first != nullptr && k < hidden; ++k)
         w1[static_cast<std::size_t>(k * np + p)] = first[k * n + f];
     }
   }

@@ -21,6 +21,8 @@ struct GateScratch {
   T *rho, *kappa, *row_hidden, *col_hidden, *row_logits, *col_logits;
   T *row_power, *col_power, *row_shift, *col_shift;
   T *g_rows, *g_cols, *g_row_hidden, *g_col_hidden;
+  // a side in the order of its frequencies
+  T* natural;
   T* room;
   T* memory = nullptr;
   std::int64_t size = 0;
@@ -47,6 +49,7 @@ struct GateScratch {
       for (T** p : {&rho, &row_logits, &row_power, &row_shift, &g_rows}) *p = take(Mp);
       for (T** p : {&kappa, &col_logits, &col_power, &col_shift, &g_cols}) *p = take(Np);
       for (T** p : {&row_hidden, &col_hidden, &g_row_hidden, &g_col_hidden}) *p = take(hidden);
+      natural = take(std::max(Mp, Np));
       room = take(strip_row<T> * std::max(job.rows->widest(), job.cols->widest()));
       if (round == 0) memory = allocate<T>(size);
     }
@@ -178,6 +181,17 @@ LOMACS_TARGET void transform_back(const Gate<T>& job, Strips<T> from, T* x, cons
   }
 }
 
+// the sum of the lanes of every x
+template <typename T>
+LOMACS_INLINE Vec<T> sums_of_lanes(Vec<T> (&x)[lanes<T>]) {
+  transpose_square<T>(x);
+#pragma GCC unroll 4
+  for (int width = lanes<T> / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+
 // to[n] = factor times the sum of the lanes of row n
 template <typename T>
 LOMACS_TARGET void sum_lanes(const T* rows, std::int64_t n, double factor, T* to) {
@@ -185,12 +199,29 @@ LOMACS_TARGET void sum_lanes(const T* rows, std::int64_t n, double factor, T* to
     Vec<T> x[lanes<T>];
 #pragma GCC unroll 16
     for (int i = 0; i < lanes<T>; ++i) x[i] = load(rows + (j + i) * lanes<T>);
-    transpose_square<T>(x);
-#pragma GCC unroll 4
-    for (int width = lanes<T> / 2; width > 0; width /= 2)
-#pragma GCC unroll 8
-      for (int i = 0; i < width; ++i) x[i] += x[i + width];
-    store(to + j, x[0] * splat(static_cast<T>(factor)));
+    store(to + j, sums_of_lanes<T>(x) * splat(static_cast<T>(factor)));
+  }
+}
+
+// y = W x of a W as it is given, (n, width) without padding; y is padded, with zeros
+template <typename T>
+LOMACS_TARGET void dot_rows(const T* W, std::int64_t n, std::int64_t width, const T* x, T* y) {
+  const std::int64_t whole = width / lanes<T> * lanes<T>;
+  const Tail<T> tail(width - whole);
+  for (std::int64_t i = 0; i < n; i += lanes<T>, W += lanes<T> * width) {
+    Vec<T> total[lanes<T>] = {};
+    const auto add = [&](int k) LOMACS_TARGET {
+      const T* row = W + k * width;
+      for (std::int64_t j = 0; j < whole; j += lanes<T>) total[k] += load(row + j) * load(x + j);
+      if (whole < width) total[k] += tail.load(row + whole) * tail.load(x + whole);
+    };
+    if (i + lanes<T> <= n) {
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes<T>; ++k) add(k);
+    } else {
+      for (int k = 0; k < n - i; ++k) add(k);
+    }
+    store(y + i, sums_of_lanes<T>(total));
   }
 }
 
@@ -256,9 +287,11 @@ LOMACS_TARGET Scale measure(const Gate<T>& job, std::int64_t b, const GateScratc
   sum_lanes(s.column, N, scale.up / static_cast<double>(M), s.kappa);
   const auto perceptron = [&](const Perceptron<T>& p, const T* in, T* hidden, T* logits, T* power,
                               T* shift) LOMACS_TARGET {
-    combine_rows(in, p.w1t.data(), p.n, padded(p.hidden), hidden);
+    for (std::int64_t k = 0; k < p.n; ++k) s.natural[p.frequency[k]] = in[k];
+    dot_rows(p.first, p.hidden, p.n, s.natural, hidden);
     for (std::int64_t k = 0; k < p.hidden; ++k) hidden[k] = hidden[k] < 0 ? 0 : hidden[k];
-    combine_rows(hidden, p.w2t.data(), p.hidden, padded(p.n), logits);
+    dot_rows(p.second, p.n, p.hidden, hidden, s.natural);
+    for (std::int64_t k = 0; k < p.n; ++k) logits[k] = s.natural[p.frequency[k]];
     powers(logits, p.n, job.temperature, power, shift);
   };
   perceptron(*job.row_mlp, s.rho, s.row_hidden, s.row_logits, s.row_power, s.row_shift);

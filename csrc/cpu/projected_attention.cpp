@@ -25,6 +25,8 @@ struct Attention {
   double eps;
   // made by attention_fold: Wq^T Wk log2(e) / sqrt(a), Wo Wv; for a gradient of x also P_k^T and P_v^T
   T *M, *N, *Pk, *Pv;
+  // N is transposed, for the forward alone
+  bool across;
   std::int64_t chunk;
   T* sums;
 
@@ -328,21 +330,15 @@ BlockStage<T> stages::attention(const AttentionWeights<T>& w) {
   Attention<T> job{};
   job.norm_weight = w.norm_weight, job.norm_bias = w.norm_bias, job.eps = w.eps;
   job.tokens = w.tokens, job.d = w.d, job.groups = w.groups, job.g = w.d / w.groups, job.k = w.k;
-  const std::int64_t square = job.g * job.g;
-  // as attention_fold leaves them: for powers of two, and the values' product transposed
-  const auto folded = std::make_shared<std::vector<T>>(static_cast<std::size_t>(2 * job.groups * square));
-  job.M = folded->data(), job.N = job.M + job.groups * square;
-  const T scale = static_cast<T>(1.44269504088896340736);
-  for (std::int64_t i = 0; i < job.groups; ++i) {
+  for (std::int64_t i = 0; i < job.groups; ++i)
     job.pk.push_back(w.pk + i * w.tokens * w.k), job.pv.push_back(w.pv + i * w.tokens * w.k);
-    for (std::int64_t p = 0; p < job.g; ++p)
-      for (std::int64_t q = 0; q < job.g; ++q) {
-        const std::int64_t at = i * square + p * job.g + q, across = i * square + q * job.g + p;
-        job.M[at] = scale * w.score[at], job.N[at] = w.mix[across];
-      }
-  }
   const Isa isa = choose_isa();
-  return {job.groups, [job, folded, isa](const T* x, std::int64_t begin, std::int64_t end, T* y) {
+  const std::int64_t squares = job.groups * job.g * job.g;
+  const auto scores = std::make_shared<std::vector<T>>(static_cast<std::size_t>(squares));
+  LOMACS_DISPATCH(isa, attention_scores(w.score, squares, scores->data()));
+  // read alone
+  job.M = scores->data(), job.N = const_cast<T*>(w.mix), job.across = true;
+  return {job.groups, [job, scores, isa](const T* x, std::int64_t begin, std::int64_t end, T* y) {
             Attention<T> own = job;
             own.x = x, own.y = y;
             LOMACS_DISPATCH(isa, attention_forward(own, begin, end));

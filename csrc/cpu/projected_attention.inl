@@ -56,6 +56,15 @@ LOMACS_TARGET void attention_fold(const Attention<T>& job) {
   }
 }
 
+// to = the scores' product for powers of two
+template <typename T>
+LOMACS_TARGET void attention_scores(const T* from, std::int64_t count, T* to) {
+  const T scale = static_cast<T>(log2_e);
+  std::int64_t n = 0;
+  for (; n + lanes<T> <= count; n += lanes<T>) store(to + n, splat(scale) * load(from + n));
+  for (; n < count; ++n) to[n] = scale * from[n];
+}
+
 template <typename T>
 LOMACS_TARGET void attention_tokens(const Attention<T>& job, std::int64_t b, AttentionScratch<T>& s) {
   tokens_to_rows(job.x + b * job.tokens * job.d, job.d, job.tokens, job.d, s.plain, s.row);
@@ -75,7 +84,7 @@ LOMACS_TARGET void attention_keys(const Attention<T>& job, std::int64_t i, Atten
   s.ahead.fetch(s.lines);
   matmul<T>({job.M + i * g * g, g, 1}, {s.Xk, s.kp}, s.K, s.kp, g, k, g);
   s.ahead.fetch(s.lines);
-  matmul<T>({job.N + i * g * g, g, 1}, {s.Xv, s.kp}, s.V, s.kp, g, k, g);
+  matmul<T>({job.N + i * g * g, job.across ? 1 : g, job.across ? g : 1}, {s.Xv, s.kp}, s.V, s.kp, g, k, g);
   s.ahead.fetch(s.lines);
 }
 
