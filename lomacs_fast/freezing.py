@@ -147,15 +147,43 @@ class FrozenSVDNet(nn.Module):
         self.n_scene = config["n_scene"]
         self._numbers = _numbers(weights)
         self._views: tuple[Tensor, ...] = ()
-        self._last: tuple[tuple[int, ...], FrozenWeights | FrozenAngular, Sequence[Any]] | None = None
+        self._last: tuple[list[int], FrozenWeights | FrozenAngular, Sequence[Any]] | None = None
         self.graphs, self._captured = True, _Graphs()
         for name, tensor in _flat(weights).items():
             self.register_buffer(name, tensor)
         self._pack()
         self.eval()
 
+    # Whether somebody may hold a weight, who can give it another place (`x.data = y`), of which nothing
+    # tells: from then on every call looks at all of them, which takes a tenth of one channel's time.
+    _lent = True
+
+    # the buffers, not lent: by a name of its own, since tracers take `__dict__["_buffers"]` for the property
+    _own: dict[str, Tensor | None]
+
+    @property
+    def _buffers(self) -> dict[str, Tensor | None]:
+        if not torch.compiler.is_compiling():
+            self._lent = True
+        return self._own
+
+    @_buffers.setter
+    def _buffers(self, value: dict[str, Tensor | None]) -> None:
+        # the base class looks there
+        self.__dict__["_buffers"] = self.__dict__["_own"] = value
+
+    def _unlent(self) -> Self:
+        """This module, whose weights nobody else holds."""
+        self._lent = False
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        # the base class would look into the dict itself
+        return self._buffers[name] if name in self.__dict__.get("_own", ()) else super().__getattr__(name)
+
     def _pack(self) -> None:
         """Make the weights views of one buffer, which the kernel reads, where they are not."""
+        self._last = None
         weights = _nested(self._buffers_of(), self._numbers)
         if not isinstance(weights, FrozenWeights):
             return
@@ -163,32 +191,34 @@ class FrozenSVDNet(nn.Module):
             # of no call's mode or graph: the weights outlive it
             with torch.inference_mode(False), torch.no_grad():
                 weights = pack_weights(weights)
-            self._buffers.update(_flat(weights))
+            self._own.update(_flat(weights))
             self.register_buffer("packed", weights.packed, persistent=False)
         self._views = tuple(_flat(weights).values())
 
     def _buffers_of(self) -> dict[str, Tensor]:
         # `named_buffers` leaves out what stands in two places
-        return {name: x for name, x in self._buffers.items() if x is not None}
+        return {name: x for name, x in self._own.items() if x is not None}
 
     def _arrays(self) -> dict[str, Tensor]:
         return {name: x for name, x in self._buffers_of().items() if name != "packed"}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        scalars = cast(Tensor, self._buffers["scalars"])
+        scalars, lent = cast(Tensor, self._own["scalars"]), self._lent
         super()._apply(fn, recurse)
-        found = cast(Tensor, self._buffers["scalars"])
-        if "packed" in self._buffers and found.dtype != scalars.dtype:
+        found = cast(Tensor, self._own["scalars"])
+        if "packed" in self._own and found.dtype != scalars.dtype:
             # numbers and no weights: in double precision whatever that of the module is
-            self._buffers["scalars"] = scalars.to(found.device)
+            self._own["scalars"] = scalars.to(found.device)
         self._pack()
+        self._lent = lent
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         # at once: a tracer that comes next cannot see where tensors lie
-        if name != "packed" and "_views" in self.__dict__ and name in self._buffers:
+        if name != "packed" and "_views" in self.__dict__ and name in self._own:
             self._pack()
+            self._lent = True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -198,55 +228,64 @@ class FrozenSVDNet(nn.Module):
     @property
     def like(self) -> Tensor:
         """A weight: the precision and device of the module."""
-        found = self._buffers["numbers" if "numbers" in self._buffers else "pos"]
+        return self._like.detach()
+
+    @property
+    def _like(self) -> Tensor:
+        found = self._own["numbers" if "numbers" in self._own else "pos"]
         assert found is not None
         return found
 
     @property
     def weights(self) -> FrozenWeights | FrozenAngular:
         """The folded weights, on the device and in the precision that the module has by now."""
-        return self._gathered()[0]
+        if not torch.compiler.is_compiling():
+            self._lent = True
+        return self._gathered()
 
-    def _gathered(self) -> tuple[FrozenWeights | FrozenAngular, Sequence[Any]]:
-        compiling = torch.compiler.is_compiling()
-        transformed = not compiling and torch._C._are_functorch_transforms_active()
+    def _gathered(self) -> FrozenWeights | FrozenAngular:
+        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        if not (torch.compiler.is_compiling() or transformed) and _get_current_dispatch_mode() is None:
+            return self._kept()[0]
         # what is made under a tracer or a transform must not be kept
-        kept = not (compiling or transformed) and _get_current_dispatch_mode() is None
-        if kept:
-            last = self._last
-            # the tensors of the last answer are held by it, so their identities name no others
-            if last is not None and last[0] == self._identities():
-                return last[1:]
+        weights = _nested(self._buffers_of(), self._numbers)
+        if isinstance(weights, FrozenWeights) and not self._untouched():
+            weights = weights._replace(packed=None)
+        return weights
+
+    def _kept(self) -> tuple[FrozenWeights | FrozenAngular, Sequence[Any]]:
+        """The weights as the last call found them, and as the kernel takes them; anew where one has moved."""
+        last = self._last
+        # the tensors of the last answer are held by it, so their places hold no others
+        if last is None or (self._lent and last[0] != self._places()):
             # some may have been put in the place of others
             self._pack()
-        weights = _nested(self._buffers_of(), self._numbers)
-        if not kept and isinstance(weights, FrozenWeights) and not self._untouched():
-            weights = weights._replace(packed=None)
-        # the formula, which alone is transformed, takes the weights as they are
-        found = weights, () if transformed else functional.flat_weights(weights)
-        if kept:
-            self._last = self._identities(), *found
-        return found
+            weights = _nested(self._buffers_of(), self._numbers)
+            last = self._last = self._places(), weights, functional.flat_at_once(weights)
+        return last[1:]
 
-    def _identities(self) -> tuple[int, ...]:
-        """Which tensors the weights are, and where: `x.data = y` gives a tensor another place."""
-        buffers = self._buffers.values()
-        return (*map(id, buffers), *map(Tensor.data_ptr, buffers))  # type: ignore[arg-type]
+    def _places(self) -> list[int]:
+        """Where the weights are: `x.data = y` gives a tensor another place."""
+        return [*map(Tensor.data_ptr, self._own.values())]  # type: ignore[arg-type]
 
     def _untouched(self) -> bool:
         """Whether no weight was put in the place of a view of `packed`."""
-        now = (x for name, x in self._buffers.items() if name != "packed")
+        now = (x for name, x in self._own.items() if name != "packed")
         return all(x is y for x, y in zip(now, self._views, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         # identities mean nothing in a copy or another process, where every view would bring all of them
         buffers = {name: x.clone() for name, x in self._arrays().items()}
-        return self.__dict__ | {"_last": None, "_views": (), "_captured": None, "_buffers": buffers}
+        state = self.__dict__ | {"_last": None, "_views": (), "_captured": None, "_buffers": buffers}
+        del state["_own"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._buffers = self.__dict__["_buffers"]
         self._captured = _Graphs()
         self._pack()
+        self._unlent()
 
     def forward(self, H: Tensor, sid: Tensor | int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`U, S, V` with `H ~ U diag(S) V^H`.
@@ -262,10 +301,13 @@ class FrozenSVDNet(nn.Module):
         Raises:
             TypeError, ValueError: for another type, dtype, shape or scene, naming it.
         """
-        weights, flat = self._gathered()
-        found = functional.frozen_svd_at_once(H, sid, weights, flat)
-        if found is not None:
-            return found
+        if functional.small_native(H) and type(H) is Tensor and _get_current_dispatch_mode() is None:
+            weights, flat = self._kept()
+            found = functional.frozen_svd_at_once(H, sid, self.n_scene, flat)
+            if found is not None:
+                return found
+        else:
+            weights = self._gathered()
         with torch.no_grad():
             H = self._channels(H)
             scene = self._scenes(sid, H)
@@ -299,7 +341,7 @@ class FrozenSVDNet(nn.Module):
             H = torch.view_as_complex(H.contiguous())
         if not H.is_complex() or H.shape[1:] != (self.M, self.N) or H.ndim != 3:
             raise ValueError(f"H must be {expected}, got {H.dtype} {tuple(H.shape)}")
-        dtype = self.like.dtype
+        dtype = self._like.dtype
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"the weights must be float32 or float64, got {dtype}")
         wanted = torch.promote_types(dtype, torch.complex32)
@@ -361,7 +403,7 @@ class FrozenSVDNet(nn.Module):
                 arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "facts"}
             weights = _nested(arrays, facts)
             scenarios = facts["scenarios"] and tuple(facts["scenarios"])
-            return cls(weights, facts["config"], scenarios)
+            return cls(weights, facts["config"], scenarios)._unlent()
         except OSError:
             raise
         except Exception as error:
@@ -410,7 +452,7 @@ def freeze(net: LoMACSSVDNet, scenarios: tuple[int, ...] | None = None) -> Froze
     if scenarios is not None and len(scenarios) != net.n_scene:
         raise ValueError(f"scenarios must name {net.n_scene} scenes, got {list(scenarios)}")
     fold = fold_angular if net.head == "angular" else fold_network
-    return FrozenSVDNet(fold(net), net.config, scenarios)
+    return FrozenSVDNet(fold(net), net.config, scenarios)._unlent()
 
 
 def _flat(weights: FrozenWeights | FrozenAngular) -> dict[str, Tensor]:

@@ -668,5 +668,5 @@ def frozen_angular_svd(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tupl
     return ops.frozen_angular_svd(H, scene, weights)
 
 
-flat_weights, frozen_svd_at_once, chosen = ops.flat_weights, ops.frozen_svd_at_once, ops.chosen
-svd_network_at_once = ops.svd_network_at_once
+flat_at_once, frozen_svd_at_once, chosen = ops.flat_at_once, ops.frozen_svd_at_once, ops.chosen
+svd_network_at_once, small_native = ops.svd_network_at_once, ops.small_native

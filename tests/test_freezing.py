@@ -258,19 +258,49 @@ def test_threads_and_company_do_not_change_a_bit(make):
 
 @pytest.mark.usefixtures("native")
 def test_opcheck():
-    from lomacs_fast.ops.frozen import flat_weights
+    from lomacs_fast.ops.frozen import flat_at_once, flat_weights
 
     w = freeze(network()).weights
     H, scene = torch.view_as_real(channels(3)), torch.tensor([0, 3, 1])
-    args = (H, scene, *flat_weights(w))
-    torch.library.opcheck(torch.ops.lomacs.frozen_svd.default, args)
+    args = (H, scene, *flat_weights(w)[1:])
+    op = torch.ops.lomacs.frozen_svd
+    torch.library.opcheck(op.default, args)
+    torch.library.opcheck(op.default, (channels(3), *args[1:]))
     with pytest.raises(RuntimeError, match="scene must name a row of table"):
-        torch.ops.lomacs.frozen_svd(H, scene + 1, *args[2:])
+        op(H, scene + 1, *args[2:])
     with pytest.raises(RuntimeError, match=r"packed must have shape \(\d+\), got"):
-        torch.ops.lomacs.frozen_svd(H, scene, args[2][:-1], *args[3:])
+        op(H, scene, args[2][:-1], *args[3:])
     for wrong, message in ((args[3][:4], "must hold d"), ([*args[3][:5], 5, 4], "groups that divide d")):
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.lomacs.frozen_svd(H, scene, args[2], wrong, *args[4:])
+            op(H, scene, args[2], wrong, *args[4:])
+    for wrong in (H[..., 0], torch.view_as_complex(H)[0], torch.view_as_complex(H)[..., None]):
+        with pytest.raises(
+            RuntimeError, match=r"H must have shape \(B, M, N, 2\), or \(B, M, N\) and be complex"
+        ):
+            op(wrong, *args[1:])
+    _, *at_once = flat_at_once(w)
+    for x, y in zip(op.at_once(H, scene, *at_once), op(*args), strict=True):
+        assert torch.equal(x, y)
+    for facts, message in (
+        (at_once[2][:1], "must hold temperature, eps and sizes"),
+        (at_once[2][:6], "must hold d"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op.at_once(H, scene, *at_once[:2], facts)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("make", [network, angular], ids=["published", "refined"])
+def test_complex_and_real_channels_are_the_same_bits(make):
+    net = make()
+    frozen, H = freeze(net), input_of(net, 2)
+    sid, pairs = torch.tensor([2, 0]), torch.view_as_real(H)
+    want = frozen(torch.cat([H] * 400), sid.repeat(400))
+    for x in (H, pairs, H.conj().resolve_conj().conj(), pairs.clone().requires_grad_()):
+        for got, y in zip(frozen(x, sid), want, strict=True):
+            assert torch.equal(got, y[:2])
+            assert got.is_complex() == y.is_complex()
+            assert not got.requires_grad
 
 
 @pytest.mark.usefixtures("native")
@@ -283,7 +313,7 @@ def test_contract_of_the_refined_op(name):
     net = angular(**ANGULAR[name])
     w, H, scene = freeze(net).weights, input_of(net, 3), torch.tensor([0, 3, 1])
     op = torch.ops.lomacs.frozen_angular_svd
-    args = (torch.view_as_real(H), scene, *flat_weights(w))
+    args = (torch.view_as_real(H), scene, *flat_weights(w)[1:])
     torch.library.opcheck(op.default, args)
     counted = {}
     for backend in ("eager", "cpp"):
@@ -403,6 +433,53 @@ def test_views_in_the_place_of_others_are_those_that_the_kernel_reads(change):
     before = agree(frozen, H)
     change(frozen)
     assert not torch.equal(agree(frozen, H), before)
+
+
+HOLD = {
+    "attribute": lambda frozen: frozen.head,
+    "named_buffers": lambda frozen: dict(frozen.named_buffers())["head"],
+    "get_buffer": lambda frozen: frozen.get_buffer("head"),
+    "dict": lambda frozen: frozen._buffers["head"],
+    "state_dict": lambda frozen: frozen.state_dict(keep_vars=True)["head"],
+    "weights": lambda frozen: frozen.weights.head,
+}
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("hold", HOLD)
+@pytest.mark.parametrize("early", [True, False])
+def test_whoever_holds_a_weight_may_give_it_another_place(hold, early):
+    frozen, H = freeze(network()), channels()
+    before = None if early else agree(frozen, H)
+    head = HOLD[hold](frozen)
+    assert head.shape == freeze(network()).head.shape
+    before = agree(frozen, H) if early else before
+    # nothing is asked of the module again
+    head.data = torch.rand_like(head)
+    changed = frozen(H, 1)
+    assert not torch.equal(agree(frozen, H), before)
+    assert torch.equal(changed[1], frozen(H, 1)[1])
+
+
+@pytest.mark.usefixtures("native")
+def test_weights_that_nobody_holds_are_not_looked_at(monkeypatch):
+    frozen, H = freeze(network()), channels()
+    frozen(H)
+    copies = [frozen, copy.deepcopy(frozen), frozen.to(torch.float64)]
+    asked = []
+    places = FrozenSVDNet._places
+    monkeypatch.setattr(FrozenSVDNet, "_places", lambda self: asked.append(self) or places(self))
+    for one in copies:
+        one(H)
+        one(H)
+        one.like  # noqa: B018
+        before = len(asked)
+        one(H)
+        assert len(asked) == before
+    assert frozen.head is not None
+    before = len(asked)
+    frozen(H)
+    assert len(asked) > before
 
 
 def test_weights_replaced_in_inference_mode_can_be_loaded_later():

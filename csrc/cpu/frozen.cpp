@@ -205,22 +205,22 @@ void evaluate(const Tensor& H, const Tensor& scene, const Tensor& packed, const 
   torch::stable::parallel_for(0, B, 1, [&](std::int64_t begin, std::int64_t end) { run(net, begin, end); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> frozen_svd(const Tensor& H, const Tensor& scene, const Tensor& packed,
-                                              const std::vector<std::int64_t>& sizes, const Tensor& scalars,
-                                              double temperature, double eps) {
-  const ScalarType dtype = H.scalar_type();
-  checks.real("H", dtype);
-  checks.expect(H.dim() == 4, "H must have shape (B, M, N, 2)");
+using Factors = std::tuple<Tensor, Tensor, Tensor>;
+
+// U and V are complex where H is
+Factors frozen_svd(const Tensor& H, const Tensor& scene, const Tensor& packed, const std::vector<std::int64_t>& sizes,
+                   const Tensor& scalars, double temperature, double eps) {
+  const ScalarType dtype = real_of(H);
+  checks.channels(H);
   const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2);
   checks.expect(M > 1 && N > 1, "M and N must be at least 2");
-  checks.tensor("H", H, dtype, {B, M, N, 2});
+  checks.tensor("H", H, H.scalar_type(), shape_as(H, B, M, N));
   const Layout z = layout_of(sizes);
   checks.expect(temperature > 0 && eps > 0, "temperature and eps must be positive");
   checks.tensor("packed", packed, dtype, {assemble<float>(nullptr, M, N, z, temperature, eps, nullptr)});
   checks.tensor("scalars", scalars, ScalarType::Double, {3});
   checks.scenes(scene, B, z.scenes);
-  Tensor U = fresh(H, {B, M, z.r, 2}), S = fresh(H, {B, z.r});
-  Tensor V = fresh(H, {B, N, z.r, 2});
+  Tensor U = fresh(H, shape_as(H, B, M, z.r)), S = fresh(H, {B, z.r}, dtype), V = fresh(H, shape_as(H, B, N, z.r));
   const auto* numbers = static_cast<const double*>(scalars.const_data_ptr());
   if (B > 0) {
     if (dtype == ScalarType::Float) evaluate<float>(H, scene, packed, z, numbers, temperature, eps, U, S, V);
@@ -229,7 +229,19 @@ std::tuple<Tensor, Tensor, Tensor> frozen_svd(const Tensor& H, const Tensor& sce
   return {U, S, V};
 }
 
+// The same on arguments that cost little to hand over: `facts` holds temperature and eps, then the sizes.
+Factors frozen_svd_at_once(const Tensor& H, const Tensor& scene, const Tensor& packed, const Tensor& scalars,
+                           const Tensor& facts) {
+  checks.expect(facts.dim() == 1 && facts.size(0) >= 2, "facts must hold temperature, eps and sizes");
+  checks.tensor("facts", facts, ScalarType::Double, {facts.size(0)});
+  const auto* p = static_cast<const double*>(facts.const_data_ptr());
+  return frozen_svd(H, scene, packed, {p + 2, p + facts.size(0)}, scalars, p[0], p[1]);
+}
+
 }  // namespace
 }  // namespace lomacs
 
-STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) { m.impl("frozen_svd", TORCH_BOX(&lomacs::frozen_svd)); }
+STABLE_TORCH_LIBRARY_IMPL(lomacs, CPU, m) {
+  m.impl("frozen_svd", TORCH_BOX(&lomacs::frozen_svd));
+  m.impl("frozen_svd.at_once", TORCH_BOX(&lomacs::frozen_svd_at_once));
+}

@@ -90,21 +90,9 @@ void run(const Bjorck<T>& job, std::int64_t count) {
 
 Tensor shaped_like(const Tensor& x) { return fresh_like(x); }
 
-// Complex numbers lie in memory as pairs of real ones: a factor may come as either.
-bool is_complex(const Tensor& x) {
-  return x.scalar_type() == ScalarType::ComplexFloat || x.scalar_type() == ScalarType::ComplexDouble;
-}
-
-ScalarType real_of(const Tensor& x) {
-  if (x.scalar_type() == ScalarType::ComplexFloat) return ScalarType::Float;
-  return x.scalar_type() == ScalarType::ComplexDouble ? ScalarType::Double : x.scalar_type();
-}
-
 // of a factor like U, with so many rows
 std::vector<std::int64_t> shape_of_factor(const Tensor& U, std::int64_t rows) {
-  std::vector<std::int64_t> shape{U.size(0), rows, U.size(2)};
-  if (!is_complex(U)) shape.push_back(2);
-  return shape;
+  return shape_as(U, U.size(0), rows, U.size(2));
 }
 
 void check_factor(const Checks& checks, const Tensor& U) {

@@ -121,8 +121,8 @@ std::tuple<Tensor, Tensor, Tensor> evaluate(const Tensor& H, const Tensor& scene
                                             const std::vector<std::int64_t>& array, std::int64_t rank,
                                             std::int64_t active, std::int64_t sweeps) {
   const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2);
-  Tensor outU = fresh(H, {B, M, rank, 2}), outV = fresh(H, {B, N, rank, 2});
-  Tensor outS = fresh(H, {B, rank}), order = fresh(H, {B, active}, ScalarType::Long);
+  Tensor outU = fresh(H, shape_as(H, B, M, rank)), outV = fresh(H, shape_as(H, B, N, rank));
+  Tensor outS = fresh(H, {B, rank}, real_of(H)), order = fresh(H, {B, active}, ScalarType::Long);
   AngularSvd<T> job{};
   RefineSvd<T>& x = job.refine;
   x.H = pointer<T>(H), x.scalars = pointer<T>(w[rows_of_scalars]);
@@ -145,12 +145,11 @@ std::tuple<Tensor, Tensor, Tensor> frozen_angular_svd(const Tensor& H, const Ten
                                                       const std::vector<std::int64_t>& array, std::int64_t rank,
                                                       std::int64_t active, std::int64_t sweeps) {
   constexpr Checks checks{"frozen_angular_svd"};
-  const ScalarType dtype = H.scalar_type();
-  checks.real("H", dtype);
-  checks.expect(H.dim() == 4, "H must have shape (B, M, N, 2)");
+  const ScalarType dtype = real_of(H);
+  checks.channels(H);
   const std::int64_t B = H.size(0), M = H.size(1), N = H.size(2);
   checks.expect(M > 0 && N > 0, "no dimension but the batch may be empty");
-  checks.tensor("H", H, dtype, {B, M, N, 2});
+  checks.tensor("H", H, H.scalar_type(), shape_as(H, B, M, N));
   checks.expect(rank >= 1 && rank <= std::min(M, N), "rank must be 1 to min(M, N), got " + std::to_string(rank));
   checks.expect(active >= 1 && active <= rank, "active must be 1 to rank, got " + std::to_string(active));
   checks.expect(sweeps >= 1, "sweeps must be at least 1, got " + std::to_string(sweeps));

@@ -35,6 +35,23 @@ inline const char* name_of(ScalarType dtype) {
   }
 }
 
+// Complex numbers lie in memory as pairs of real ones: channels and factors may come as either.
+inline bool is_complex(const Tensor& x) {
+  return x.scalar_type() == ScalarType::ComplexFloat || x.scalar_type() == ScalarType::ComplexDouble;
+}
+
+inline ScalarType real_of(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::ComplexFloat) return ScalarType::Float;
+  return x.scalar_type() == ScalarType::ComplexDouble ? ScalarType::Double : x.scalar_type();
+}
+
+// the shape (B, rows, columns) of complex numbers as x holds them
+inline std::vector<std::int64_t> shape_as(const Tensor& x, std::int64_t B, std::int64_t rows, std::int64_t columns) {
+  std::vector<std::int64_t> shape{B, rows, columns};
+  if (!is_complex(x)) shape.push_back(2);
+  return shape;
+}
+
 // The checks of one op, whose name begins every message.
 struct Checks {
   const char* op;
@@ -61,6 +78,12 @@ struct Checks {
   }
   void tensor(const char* name, const Tensor& x, ScalarType dtype, const std::vector<std::int64_t>& sizes) const {
     tensor(name, x, dtype, sizes.data(), sizes.data() + sizes.size());
+  }
+
+  // channels, whose sizes are for the caller to look at
+  void channels(const Tensor& H) const {
+    real("H", real_of(H));
+    expect(H.dim() == (is_complex(H) ? 3 : 4), "H must have shape (B, M, N, 2), or (B, M, N) and be complex");
   }
 
   // B rows of a table of so many

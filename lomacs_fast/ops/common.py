@@ -257,7 +257,8 @@ def small_native(x: Any) -> bool:
         and isinstance(x, Tensor)
         and x.is_cpu
         and x.numel() <= SMALL
-        and not transform_reasons()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and chosen() in ("auto", "cpp")
         and not native.reasons("cpu")
     )

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
@@ -31,6 +30,13 @@ library.define(
 )
 
 
+def _factors_like(H: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors as an op gives them: complex where H is, else pairs of real numbers."""
+    (B, M, N), pair = H.shape[:3], H.shape[3:]
+    S = H.new_empty(B, r, dtype=H.real.dtype if H.is_complex() else H.dtype)
+    return H.new_empty(B, M, r, *pair), S, H.new_empty(B, N, r, *pair)
+
+
 @torch.library.register_fake("lomacs::frozen_svd", lib=library)
 def _fake(
     H: Tensor,
@@ -41,8 +47,14 @@ def _fake(
     temperature: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (B, M, N), r = H.shape[:3], sizes[3]
-    return H.new_empty(B, M, r, 2), H.new_empty(B, r), H.new_empty(B, N, r, 2)
+    return _factors_like(H, sizes[3])
+
+
+# what a small call goes by: a list of integers alone costs a twentieth of one channel. Never traced
+library.define(
+    "frozen_svd.at_once(Tensor H, Tensor scene, Tensor packed, Tensor scalars, Tensor facts) -> "
+    "(Tensor U, Tensor S, Tensor V)"
+)
 
 
 @register_flop_formula(torch.ops.lomacs.frozen_svd)
@@ -66,64 +78,70 @@ def _flops(
 Flat = Sequence[Any]
 
 
+def _packed(w: FrozenWeights) -> Tensor:
+    packed = w.packed if w.packed is not None else pack_weights(w).packed
+    assert packed is not None
+    return packed
+
+
 def flat_weights(w: FrozenWeights | FrozenAngular) -> Flat:
-    """What the kernel takes after the channels and scenes, in its order."""
+    """The op that serves these weights on a CPU, and what it takes after channels and scenes."""
     if isinstance(w, FrozenAngular):
         weights = [w.first, w.second, w.table, w.numbers, w.scalars]
-        return weights, w.array or (), w.rank, w.active, w.sweeps
-    packed = w.packed if w.packed is not None else pack_weights(w).packed
-    return packed, w.sizes(), w.scalars, w.temperature, w.eps
+        op = torch.ops.lomacs.frozen_angular_svd.default
+        return op, weights, w.array or (), w.rank, w.active, w.sweeps
+    return torch.ops.lomacs.frozen_svd.default, _packed(w), w.sizes(), w.scalars, w.temperature, w.eps
 
 
-def _call(
-    H: Tensor, scene: Tensor, w: FrozenWeights | FrozenAngular, flat: Flat
-) -> tuple[Tensor, Tensor, Tensor]:
-    angular = isinstance(w, FrozenAngular)
-    op = torch.ops.lomacs.frozen_angular_svd if angular else torch.ops.lomacs.frozen_svd
-    U, S, V = op.default(H, scene, *flat)
-    return torch.view_as_complex(U), S, torch.view_as_complex(V)
+def flat_at_once(w: FrozenWeights | FrozenAngular) -> Flat:
+    """The same for `frozen_svd_at_once`, of tensors that want no gradients."""
+    # of no call's mode or default device: it is kept
+    with torch.inference_mode(False):
+        if isinstance(w, FrozenAngular):
+            op, weights, *rest = flat_weights(w)
+            return op, [x.detach() for x in weights], *rest
+        facts = torch.tensor([w.temperature, w.eps, *w.sizes()], dtype=torch.float64, device="cpu")
+        return torch.ops.lomacs.frozen_svd.at_once, _packed(w).detach(), w.scalars.detach(), facts
 
 
 def _native(
     H: Tensor, scene: Tensor, weights: FrozenWeights | FrozenAngular
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _call(common.planes(H), scene.contiguous(), weights, flat_weights(weights))
+    op, *flat = flat_weights(weights)
+    U, S, V = op(common.planes(H), scene.contiguous(), *flat)
+    return torch.view_as_complex(U), S, torch.view_as_complex(V)
 
 
 @functools.lru_cache(maxsize=64)
 def _rows(row: int, B: int) -> Tensor:
     with torch.inference_mode(False):
-        return torch.full((B,), row)
+        return torch.full((B,), row, device="cpu")
 
 
-def frozen_svd_at_once(
-    H: Any, sid: Any, weights: FrozenWeights | FrozenAngular, flat: Flat
-) -> tuple[Tensor, Tensor, Tensor] | None:
+def frozen_svd_at_once(H: Tensor, sid: Any, scenes: int, flat: Flat) -> tuple[Tensor, Tensor, Tensor] | None:
     """What the kernel answers to a small call that nobody has looked at yet; see `tokens.at_once`.
 
+    Every step of Python is felt here: a call of one channel finds no cache warm.
+
     Args:
+        H: channels that `common.small_native` lets through.
         sid: scenes, as the module takes them; one integer, or what is out of range, is left to it.
-        flat: of `flat_weights`.
+        scenes: how many there are.
+        flat: of `flat_at_once`.
     """
-    if torch.compiler.is_compiling() or type(H) is not Tensor:
-        return None
-    # what is made under a tracer must not be kept
-    if _get_current_dispatch_mode() is not None or not common.small_native(H):
-        return None
-    scenes = weights.table.shape[0] - 1
-    if sid is None:
-        scene = _rows(scenes, H.shape[0]) if H.ndim else None
-    elif type(sid) is Tensor and sid.ndim == 1 and sid.numel():
-        # the kernel takes the row behind the scenes too, their mean
-        scene = sid if max(sid.tolist()) < scenes else None
-    else:
-        scene = None
-    if scene is None:
+    # without a graph: autograd is passed by elsewhere
+    if H.requires_grad and torch.is_grad_enabled():
         return None
     try:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _call(torch.view_as_real(H), scene, weights, flat)
-    except (RuntimeError, TypeError):
+        if sid is None:
+            sid = _rows(scenes, H.shape[0])
+        # the kernel takes the row behind the scenes too, their mean
+        elif type(sid) is not Tensor or max(sid.tolist(), default=0) >= scenes:
+            return None
+        op, *weights = flat
+        U, S, V = op(H, sid, *weights)
+        return (U, S, V) if H.is_complex() else (torch.view_as_complex(U), S, torch.view_as_complex(V))
+    except (RuntimeError, TypeError, IndexError):
         return None
 
 
@@ -213,8 +231,7 @@ def _fake_angular(
     active: int,
     sweeps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, M, N = H.shape[:3]
-    return H.new_empty(B, M, rank, 2), H.new_empty(B, rank), H.new_empty(B, N, rank, 2)
+    return _factors_like(H, rank)
 
 
 @register_flop_formula(torch.ops.lomacs.frozen_angular_svd)
