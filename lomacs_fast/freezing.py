@@ -147,7 +147,7 @@ class FrozenSVDNet(nn.Module):
         self.n_scene = config["n_scene"]
         self._numbers = _numbers(weights)
         self._views: tuple[Tensor, ...] = ()
-        self._last: tuple[list[int], FrozenWeights | FrozenAngular, Sequence[Any]] | None = None
+        self._last: tuple[list[Any], FrozenWeights | FrozenAngular, Sequence[Any]] | None = None
         self.graphs, self._captured = True, _Graphs()
         for name, tensor in _flat(weights).items():
             self.register_buffer(name, tensor)
@@ -169,8 +169,8 @@ class FrozenSVDNet(nn.Module):
 
     @_buffers.setter
     def _buffers(self, value: dict[str, Tensor | None]) -> None:
-        # the base class looks there
-        self.__dict__["_buffers"] = self.__dict__["_own"] = value
+        # the base class looks into the first
+        self.__dict__ |= {"_buffers": value, "_own": value, "_last": None, "_lent": True}
 
     def _unlent(self) -> Self:
         """This module, whose weights nobody else holds."""
@@ -210,20 +210,29 @@ class FrozenSVDNet(nn.Module):
             # numbers and no weights: in double precision whatever that of the module is
             self._own["scalars"] = scalars.to(found.device)
         self._pack()
-        self._lent = lent
+        # what `to`, `double` and their like apply keeps no tensor, a function of the caller's may
+        self._lent = lent or getattr(fn, "__module__", "") != nn.Module.__module__
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         # at once: a tracer that comes next cannot see where tensors lie
         if name != "packed" and "_views" in self.__dict__ and name in self._own:
-            self._pack()
             self._lent = True
+            if not self._loading:
+                self._pack()
+
+    # while weights are assigned one by one, which may come from another device
+    _loading = False
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        # loaded in place they are views still, assigned they are not
-        self._pack()
+        self._loading = True
+        try:
+            super()._load_from_state_dict(*args, **kwargs)
+        finally:
+            self._loading = False
+            # loaded in place they are views still, assigned they are not
+            self._pack()
 
     @property
     def like(self) -> Tensor:
@@ -260,13 +269,16 @@ class FrozenSVDNet(nn.Module):
         if last is None or (self._lent and last[0] != self._places()):
             # some may have been put in the place of others
             self._pack()
+            # before the weights: what another thread changes in between is found the next time
+            places = self._places()
             weights = _nested(self._buffers_of(), self._numbers)
-            last = self._last = self._places(), weights, functional.flat_at_once(weights)
+            last = self._last = places, weights, functional.flat_at_once(weights, self.M, self.N)
         return last[1:]
 
-    def _places(self) -> list[int]:
-        """Where the weights are: `x.data = y` gives a tensor another place."""
-        return [*map(Tensor.data_ptr, self._own.values())]  # type: ignore[arg-type]
+    def _places(self) -> list[Any]:
+        """Which tensors the weights are, and where: `x.data = y` gives a tensor another place or order."""
+        weights = self._buffers_of().values()
+        return [*map(id, weights), *map(Tensor.data_ptr, weights), *map(Tensor.stride, weights)]
 
     def _untouched(self) -> bool:
         """Whether no weight was put in the place of a view of `packed`."""
@@ -301,7 +313,12 @@ class FrozenSVDNet(nn.Module):
         Raises:
             TypeError, ValueError: for another type, dtype, shape or scene, naming it.
         """
-        if functional.small_native(H) and type(H) is Tensor and _get_current_dispatch_mode() is None:
+        if (
+            functional.small_native(H)
+            and type(H) is Tensor
+            and _get_current_dispatch_mode() is None
+            and torch._C._get_tracing_state() is None
+        ):
             weights, flat = self._kept()
             found = functional.frozen_svd_at_once(H, sid, self.n_scene, flat)
             if found is not None:
@@ -347,6 +364,8 @@ class FrozenSVDNet(nn.Module):
         wanted = torch.promote_types(dtype, torch.complex32)
         if H.dtype != wanted:
             raise TypeError(f"H must be {wanted} to go with {dtype} weights, got {H.dtype}")
+        if H.device != self._like.device:
+            raise ValueError(f"H must be on {self._like.device} as the weights are, got {H.device}")
         return H
 
     def _scenes(self, sid: Tensor | int | None, H: Tensor) -> Tensor:

@@ -278,12 +278,14 @@ def test_opcheck():
             RuntimeError, match=r"H must have shape \(B, M, N, 2\), or \(B, M, N\) and be complex"
         ):
             op(wrong, *args[1:])
-    _, *at_once = flat_at_once(w)
+    _, _, *at_once = flat_at_once(w, 12, 10)
     for x, y in zip(op.at_once(H, scene, *at_once), op(*args), strict=True):
         assert torch.equal(x, y)
+    turned = at_once[2][[1, 0, *range(2, len(at_once[2]))]]
     for facts, message in (
-        (at_once[2][:1], "must hold temperature, eps and sizes"),
-        (at_once[2][:6], "must hold d"),
+        (at_once[2][:3], "must hold M, N, temperature, eps and sizes"),
+        (at_once[2][:8], "must hold d"),
+        (turned, "the M and N of facts"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op.at_once(H, scene, *at_once[:2], facts)
@@ -426,8 +428,37 @@ def another_place(frozen):
     frozen.head.data = torch.rand_like(frozen.head)
 
 
+def another_order(frozen):
+    frozen.block0_score.data = frozen.block0_score.data.mT
+
+
+def another_order_in_place(frozen):
+    frozen.block0_score.transpose_(1, 2)
+
+
+def registered_at_the_same_place(frozen):
+    frozen.register_buffer("pos", frozen.pos[:1].expand_as(frozen.pos))
+
+
+def all_at_once(frozen):
+    other = freeze(network(5, N=12, gate_hidden=12)).state_dict()
+    frozen._buffers = {name: x.clone() for name, x in other.items()}
+
+
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("change", [swapped, transposed, one_in_two_places, another_place])
+@pytest.mark.parametrize(
+    "change",
+    [
+        swapped,
+        transposed,
+        one_in_two_places,
+        another_place,
+        another_order,
+        another_order_in_place,
+        registered_at_the_same_place,
+        all_at_once,
+    ],
+)
 def test_views_in_the_place_of_others_are_those_that_the_kernel_reads(change):
     frozen, H = freeze(network(N=12, gate_hidden=12)), channels(N=12)
     before = agree(frozen, H)
@@ -442,7 +473,15 @@ HOLD = {
     "dict": lambda frozen: frozen._buffers["head"],
     "state_dict": lambda frozen: frozen.state_dict(keep_vars=True)["head"],
     "weights": lambda frozen: frozen.weights.head,
+    "applied": lambda frozen: applied(frozen, "head"),
 }
+
+
+def applied(frozen, name):
+    held = []
+    frozen._apply(lambda x: held.append(x) or x)
+    # the order is that of any other
+    return held[[name for name, _ in freeze(network()).named_buffers()].index(name)]
 
 
 @pytest.mark.usefixtures("native")
@@ -504,6 +543,13 @@ class TestFunctionalCall:
         assert not torch.equal(S, before)
         assert torch.equal(agree(frozen, H), before)
 
+    def test_takes_a_view_of_the_weight_itself(self):
+        frozen, H = freeze(network()), channels()
+        before = agree(frozen, H)
+        S = torch.func.functional_call(frozen, {"block0_score": frozen.block0_score.mT}, (H, 1))[1]
+        assert not torch.equal(S, before)
+        assert torch.equal(agree(frozen, H), before)
+
     def test_of_many_networks_at_once(self):
         many, H = [freeze(network(seed)) for seed in (0, 5)], channels()
         states = torch.utils._pytree.tree_map(
@@ -531,6 +577,45 @@ def test_a_weight_replaced_before_compilation_is_taken():
     compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")(H, sid)
     for x, y in zip(compiled, frozen(H, sid), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("make", [network, angular], ids=["published", "refined"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traced_by_jit_it_can_be_called_again(make):
+    net = make()
+    frozen, H = freeze(net), input_of(net, 3)
+    traced = torch.jit.trace(frozen, (H,))
+    for _ in range(2):
+        for x, y in zip(traced(H), frozen(H), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    # of the first the weights of a transposed channel take as many numbers
+    [
+        (lambda: network(depth=1, groups=2, k_len=8, dim=16), (10, 12)),
+        (lambda: angular(**ANGULAR["plain channels"]), (14, 11)),
+    ],
+    ids=["published", "refined"],
+)
+def test_channels_of_another_shape_are_refused(net, shape):
+    frozen = freeze(net())
+    with pytest.raises(ValueError, match=rf"H must be complex \(B, {frozen.M}, {frozen.N}\)"):
+        frozen(channels(2, *shape))
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("make", [network, angular], ids=["published", "refined"])
+def test_moved_to_meta_it_refuses_channels_and_takes_weights(make):
+    net = make()
+    frozen, H = freeze(net).to("meta"), input_of(net, 3)
+    with pytest.raises(ValueError, match="H must be on meta as the weights are, got cpu"):
+        frozen(H)
+    frozen.load_state_dict(freeze(net).state_dict(), assign=True)
+    assert torch.equal(frozen(H)[1], freeze(net)(H)[1])
 
 
 def test_scenes_of_other_libraries():

@@ -229,13 +229,17 @@ Factors frozen_svd(const Tensor& H, const Tensor& scene, const Tensor& packed, c
   return {U, S, V};
 }
 
-// The same on arguments that cost little to hand over: `facts` holds temperature and eps, then the sizes.
+// The same on arguments that cost little to hand over: `facts` holds M, N, temperature and eps, then the sizes.
 Factors frozen_svd_at_once(const Tensor& H, const Tensor& scene, const Tensor& packed, const Tensor& scalars,
                            const Tensor& facts) {
-  checks.expect(facts.dim() == 1 && facts.size(0) >= 2, "facts must hold temperature, eps and sizes");
+  checks.expect(facts.dim() == 1 && facts.size(0) >= 4, "facts must hold M, N, temperature, eps and sizes");
   checks.tensor("facts", facts, ScalarType::Double, {facts.size(0)});
   const auto* p = static_cast<const double*>(facts.const_data_ptr());
-  return frozen_svd(H, scene, packed, {p + 2, p + facts.size(0)}, scalars, p[0], p[1]);
+  checks.channels(H);
+  // nothing else tells a channel of another shape whose weights would take as much
+  checks.expect(static_cast<double>(H.size(1)) == p[0] && static_cast<double>(H.size(2)) == p[1],
+                "H must have the M and N of facts");
+  return frozen_svd(H, scene, packed, {p + 4, p + facts.size(0)}, scalars, p[2], p[3]);
 }
 
 }  // namespace

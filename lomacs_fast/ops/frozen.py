@@ -93,15 +93,20 @@ def flat_weights(w: FrozenWeights | FrozenAngular) -> Flat:
     return torch.ops.lomacs.frozen_svd.default, _packed(w), w.sizes(), w.scalars, w.temperature, w.eps
 
 
-def flat_at_once(w: FrozenWeights | FrozenAngular) -> Flat:
-    """The same for `frozen_svd_at_once`, of tensors that want no gradients."""
+def flat_at_once(w: FrozenWeights | FrozenAngular, M: int, N: int) -> Flat:
+    """The same for `frozen_svd_at_once`, of tensors that want no gradients; nothing for another device.
+
+    After the op comes the shape of a channel where the op does not look at it.
+    """
+    if w.scalars.device.type != "cpu" or w.table.device.type != "cpu":
+        return ()
     # of no call's mode or default device: it is kept
     with torch.inference_mode(False):
         if isinstance(w, FrozenAngular):
             op, weights, *rest = flat_weights(w)
-            return op, [x.detach() for x in weights], *rest
-        facts = torch.tensor([w.temperature, w.eps, *w.sizes()], dtype=torch.float64, device="cpu")
-        return torch.ops.lomacs.frozen_svd.at_once, _packed(w).detach(), w.scalars.detach(), facts
+            return op, (M, N), [x.detach() for x in weights], *rest
+        facts = torch.tensor([M, N, w.temperature, w.eps, *w.sizes()], dtype=torch.float64, device="cpu")
+        return torch.ops.lomacs.frozen_svd.at_once, None, _packed(w).detach(), w.scalars.detach(), facts
 
 
 def _native(
@@ -130,7 +135,7 @@ def frozen_svd_at_once(H: Tensor, sid: Any, scenes: int, flat: Flat) -> tuple[Te
         flat: of `flat_at_once`.
     """
     # without a graph: autograd is passed by elsewhere
-    if H.requires_grad and torch.is_grad_enabled():
+    if not flat or (H.requires_grad and torch.is_grad_enabled()):
         return None
     try:
         if sid is None:
@@ -138,7 +143,9 @@ def frozen_svd_at_once(H: Tensor, sid: Any, scenes: int, flat: Flat) -> tuple[Te
         # the kernel takes the row behind the scenes too, their mean
         elif type(sid) is not Tensor or max(sid.tolist(), default=0) >= scenes:
             return None
-        op, *weights = flat
+        op, shape, *weights = flat
+        if shape is not None and H.shape[1:3] != shape:
+            return None
         U, S, V = op(H, sid, *weights)
         return (U, S, V) if H.is_complex() else (torch.view_as_complex(U), S, torch.view_as_complex(V))
     except (RuntimeError, TypeError, IndexError):
