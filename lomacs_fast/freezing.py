@@ -255,15 +255,15 @@ class FrozenSVDNet(nn.Module):
     def _gathered(self) -> FrozenWeights | FrozenAngular:
         transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         if not (torch.compiler.is_compiling() or transformed) and _get_current_dispatch_mode() is None:
-            return self._kept()[0]
+            return self._kept()[1]
         # what is made under a tracer or a transform must not be kept
         weights = _nested(self._buffers_of(), self._numbers)
         if isinstance(weights, FrozenWeights) and not self._untouched():
             weights = weights._replace(packed=None)
         return weights
 
-    def _kept(self) -> tuple[FrozenWeights | FrozenAngular, Sequence[Any]]:
-        """The weights as the last call found them, and as the kernel takes them; anew where one has moved."""
+    def _kept(self) -> tuple[list[Any], FrozenWeights | FrozenAngular, Sequence[Any]]:
+        """Places of the weights, they, and what the kernel takes: the last call's, anew if one moved."""
         last = self._last
         # the tensors of the last answer are held by it, so their places hold no others
         if last is None or (self._lent and last[0] != self._places()):
@@ -273,7 +273,7 @@ class FrozenSVDNet(nn.Module):
             places = self._places()
             weights = _nested(self._buffers_of(), self._numbers)
             last = self._last = places, weights, functional.flat_at_once(weights, self.M, self.N)
-        return last[1:]
+        return last
 
     def _places(self) -> list[Any]:
         """Which tensors the weights are, and where: `x.data = y` gives a tensor another place or order."""
@@ -313,18 +313,15 @@ class FrozenSVDNet(nn.Module):
         Raises:
             TypeError, ValueError: for another type, dtype, shape or scene, naming it.
         """
-        if (
-            functional.small_native(H)
-            and type(H) is Tensor
-            and _get_current_dispatch_mode() is None
-            and torch._C._get_tracing_state() is None
-        ):
-            weights, flat = self._kept()
-            found = functional.frozen_svd_at_once(H, sid, self.n_scene, flat)
+        # nothing of a compiled call comes here: it would be guarded
+        if functional.serves_at_once(H):
+            last = self._last
+            if last is None or self._lent:
+                last = self._kept()
+            found = functional.frozen_svd_at_once(H, sid, self.n_scene, last[2])
             if found is not None:
                 return found
-        else:
-            weights = self._gathered()
+        weights = self._gathered()
         with torch.no_grad():
             H = self._channels(H)
             scene = self._scenes(sid, H)

@@ -669,4 +669,4 @@ def frozen_angular_svd(H: Tensor, scene: Tensor, weights: FrozenAngular) -> tupl
 
 
 flat_at_once, frozen_svd_at_once, chosen = ops.flat_at_once, ops.frozen_svd_at_once, ops.chosen
-svd_network_at_once, small_native = ops.svd_network_at_once, ops.small_native
+svd_network_at_once, serves_at_once = ops.svd_network_at_once, ops.serves_at_once

@@ -278,7 +278,7 @@ def test_opcheck():
             RuntimeError, match=r"H must have shape \(B, M, N, 2\), or \(B, M, N\) and be complex"
         ):
             op(wrong, *args[1:])
-    _, _, *at_once = flat_at_once(w, 12, 10)
+    at_once = flat_at_once(w, 12, 10)[2]
     for x, y in zip(op.at_once(H, scene, *at_once), op(*args), strict=True):
         assert torch.equal(x, y)
     turned = at_once[2][[1, 0, *range(2, len(at_once[2]))]]

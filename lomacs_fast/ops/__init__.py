@@ -2,11 +2,10 @@
 
 from .aeplus import aeplus_loss
 from .backbone import backbone_at_once
-from .common import small_native
 from .dispatch import BackendError, backend_table, chosen, use_backend
 from .dual_view import dual_view_project, gate_project
 from .freq_gate import freq_gate
-from .frozen import flat_at_once, frozen_angular_svd, frozen_svd, frozen_svd_at_once
+from .frozen import flat_at_once, frozen_angular_svd, frozen_svd, frozen_svd_at_once, serves_at_once
 from .gated_conv import gated_conv1d, gated_conv1d_at_once
 from .heads import svd_heads
 from .low_rank import low_rank_loss
@@ -44,7 +43,7 @@ __all__ = [
     "projected_attention",
     "projected_attention_at_once",
     "refine_svd",
-    "small_native",
+    "serves_at_once",
     "spectral_calibrate",
     "svd_heads",
     "svd_network_at_once",

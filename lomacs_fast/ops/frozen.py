@@ -96,7 +96,7 @@ def flat_weights(w: FrozenWeights | FrozenAngular) -> Flat:
 def flat_at_once(w: FrozenWeights | FrozenAngular, M: int, N: int) -> Flat:
     """The same for `frozen_svd_at_once`, of tensors that want no gradients; nothing for another device.
 
-    After the op comes the shape of a channel where the op does not look at it.
+    The op, the shape of a channel where the op does not look at it, and what it takes after the scenes.
     """
     if w.scalars.device.type != "cpu" or w.table.device.type != "cpu":
         return ()
@@ -104,9 +104,9 @@ def flat_at_once(w: FrozenWeights | FrozenAngular, M: int, N: int) -> Flat:
     with torch.inference_mode(False):
         if isinstance(w, FrozenAngular):
             op, weights, *rest = flat_weights(w)
-            return op, (M, N), [x.detach() for x in weights], *rest
+            return op, (M, N), ([x.detach() for x in weights], *rest)
         facts = torch.tensor([M, N, w.temperature, w.eps, *w.sizes()], dtype=torch.float64, device="cpu")
-        return torch.ops.lomacs.frozen_svd.at_once, None, _packed(w).detach(), w.scalars.detach(), facts
+        return torch.ops.lomacs.frozen_svd.at_once, None, (_packed(w).detach(), w.scalars.detach(), facts)
 
 
 def _native(
@@ -123,19 +123,30 @@ def _rows(row: int, B: int) -> Tensor:
         return torch.full((B,), row, device="cpu")
 
 
+def serves_at_once(H: Any) -> bool:
+    """Whether `frozen_svd_at_once` may be asked: H small, plain, of the CPU, no mode, tracer or transform."""
+    return (
+        type(H) is Tensor
+        and common.small_native(H)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        # without a graph: autograd is passed by elsewhere
+        and not (H.requires_grad and torch.is_grad_enabled())
+    )
+
+
 def frozen_svd_at_once(H: Tensor, sid: Any, scenes: int, flat: Flat) -> tuple[Tensor, Tensor, Tensor] | None:
     """What the kernel answers to a small call that nobody has looked at yet; see `tokens.at_once`.
 
     Every step of Python is felt here: a call of one channel finds no cache warm.
 
     Args:
-        H: channels that `common.small_native` lets through.
+        H: channels that `serves_at_once` lets through.
         sid: scenes, as the module takes them; one integer, or what is out of range, is left to it.
         scenes: how many there are.
         flat: of `flat_at_once`.
     """
-    # without a graph: autograd is passed by elsewhere
-    if not flat or (H.requires_grad and torch.is_grad_enabled()):
+    if not flat:
         return None
     try:
         if sid is None:
@@ -143,10 +154,10 @@ def frozen_svd_at_once(H: Tensor, sid: Any, scenes: int, flat: Flat) -> tuple[Te
         # the kernel takes the row behind the scenes too, their mean
         elif type(sid) is not Tensor or max(sid.tolist(), default=0) >= scenes:
             return None
-        op, shape, *weights = flat
+        op, shape, rest = flat
         if shape is not None and H.shape[1:3] != shape:
             return None
-        U, S, V = op(H, sid, *weights)
+        U, S, V = op(H, sid, *rest)
         return (U, S, V) if H.is_complex() else (torch.view_as_complex(U), S, torch.view_as_complex(V))
     except (RuntimeError, TypeError, IndexError):
         return None
