@@ -170,7 +170,7 @@ class FrozenSVDNet(nn.Module):
     @_buffers.setter
     def _buffers(self, value: dict[str, Tensor | None]) -> None:
         # the base class looks into the first
-        self.__dict__ |= {"_buffers": value, "_own": value, "_last": None, "_lent": True}
+        self.__dict__.update(_buffers=value, _own=value, _last=None, _lent=True)
 
     def _unlent(self) -> Self:
         """This module, whose weights nobody else holds."""
@@ -231,8 +231,8 @@ class FrozenSVDNet(nn.Module):
             super()._load_from_state_dict(*args, **kwargs)
         finally:
             self._loading = False
-            # loaded in place they are views still, assigned they are not
-            self._pack()
+        # loaded in place they are views still, assigned they are not
+        self._pack()
 
     @property
     def like(self) -> Tensor:

@@ -257,8 +257,7 @@ def small_native(x: Any) -> bool:
         and isinstance(x, Tensor)
         and x.is_cpu
         and x.numel() <= SMALL
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not transform_reasons()
         and chosen() in ("auto", "cpp")
         and not native.reasons("cpu")
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
@@ -128,7 +129,7 @@ def serves_at_once(H: Any) -> bool:
     return (
         type(H) is Tensor
         and common.small_native(H)
-        and torch._C._len_torch_dispatch_stack() == 0
+        and _get_current_dispatch_mode() is None
         and torch._C._get_tracing_state() is None
         # without a graph: autograd is passed by elsewhere
         and not (H.requires_grad and torch.is_grad_enabled())
